@@ -1,0 +1,89 @@
+"""What travels down a call tree: the inbound call being handled, and what the calls made for it inherit.
+
+The one file with contextvars. The server's half enters a ``Scope`` around each handler; the channels read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+
+class Scope:
+    """The inbound call being handled.
+
+    ``deadline``: when it ends, in monotonic seconds; None without one. ``is_retry``: the inbound attempt was itself a retry or
+    a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was allowed to retry
+    and failed, so that the server can tell the caller above not to retry. ``criticality``: the inbound call's, for the
+    calls below it.
+    """
+
+    __slots__ = ("_children", "cancelled", "criticality", "deadline", "exhausted", "is_retry")
+
+    def __init__(self, deadline: float | None = None, *, is_retry: bool = False, criticality: str = "") -> None:
+        self.deadline = deadline
+        self.is_retry = is_retry
+        self.criticality = criticality
+        self.exhausted = False
+        self.cancelled = False
+        # A dict for its order and its O(1) removal; keyed by identity of the child call.
+        self._children: dict[int, Callable[[], object]] = {}
+
+    def adopt(self, child: object, cancel: Callable[[], object]) -> None:
+        """Have ``cancel`` called when the inbound call is cancelled; at once, if it already was."""
+        self._children[id(child)] = cancel
+        if self.cancelled:
+            self.cancel()
+
+    def release(self, child: object) -> None:
+        """Forget a child that has ended."""
+        self._children.pop(id(child), None)
+
+    def cancel(self) -> None:
+        """The inbound call was cancelled: cancel the calls made for it."""
+        self.cancelled = True
+        while self._children:
+            try:
+                _, cancel = self._children.popitem()
+            except KeyError:  # another thread took the last one
+                return
+            cancel()
+
+    def __repr__(self) -> str:
+        return f"<Scope deadline={self.deadline} is_retry={self.is_retry} cancelled={self.cancelled}>"
+
+
+_scope: ContextVar[Scope | None] = ContextVar("mesh_scope", default=None)
+
+current = _scope.get
+"""The scope of the inbound call being handled here, or None."""
+
+
+@contextlib.contextmanager
+def entered(scope: Scope | None) -> Iterator[None]:
+    """Handle an inbound call: calls made in here inherit from ``scope``."""
+    token = _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def enter(scope: Scope | None) -> None:
+    """As ``entered``, for the rest of the current context (a task of its own, say)."""
+    _scope.set(scope)
+
+
+def remaining() -> float | None:
+    """Seconds left for the inbound call being handled (0.0 when it is over); None outside of one, or without a deadline."""
+    scope = _scope.get()
+    if scope is None or scope.deadline is None:
+        return None
+    return max(0.0, scope.deadline - time.monotonic())
+
+
+def detach() -> contextlib.AbstractContextManager[None]:
+    """Calls made in here outlive the inbound call: they inherit neither its deadline nor its cancellation."""
+    return entered(None)

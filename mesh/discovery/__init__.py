@@ -1,0 +1,1 @@
+"""Who is there: resolvers turn a target into endpoint sets."""

@@ -1,0 +1,38 @@
+"""What every resolver is: an asynchronous stream of updates."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from mesh.model import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a resolver has learned.
+
+    ``endpoints``: all endpoints there are now; None when the resolver could not find out, with the reason in ``error``.
+    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist) instead of
+    waiting for better news until their deadline (a registry that is away).
+    """
+
+    endpoints: tuple[Endpoint, ...] | None
+    error: str = ""
+    final: bool = False
+
+
+class Resolver(abc.ABC):
+    """Finds the endpoints of one target. Made without IO; everything happens in ``updates``."""
+
+    @abc.abstractmethod
+    def updates(self) -> AsyncIterator[Update]:
+        """Yield what is known, then each change, for as long as it is iterated; closing the iterator frees all it holds.
+
+        Never raises for what happens outside the process (a server away, garbage from it): that becomes an ``Update`` with an
+        ``error``, and the resolver tries again by itself, with backoff and jitter.
+        """
+
+    def resolve_now(self) -> None:  # noqa: B027 - a hint that a resolver may ignore
+        """An endpoint failed: look again soon, if looking is what this resolver does. Called on the resolver's loop."""
