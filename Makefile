@@ -1,47 +1,128 @@
 # `make` alone says what there is. Every target sets up what it needs; only python3 (3.11 or later) and make come first.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
 PROTOS = $(shell find protos third_party -name '*.proto' | sort)
 PROTOC = $(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc -Iprotos -Ithird_party
+FRESH := $(VENV)/generated
 USERS ?= 3
 ORDERS ?= 2
 PORT ?= 50050
+DATA ?= data
+# Further arguments for pytest: make test ARGS='tests/policy -x'
+ARGS ?=
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# -- set-up -----------------------------------------------------------------------------------------------------------
+# -- the shop ---------------------------------------------------------------------------------------------------------
+.PHONY: run-mesh
+run-mesh: $(READY) ## registry, users and orders on this machine until Ctrl-C (USERS=3 ORDERS=2 PORT=50050 DATA=data)
+	@exec $(BIN)/python -m services --users '$(USERS)' --orders '$(ORDERS)' --port '$(PORT)' --data '$(DATA)'
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+.PHONY: test
+test: lint types check-generated floors coverage unit ## everything below but the faults: lint, types, floors, tests
+
+.PHONY: lint
+lint: $(READY) ## ruff and buf: rules and layout
+	@echo '== lint'
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "Run: $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code protos
+
+.PHONY: types
+types: $(READY) ## mypy, strict
+	@echo '== types'
+	@$(BIN)/mypy
+
+.PHONY: check-generated
+check-generated: $(READY) ## generated/ is what the protos give
+	@echo '== generated code'
+	@rm -rf $(FRESH) && mkdir -p $(FRESH)
+	@$(call protoc,$(FRESH))
+	@diff -r -x __pycache__ generated $(FRESH) || { echo "generated/ is not what protos/ give: make generate"; exit 1; }
+	@rm -rf $(FRESH)
+
+.PHONY: floors
+floors: $(READY) ## a file imports only from floors below its own
+	@echo '== floors'
+	@$(BIN)/lint-imports --no-logo
+
+# In one process and without the tests of the rest: only what tests/policy reaches counts.
+.PHONY: coverage
+coverage: $(READY) ## every branch of mesh/policy is tested
+	@echo '== coverage of mesh/policy'
+	@$(BIN)/pytest -q tests/policy --cov=mesh.policy --cov-branch --cov-report=term-missing:skip-covered \
+		--cov-fail-under=100
+
+.PHONY: unit
+unit: $(READY) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
+	@echo '== tests'
+	@$(BIN)/pytest -n 2 --dist=loadgroup -m 'not faults' $(ARGS)
+
+.PHONY: test-faults
+test-faults: $(READY) ## the long tests, with real processes that are killed, stopped and brought back
+	@echo '== faults'
+	@$(BIN)/pytest -v -m faults $(ARGS)
+
+.PHONY: bench-call
+bench-call: $(READY) ## the CPU of one call: the mesh, gRPC core's round_robin, a bare channel
+	@$(BIN)/python -m benchmarks.call
+
+# -- upkeep -----------------------------------------------------------------------------------------------------------
 .PHONY: setup
 setup: $(READY) ## the virtual environment with the locked dependencies (the other targets do this themselves)
 
-$(READY): requirements.lock pyproject.toml
+$(LOCKED): requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "weft needs Python 3.11 or later; $(PYTHON) is not here"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "weft needs Python 3.11 or later as python3 (or make PYTHON=/path/to/python3.11)"; exit 2; }
+		{ echo "weft needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+		"With another one: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-		{ echo "python3 has no venv module here; on Debian or Ubuntu: apt-get install python3-venv"; exit 2; }
+		{ echo "$(PYTHON) has no venv module here; on Debian or Ubuntu: apt-get install python3-venv"; exit 2; }
 	@echo "Setting up $(VENV) (once, about a minute)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --require-hashes \
+		-r requirements.lock || touch $(VENV)/.failed; } | awk -v all="$$(grep -c == requirements.lock)" \
+		'/^(Collecting|Processing)/ && ++n % 10 == 0 { print "  " n " of " all " packages"; fflush() } \
+		/^Installing/ { print "  installing"; fflush() }'
+	@! rm $(VENV)/.failed 2>/dev/null
+	@touch $@
+
+$(READY): $(LOCKED) pyproject.toml
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 .PHONY: generate
 generate: $(READY) ## generated/ anew from protos/
-	rm -rf generated/weft generated/buf && mkdir -p generated
-	$(call protoc,generated)
+	@rm -rf generated && mkdir -p generated
+	@$(call protoc,generated)
 
+# py.typed tells type checkers of an installed wheel that the stubs beside it count (PEP 561).
 define protoc
-$(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+$(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS) && touch $(1)/weft/py.typed
 endef
+
+.PHONY: format
+format: $(READY) ## lay out the Python and proto files
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/buf format --write protos
 
 .PHONY: lock
 lock: ## requirements.lock anew from pyproject.toml (needs uv)
 	uv export -q --all-extras --all-groups --no-emit-project --no-header --no-annotate \
 		--format requirements-txt -o requirements.lock
 	rm -f uv.lock
+
+.PHONY: clean
+clean: ## forget the virtual environment, caches and built things (data/ stays)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
