@@ -1,0 +1,481 @@
+"""Runs the whole shop on one machine: a registry, users and orders, each replica a process of its own.
+
+Each process is started with ``MESH_*`` variables, watched, and started again with exponential backoff when it ends. The
+shop is ready when every process answers SERVING to ``grpc.health.v1`` and stands in the registry. SIGINT, SIGTERM and
+SIGHUP drain it: orders, then users, then the registry, so that nothing loses what it calls before it has ended; a
+second signal kills what is left. No process outlives this one, however it ends.
+
+Exit codes: 0 drained; 1 not ready in time; 2 it can't run here (a port in use, a bad argument), said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from weft.mesh.v1 import registry_pb2, registry_pb2_grpc
+
+HOST = "127.0.0.1"
+USER = "weft.user.v1.UserService"
+ORDER = "weft.order.v1.OrderService"
+
+READY_WITHIN = 30.0
+"""Seconds that the shop has to get ready."""
+DRAIN_WITHIN = 15.0
+"""Seconds that a process has to end after SIGTERM, before SIGKILL."""
+FIRST_BACKOFF, MAX_BACKOFF = 0.25, 10.0
+"""Seconds before the first restart of a process, doubled with each that follows."""
+STEADY = 10.0
+"""A process that ran for this many seconds starts its backoff anew."""
+
+CANNOT_RUN = 2
+"""The exit code of a process that would fail again in the same way."""
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
+
+
+class CannotRunError(Exception):
+    """The shop can't run here; says why in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run. Ports: the registry's, the users' from the next, the orders' from the eleventh after it."""
+
+    users: int
+    orders: int
+    port: int
+    data: Path
+
+    @property
+    def registry(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def replicas(self) -> list[Replica]:
+        """Every process, the registry first."""
+        users = self.port + 1
+        orders = users + max(10, self.users)
+        return [
+            self._replica("registry", "mesh.registry", "", self.port),
+            *(self._replica(f"user-{n + 1}", "services.user", USER, users + n) for n in range(self.users)),
+            *(self._replica(f"order-{n + 1}", "services.order", ORDER, orders + n) for n in range(self.orders)),
+        ]
+
+    def _replica(self, name: str, module: str, service: str, port: int) -> Replica:
+        environment = {
+            "MESH_LISTEN": f"{HOST}:{port}",
+            "MESH_REGISTRY": self.registry,
+            "MESH_DATA": str(self.data),
+            "MESH_INSTANCE_ID": name,
+            "MESH_REFLECTION": "1",
+        }
+        return Replica(name, module, service, port, environment, self.data / "logs" / f"{name}.log")
+
+
+class Replica:
+    """One process, over all its restarts."""
+
+    def __init__(self, name: str, module: str, service: str, port: int, environment: dict[str, str], log: Path) -> None:
+        self.name = name
+        self.module = module
+        self.service = service
+        self.address = f"{HOST}:{port}"
+        self.port = port
+        self.log = log
+        self.process: asyncio.subprocess.Process | None = None
+        self._environment = environment
+        self._begins_at = 0
+
+    async def start(self, log: IO[bytes]) -> None:
+        """Start the process; its output goes to ``log``."""
+        self._begins_at = log.seek(0, os.SEEK_END)
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self.module,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **self._environment},
+            # Out of the terminal's group: Ctrl-C reaches the supervisor alone, which ends the processes in order.
+            process_group=0,
+            preexec_fn=_die_with(os.getpid()),
+        )
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and to what it started; none when it has ended."""
+        if self.process is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def last_words(self) -> str:
+        """The last line that the process of now wrote."""
+        with self.log.open("rb") as log:
+            log.seek(self._begins_at)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        if not lines:
+            return "ended without a word"
+        try:
+            return str(json.loads(lines[-1])["event"])
+        except (ValueError, KeyError, TypeError):
+            return lines[-1].strip()
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.name} {self.address} pid={self.process.pid if self.process else None}>"
+
+
+class Shop:
+    """The running shop: starts it, keeps it up, drains it."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan = plan
+        self.replicas = plan.replicas()
+        self._console = console
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._up = False
+        self._draining = False
+        self._killed = asyncio.Event()
+
+    async def run(self) -> int:
+        """Run until a signal says otherwise; returns the exit code."""
+        stop = asyncio.Event()
+
+        def stopped() -> None:
+            if stop.is_set():
+                self._killed.set()
+            stop.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stopped)
+        began = time.monotonic()
+        self._check_ports()
+        self._prepare_logs()
+        started = asyncio.create_task(self._start())
+        try:
+            await _first(started, asyncio.create_task(stop.wait()))
+            if not stop.is_set():
+                started.result()
+                self._up = True
+                self._greet(time.monotonic() - began)
+                await stop.wait()
+            say("Draining (again Ctrl-C to kill)")
+        finally:
+            started.cancel()
+            await self._drain()
+        say("All ended")
+        return 0
+
+    def _check_ports(self) -> None:
+        # Before anything starts: gRPC's servers would otherwise share a port with another mesh's (SO_REUSEPORT).
+        for replica in self.replicas:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((HOST, replica.port))
+                except OSError as error:
+                    reason = os.strerror(error.errno or 0).lower()
+                    raise CannotRunError(
+                        f"{replica.name} can't listen on {replica.address}: {reason} (is another mesh running? "
+                        f"make run-mesh PORT={_another(self.plan.port)} runs beside it)"
+                    ) from None
+
+    def _prepare_logs(self) -> None:
+        try:
+            (self.plan.data / "logs").mkdir(parents=True, exist_ok=True)
+            for replica in self.replicas:
+                replica.log.write_bytes(b"")
+        except OSError as error:
+            raise CannotRunError(f"can't write to {error.filename}: {(error.strerror or '').lower()}") from None
+
+    async def _start(self) -> None:
+        """Start everything at once, and return when all of it is ready."""
+        waiting = {asyncio.create_task(self._ready(replica)): replica for replica in self.replicas}
+        for replica in self.replicas:
+            keeper = asyncio.create_task(self._keep(replica), name=replica.name)
+            self._keepers[replica.name] = keeper
+        pending: set[asyncio.Task[None]] = set(waiting)
+        try:
+            async with asyncio.timeout(READY_WITHIN):
+                with self._progress() as progress:
+                    while pending:
+                        progress(f"Starting: {', '.join(waiting[task].name for task in waiting if task in pending)}")
+                        done, _ = await asyncio.wait(
+                            {*pending, *self._keepers.values()}, return_when=asyncio.FIRST_COMPLETED
+                        )
+                        for task in done:
+                            task.result()  # a keeper ends only by raising
+                        pending -= done
+                    progress("Starting: waiting for the registry to know them")
+                    await self._registered()
+        except TimeoutError:
+            late = [f"{waiting[task].name} ({waiting[task].log})" for task in waiting if task in pending]
+            raise TimeoutError(f"not ready within {READY_WITHIN:g} s: {', '.join(late) or 'registrations'}") from None
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _keep(self, replica: Replica) -> None:
+        """Start the process, and again whenever it ends; raises CannotRunError when it can't so much as begin."""
+        backoff = FIRST_BACKOFF
+        back: asyncio.Task[None] | None = None
+        with replica.log.open("ab") as log:
+            while True:
+                began = time.monotonic()
+                await replica.start(log)
+                assert replica.process is not None
+                if self._up:
+                    back = asyncio.create_task(self._welcome(replica))
+                code = await replica.process.wait()
+                if back is not None:
+                    back.cancel()
+                if self._draining:
+                    return
+                if code == CANNOT_RUN and not self._up:
+                    raise CannotRunError(f"{replica.name}: {replica.last_words()}")
+                if time.monotonic() - began >= STEADY:
+                    backoff = FIRST_BACKOFF
+                why = f": {replica.last_words()}" if code > 0 else ""
+                say(f"{replica.name} {_ending(code)}{why}; starts again in {backoff:g} s (log: {_short(replica.log)})")
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, MAX_BACKOFF)
+
+    async def _welcome(self, replica: Replica) -> None:
+        await self._ready(replica)
+        assert replica.process is not None
+        say(f"{replica.name} is back (pid {replica.process.pid})")
+
+    async def _ready(self, replica: Replica) -> None:
+        """Return when the process says SERVING."""
+        async with grpc.aio.insecure_channel(replica.address, _CHANNEL_OPTIONS) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                await asyncio.sleep(0.02)
+
+    async def _registered(self) -> None:
+        """Return when the registry knows every replica."""
+        wanted = {(replica.service, replica.address) for replica in self.replicas if replica.service}
+        async with grpc.aio.insecure_channel(self.plan.registry, _CHANNEL_OPTIONS) as channel:
+            registry = registry_pb2_grpc.RegistryStub(channel)
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    answer = await registry.ListInstances(
+                        registry_pb2.ListInstancesRequest(), timeout=5, wait_for_ready=True
+                    )
+                    if wanted <= {(instance.service, instance.address) for instance in answer.instances}:
+                        return
+                await asyncio.sleep(0.02)
+
+    async def _drain(self) -> None:
+        """End all processes: orders, users, the registry; each has DRAIN_WITHIN, or until ``_killed``."""
+        self._draining = True
+        for prefix in ("order", "user", "registry"):
+            group = [replica for replica in self.replicas if replica.name.startswith(prefix)]
+            keepers = [self._keepers[replica.name] for replica in group if replica.name in self._keepers]
+            if not keepers:
+                continue
+            for replica in group:
+                if replica.running:
+                    replica.signal(signal.SIGTERM)
+                else:
+                    self._keepers[replica.name].cancel()  # it waits to start the process again
+            ended = asyncio.gather(*keepers, return_exceptions=True)
+            await _first(ended, asyncio.create_task(self._killed.wait()), within=DRAIN_WITHIN)
+            if not ended.done():
+                for replica in group:
+                    if replica.running:
+                        say(f"{replica.name} is killed")
+                        replica.signal(signal.SIGKILL)
+                await ended
+
+    def _greet(self, seconds: float) -> None:
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for column in ("name", "address", "pid", "log"):
+            table.add_column(column, no_wrap=True, justify="right" if column == "pid" else "left")
+        for replica in self.replicas:
+            assert replica.process is not None
+            table.add_row(replica.name, replica.address, str(replica.process.pid), _short(replica.log))
+        self._console.print(table)
+        # Past rich, which would wrap lines at the terminal's edge: these are to be copied.
+        for line in copyable(self.plan):
+            say(line)
+        say(f"\nReady in {seconds:.1f} s. Ctrl-C drains and ends all.")
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[str], None]]:
+        """Something that shows how far the start has come: a spinner, or nothing but the end where no one watches."""
+        if self._console.is_terminal:
+            with self._console.status("Starting") as status:
+                yield status.update
+        else:
+            say(f"Starting {len(self.replicas)} processes")
+            yield lambda _: None
+
+
+def say(line: str) -> None:
+    """Print a line; a terminal that has gone is no reason not to drain."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def copyable(plan: Plan) -> list[str]:
+    """What to try first: grpcurl for a user and an order service, and a Python client."""
+    address = {replica.name: replica.address for replica in plan.replicas()}
+    # Another address each time, as the users of earlier runs are kept.
+    ada = json.dumps({"name": "Ada", "email": f"ada-{uuid.uuid4().hex[:4]}@example.com"})
+    return [
+        f"grpcurl -plaintext -d '{ada}' {address['user-1']} {USER}/CreateUser",
+        f"grpcurl -plaintext -d '{{\"page_size\": 5}}' {address['order-1']} {ORDER}/ListOrders",
+        "",
+        f"{_short(Path(sys.executable))} <<'EOF'",
+        "import mesh",
+        "from weft.user.v1 import user_pb2, user_pb2_grpc",
+        f'channel = mesh.insecure_channel("mesh://{plan.registry}/{USER}")',
+        "users = user_pb2_grpc.UserServiceStub(channel).ListUsers(user_pb2.ListUsersRequest())",
+        "print(users)",
+        "EOF",
+    ]
+
+
+async def _first(*awaitables: Awaitable[object], within: float | None = None) -> None:
+    """Wait until one is done, or for ``within`` seconds; none is cancelled but the waits made for this."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+    tasks[-1].cancel()
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a new process does first: have the kernel end it when ``parent`` ends, should that be by SIGKILL (Linux)."""
+    if sys.platform != "linux":
+        return lambda: None
+    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
+
+    def die_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before prctl
+            os._exit(1)
+
+    return die_with_parent
+
+
+@contextlib.contextmanager
+def foreground() -> Iterator[None]:
+    """Take the terminal for a process group of one's own, and give it back at the end.
+
+    make stands between the terminal and this program, and Ctrl-C goes to all of the foreground group: make would then
+    fail with "Interrupt", however well this program ends. A shell gives each job a group in the same way. Where there
+    is no terminal, or the shell started this program itself, nothing is done.
+    """
+    try:
+        before = os.tcgetpgrp(0)
+        mine = os.getpgrp() == before and os.getpid() != before
+    except OSError:
+        mine = False
+    if not mine:
+        yield
+        return
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a background group may then set the foreground one
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # make would not see this program stop
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.tcsetpgrp(0, before)
+
+
+def _ending(code: int) -> str:
+    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+def _short(path: Path) -> str:
+    """The path from here, when it is below."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _another(port: int) -> int:
+    return port + 1000 if port + 2000 < 65536 else port - 1000
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return number
+
+    return whole
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(CANNOT_RUN, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Plan:
+    """The plan from the command line."""
+    parser = _Parser(prog="run-mesh", description="The whole shop on this machine, until Ctrl-C.")
+    parser.add_argument("--users", type=_whole(1, 100), default=3, help="replicas of the user service (3)")
+    parser.add_argument("--orders", type=_whole(1, 100), default=2, help="replicas of the order service (2)")
+    parser.add_argument(
+        "--port", type=_whole(1, 65000), default=50050, help="the registry's; the others follow (50050)"
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where databases and logs are kept (data)")
+    given = parser.parse_args(arguments)
+    return Plan(given.users, given.orders, given.port, given.data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the shop; returns the exit code."""
+    plan = parse(arguments)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+
+    async def run() -> int:
+        return await Shop(plan, console).run()
+
+    with foreground():
+        try:
+            return asyncio.run(run())
+        except CannotRunError as error:
+            print(f"run-mesh: {error}", file=sys.stderr)
+            return CANNOT_RUN
+        except TimeoutError as error:
+            print(f"run-mesh: {error}", file=sys.stderr)
+            return 1
