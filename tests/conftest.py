@@ -1,0 +1,80 @@
+"""Fixtures for every test, and the leak check after each: no thread and no task outlives the test that made it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Spawn, free_ports
+
+SETTLE = 5.0
+"""Seconds that threads and tasks have to end after a test."""
+
+# Threads that serve the process and not a test: gRPC's asyncio poller, which lives as long as grpc.aio is in use
+# anywhere; the mesh's one discovery loop; what the test runner itself runs (xdist, pytest-timeout, coverage).
+LASTING = ("_poll_wrapper", "mesh-", "execnet", "pytest", "MainThread")
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Ports on 127.0.0.1 that nothing listens on: a new one for each call."""
+    return lambda: free_ports(1)[0]
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
+    """Programs that end with the test: ``spawn.python("-m", "mesh.registry", environment={...}).wait_for("ready")``."""
+    spawn = Spawn(tmp_path)
+    yield spawn
+    spawn.close()
+
+
+@pytest.fixture(autouse=True)
+def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that leaves a thread behind, or a task on its loop."""
+    before = set(threading.enumerate())
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        # Set up before, and so torn down after, all that the test itself asks for.
+        request.getfixturevalue("no_task_left")
+    yield
+    left = _settled(before)
+    if left:
+        pytest.fail(f"threads left behind: {', '.join(sorted(thread.name for thread in left))}", pytrace=False)
+
+
+@pytest.fixture
+async def no_task_left() -> AsyncIterator[None]:
+    """Fails an asynchronous test that leaves a task running; the loop's end would cancel it in silence."""
+    before = asyncio.all_tasks()
+    yield
+    end = time.monotonic() + SETTLE
+    while left := asyncio.all_tasks() - before - {asyncio.current_task()}:
+        if time.monotonic() > end:
+            pytest.fail(f"tasks left behind: {', '.join(sorted(map(repr, left)))}", pytrace=False)
+        await asyncio.sleep(0.005)
+
+
+def _settled(before: set[threading.Thread]) -> set[threading.Thread]:
+    """The threads that are new since ``before`` and don't end within SETTLE seconds."""
+    end = time.monotonic() + SETTLE
+    collected = False
+    while True:
+        left = {
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and not any(name in thread.name for name in LASTING)
+        }
+        if not left or time.monotonic() > end:
+            return left
+        if not collected:
+            # gRPC's channels and servers end their threads when they are collected, at the latest.
+            gc.collect()
+            collected = True
+        time.sleep(0.005)
