@@ -1,0 +1,165 @@
+"""A service's database: units of work off the event loop, and errors that a caller can understand.
+
+A unit of work is a plain function of a SQLAlchemy connection, run in one transaction in one thread hop. SQLite is the
+default: several replicas on one machine share a file, in WAL mode, where readers and writers don't wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import sqlite3
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from services.errors import ExhaustedError, RefusedError, UnavailableError
+
+Result = TypeVar("Result")
+
+BUSY_TIMEOUT = 5.0
+"""Seconds that a SQLite writer waits for the writers of other processes before it gives up."""
+
+READERS = 4
+"""Units of work that may read at a time."""
+
+# SQLite's primary result codes, and what they mean to a caller. Others are bugs, and stay what they are.
+_SQLITE_REFUSALS: Mapping[int, tuple[type[RefusedError], str, str]] = {
+    sqlite3.SQLITE_BUSY: (UnavailableError, "DATABASE_LOCKED", "the database is locked by another process"),
+    sqlite3.SQLITE_LOCKED: (UnavailableError, "DATABASE_LOCKED", "the database is locked by another connection"),
+    sqlite3.SQLITE_READONLY: (UnavailableError, "DATABASE_READ_ONLY", "the database is read-only"),
+    sqlite3.SQLITE_CANTOPEN: (UnavailableError, "DATABASE_AWAY", "the database can't be opened"),
+    sqlite3.SQLITE_IOERR: (UnavailableError, "DATABASE_AWAY", "the database can't be read or written"),
+    sqlite3.SQLITE_FULL: (ExhaustedError, "DATABASE_FULL", "the database, or the disk under it, is full"),
+}
+
+
+class UtcDateTime(sa.TypeDecorator[dt.datetime]):
+    """An instant, aware and in UTC on both sides, whether or not the database keeps time zones (SQLite doesn't)."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:  # noqa: ARG002
+        return None if value is None else value.astimezone(dt.UTC)
+
+    def process_result_value(self, value: dt.datetime | None, dialect: sa.Dialect) -> dt.datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+SEQUENCE = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+"""The type of an auto-incremented key (SQLite increments INTEGER alone)."""
+
+
+class Database:
+    """One service's database.
+
+    ``url``: a SQLAlchemy URL; SQLite needs a file. ``busy_timeout``: seconds that a SQLite writer waits for the
+    writers of other processes. ``file``: the SQLite database; None on others.
+
+    Reads and writes have threads of their own, so that writers which wait for a lock don't hold up reads. SQLite has
+    one writer at a time whatever we do, so it gets one thread for it, and with that a fair queue.
+
+    Raises ValueError for a URL that can't be used.
+    """
+
+    def __init__(self, url: str | sa.URL, *, busy_timeout: float = BUSY_TIMEOUT) -> None:
+        self._url = sa.make_url(url)
+        sqlite = self._url.get_backend_name() == "sqlite"
+        if sqlite and self._url.database in {None, "", ":memory:"}:
+            raise ValueError("a SQLite database needs a file: sqlite:///path/to/file.db")
+        self.file = Path(str(self._url.database)) if sqlite else None
+        writers = 1 if sqlite else READERS
+        self.engine = sa.create_engine(
+            self._url,
+            pool_size=READERS + writers,
+            max_overflow=0,
+            connect_args={"timeout": busy_timeout} if sqlite else {},
+        )
+        if sqlite:
+            sa.event.listen(self.engine, "connect", _leave_transactions_to_us)
+            sa.event.listen(self.engine, "begin", _begin)
+        self._for_writes = self.engine.execution_options(begin="BEGIN IMMEDIATE")
+        self._readers = ThreadPoolExecutor(READERS, "database-read")
+        self._writers = ThreadPoolExecutor(writers, "database-write")
+
+    def __repr__(self) -> str:
+        return f"<Database {self._url.render_as_string(hide_password=True)}>"
+
+    async def read(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """Run ``work`` in a transaction that sees one state of the database and changes nothing.
+
+        Raises what ``work`` raises; UnavailableError or ExhaustedError when the database can't serve it now.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, _perform, self.engine, work)
+
+    async def write(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """Run ``work`` in a transaction that is kept whole, or not at all if it raises.
+
+        Once begun it ends, even if the caller is cancelled. ``work`` may look before it inserts: where writers run side
+        by side (PostgreSQL), a key that another takes in between makes it run once more, and then its look finds the
+        other's row. Raises as ``read`` does.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._writers, self.write_blocking, work)
+
+    def write_blocking(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """As ``write``, in this thread: for what happens before there is a loop."""
+        try:
+            return _perform(self._for_writes, work)
+        except sa.exc.IntegrityError:
+            return _perform(self._for_writes, work)
+
+    def use_wal(self) -> None:
+        """Have the SQLite file keep a write-ahead log, for good. Fails when another process does the same now."""
+        with contextlib.closing(self.engine.raw_connection()) as connection:
+            connection.cursor().execute("PRAGMA journal_mode = WAL")
+
+    def close(self) -> None:
+        """Wait for the units of work that have begun, drop those that haven't, and close the connections."""
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+        self.engine.dispose()
+
+
+def _perform(engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
+    try:
+        with engine.begin() as connection:
+            return work(connection)
+    except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: sa.exc.DBAPIError | sqlite3.Error) -> RefusedError | None:
+    """What a caller is told when the database can't serve it now; None when the error is a bug of ours."""
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    if isinstance(cause, sqlite3.Error):
+        # Raised by the sqlite3 module itself, an error has no code.
+        found = _SQLITE_REFUSALS.get(getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF)
+        if found is not None:
+            kind, reason, message = found
+            return kind(reason, message)
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return UnavailableError("DATABASE_AWAY", "the connection to the database is lost")
+    return None
+
+
+def _leave_transactions_to_us(connection: sqlite3.Connection, _record: object) -> None:
+    """Keep the sqlite3 module from opening transactions by itself: it would do so late, and never IMMEDIATE."""
+    connection.isolation_level = None
+
+
+def _begin(connection: sa.Connection) -> None:
+    # A deferred transaction that turns to writing after another's write fails at once, whatever the busy timeout; so a
+    # writer takes the lock, and waits for it, first.
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    driver.execute(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,1 @@
+"""The order service: who ordered what."""

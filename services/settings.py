@@ -1,0 +1,78 @@
+"""What a service is told by its environment, beside what ``mesh.server.settings`` reads there."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import sqlalchemy as sa
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mesh.server.settings import ServerSettings
+
+SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
+"""Where the shop's services differ from the defaults of ``ServerSettings``: grpcurl and its like can look at them."""
+
+
+class Settings(BaseSettings):
+    """A service's own settings, each from the variable ``MESH_`` and its name. An empty variable counts as not set."""
+
+    model_config = SettingsConfigDict(env_prefix="MESH_", env_ignore_empty=True)
+
+    data: Path = pydantic.Field(
+        default=Path("data"), description="the folder for what the service keeps; made if need be"
+    )
+    database_url: str = pydantic.Field(
+        default="", description="the database, as a SQLAlchemy URL; without one, SQLite in the data folder"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = pydantic.Field(
+        default="info", description="what is logged: debug, info, warning or error, and all above"
+    )
+
+    @classmethod
+    def from_env(cls) -> Settings:
+        """The settings that the environment asks for. Raises ValueError, naming each wrong variable."""
+        try:
+            return cls()
+        except pydantic.ValidationError as error:
+            wrong = (f"MESH_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+            raise ValueError("; ".join(wrong)) from None
+
+    def database(self, service: str) -> sa.URL:
+        """Where the database of ``service`` is. Raises ValueError for a malformed URL."""
+        if not self.database_url:
+            return sa.URL.create("sqlite", database=str(self.data / f"{service}.db"))
+        try:
+            return sa.make_url(self.database_url)
+        except sa.exc.ArgumentError:
+            raise ValueError(
+                "MESH_DATABASE_URL: should be a SQLAlchemy URL, dialect://user:password@host/name"
+            ) from None
+
+
+def server_settings() -> ServerSettings:
+    """How the service serves, as the environment asks for. Raises ValueError, naming the wrong variable."""
+    return ServerSettings.from_env({**SERVER_DEFAULTS, **os.environ})
+
+
+def describe() -> str:
+    """Every variable that a service reads, with what it sets and its default."""
+    lines = ["The service:"]
+    for name, field in Settings.model_fields.items():
+        default = f" (default: {field.default})" if str(field.default) else ""
+        lines.append(f"  {'MESH_' + name.upper():<{_WIDTH}}{field.description}{default}")
+    lines += ["", "Its server:"]
+    for setting in dataclasses.fields(ServerSettings):
+        variable = setting.metadata.get("variable", "")
+        if variable:
+            default = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
+            lines.append(f"  {variable:<{_WIDTH}}{default}".rstrip())
+    return "\n".join([*lines, "", (inspect.getdoc(ServerSettings) or "").replace("``", "")])
+
+
+_WIDTH = 28

@@ -1,0 +1,1 @@
+"""The user service: who may order."""
