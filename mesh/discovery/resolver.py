@@ -13,9 +13,10 @@ from mesh.model import Endpoint
 class Update:
     """What a resolver has learned.
 
-    ``endpoints``: all endpoints there are now; None when the resolver could not find out, with the reason in ``error``.
-    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist) instead of
-    waiting for better news until their deadline (a registry that is away).
+    ``endpoints``: all endpoints there are now; None when the resolver could not find out, and what was known holds.
+    ``error``: why it could not find out, or why there are none.
+    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist) instead
+    of waiting for better news until their deadline (a registry that is away).
     """
 
     endpoints: tuple[Endpoint, ...] | None
@@ -28,10 +29,10 @@ class Resolver(abc.ABC):
 
     @abc.abstractmethod
     def updates(self) -> AsyncIterator[Update]:
-        """Yield what is known, then each change, for as long as it is iterated; closing the iterator frees all it holds.
+        """Yield what is known, then each change, for as long as it is iterated; closing the iterator frees all of it.
 
-        Never raises for what happens outside the process (a server away, garbage from it): that becomes an ``Update`` with an
-        ``error``, and the resolver tries again by itself, with backoff and jitter.
+        Never raises for what happens outside the process (a server away, garbage from it): that becomes an ``Update``
+        with an ``error``, and the resolver tries again by itself, with backoff and jitter.
         """
 
     def resolve_now(self) -> None:  # noqa: B027 - a hint that a resolver may ignore

@@ -1,0 +1,132 @@
+"""``mesh:///``: the instances that the registry knows, as it learns of them.
+
+One stream for a service, resumed from where it broke off; what is known is kept while the registry is away
+(``roster.py`` says for how long after). gRPC lets all channels of a process to one registry share a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from mesh.discovery.resolver import Resolver, Update
+from mesh.discovery.roster import HOLD, Roster
+from weft.mesh.v1 import registry_pb2 as pb
+from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
+
+MIN_BACKOFF = 0.1
+MAX_BACKOFF = 5.0
+"""The first and the longest pause before the registry is tried again. Seconds."""
+
+JITTER = 0.2
+"""The share that each pause is longer or shorter by."""
+
+PATIENCE = 10.0
+"""A registry that answers a watch with nothing for so long is taken for broken; it owes an answer at once. Seconds."""
+
+OPTIONS = [
+    # Find out that the registry's host is gone: all three are needed.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Pacing is this resolver's: core's own pauses between connects stay below it. The least of them is also how long a
+    # connect may take.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+]
+
+
+class RegistryResolver(Resolver):
+    """Watches ``service`` at the registry that ``registry`` names: ``host:port``, or another target of gRPC's."""
+
+    def __init__(
+        self,
+        registry: str,
+        service: str,
+        *,
+        hold: float = HOLD,
+        patience: float = PATIENCE,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._registry = registry
+        self._service = service
+        self._patience = patience
+        self._rng = rng or random.Random()
+        self._roster = Roster(service, hold)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        last: Update | None = None
+        async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
+            stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
+            backoff = MIN_BACKOFF
+            while True:
+                begun = _now()
+                async with contextlib.aclosing(self._watch(stub)) as watch:
+                    async for update in watch:
+                        if update != last:
+                            last = update
+                            yield update
+                self._roster.cut()
+                # A registry that answers and dies over and over must not be asked ten times a second.
+                if _now() - begun > MAX_BACKOFF:
+                    backoff = MIN_BACKOFF
+                await asyncio.sleep(backoff * self._rng.uniform(1 - JITTER, 1 + JITTER))
+                backoff = min(backoff * 2, MAX_BACKOFF)
+
+    async def _watch(self, stub: pb_grpc.RegistryAsyncStub) -> AsyncGenerator[Update, None]:
+        """One watch from its beginning until it breaks off; the last update says why it did."""
+        epoch, revision = self._roster.position
+        call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
+        reading = asyncio.ensure_future(call.read())
+        patient_until = _now() + self._patience
+        answered = False
+        try:
+            while True:
+                until = self._roster.held_until if answered else patient_until
+                # Not wait_for: a read that is cancelled ends the call.
+                await asyncio.wait({reading}, timeout=None if until is None else max(until - _now(), 0.0))
+                if reading.done():
+                    answered = True
+                    step = reading.result()
+                    if not isinstance(step, pb.WatchResponse):
+                        failure = "it ended the watch"
+                        break
+                    complaint = self._roster.apply(step, _now())
+                    if not self._roster.in_step:
+                        failure = f"it sent {complaint}"
+                        break
+                    if complaint:
+                        yield Update(None, f"registry {self._registry}: it sent {complaint}")
+                    reading = asyncio.ensure_future(call.read())
+                elif not answered:
+                    failure = f"no answer for {self._patience:g} s"
+                    break
+                self._roster.settle(_now())
+                yield self._known()
+        except grpc.aio.AioRpcError as error:
+            failure = f"{error.code().name}: {error.details()}"
+        except DecodeError as error:
+            failure = f"it sent what is no step of a watch: {error}"
+        finally:
+            call.cancel()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        yield Update(None, f"registry {self._registry}: {failure}")
+
+    def _known(self) -> Update:
+        endpoints = self._roster.endpoints()
+        return Update(endpoints, "" if endpoints else f"registry {self._registry}: no instance of {self._service}")
+
+    def __repr__(self) -> str:
+        return f"<RegistryResolver {self._service} at {self._registry}>"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,127 @@
+"""What a watcher knows of a service: the steps of a registry's watch, merged.
+
+The law of this file: no clock and no IO; ``now`` is monotonic seconds. What a registry says is merged or refused, and
+never raises.
+
+A registry is believed as long as it lives. One that was restarted (its epoch is another) begins empty and hears from
+the services one by one, so what was known before is *held*: it stays among the endpoints until the service has
+registered again, or HOLD seconds have passed since the registry first told of any instance; while it tells of none, for
+as long as that lasts. An instance that really is gone by then does no harm: the health of its connection says so, and
+no call goes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mesh.model import Endpoint, Locality
+from weft.mesh.v1 import registry_pb2 as pb
+
+HOLD = 30.0
+"""Longer than services need to find a restarted registry and register again. Seconds."""
+
+
+class Roster:
+    """The endpoints of one service, as its registry tells of them."""
+
+    def __init__(self, service: str, hold: float = HOLD) -> None:
+        self._service = service
+        self._hold = hold
+        self._epoch = ""
+        self._revision = 0
+        self._in_step = False
+        self._known: dict[str, Endpoint] = {}
+        self._held: dict[str, Endpoint] = {}
+        self._held_until: float | None = None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the next delta can be merged. If not, only a snapshot helps: begin a new watch."""
+        return self._in_step
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """The epoch and revision from which to resume the watch; ``("", 0)`` to begin with a snapshot."""
+        return (self._epoch, self._revision) if self._in_step else ("", 0)
+
+    @property
+    def held_until(self) -> float | None:
+        """When to call ``settle``; None when nothing is held, or when it is held for as long as it takes."""
+        return self._held_until
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """All endpoints, by address; of two instances with one address, the one that the registry knows now."""
+        found = {endpoint.address: endpoint for endpoint in (*self._held.values(), *self._known.values())}
+        return tuple(found[address] for address in sorted(found))
+
+    def apply(self, step: pb.WatchResponse, now: float) -> str:
+        """Merge a step of the watch. Returns what had to be ignored, for people to read; empty when all is well."""
+        kind = step.WhichOneof("step")
+        if not step.epoch or kind is None:
+            return "an answer without " + ("epoch" if kind else "snapshot or delta")
+        complaints: list[str] = []
+        if kind == "snapshot":
+            known = self._read(step.snapshot.instances, complaints)
+            if complaints and not known:
+                return complaints[0]
+            if step.epoch != self._epoch:
+                self._held |= self._known
+                self._held_until = None
+            self._known = known
+            self._in_step = True
+        elif not self._in_step or step.epoch != self._epoch or step.revision < self._revision:
+            self._in_step = False
+            return f"a delta to {step.epoch}/{step.revision} that doesn't follow {self._epoch}/{self._revision}"
+        else:
+            self._known |= self._read(step.delta.upserted, complaints)
+            for instance_id in step.delta.removed_ids:
+                self._known.pop(instance_id, None)
+        self._epoch, self._revision = step.epoch, step.revision
+        for instance_id in self._known:
+            self._held.pop(instance_id, None)
+        self._begin_hold(now)
+        return complaints[0] if complaints else ""
+
+    def cut(self) -> None:
+        """The watch broke off: what is held has its time anew when the registry is back."""
+        self._held_until = None
+
+    def settle(self, now: float) -> None:
+        """Let go of what was held for long enough."""
+        if self._held_until is not None and now >= self._held_until:
+            self._held = {}
+            self._held_until = None
+
+    def __repr__(self) -> str:
+        at = f"{self._epoch}/{self._revision}"
+        return f"<Roster {self._service} at {at} known={len(self._known)} held={len(self._held)}>"
+
+    def _begin_hold(self, now: float) -> None:
+        if not self._held:
+            self._held_until = None
+        elif self._known and self._held_until is None:
+            self._held_until = now + self._hold
+
+    def _read(self, instances: Iterable[pb.Instance], complaints: list[str]) -> dict[str, Endpoint]:
+        """The endpoints by instance id, without the instances that make no sense."""
+        endpoints = {}
+        for instance in instances:
+            if instance.service != self._service:
+                complaints.append(f"instance {instance.id!r} of service {instance.service!r}, not {self._service!r}")
+            elif not instance.id:
+                complaints.append(f"an instance at {instance.address!r} without an id")
+            elif not instance.address or any(character.isspace() for character in instance.address):
+                complaints.append(f"instance {instance.id!r} with address {instance.address!r}")
+            else:
+                endpoints[instance.id] = _endpoint(instance)
+        return endpoints
+
+
+def _endpoint(instance: pb.Instance) -> Endpoint:
+    where = instance.locality
+    return Endpoint(
+        address=instance.address,
+        locality=Locality(where.region, where.zone, where.sub_zone),
+        weight=instance.weight or 1,
+        metadata=dict(instance.metadata),
+    )

@@ -1,0 +1,121 @@
+"""What a target means: which resolver finds its endpoints, or that gRPC itself does.
+
+The mesh's own: ``mesh:///SERVICE`` and ``mesh://REGISTRY/SERVICE``, ``static:///HOST:PORT,HOST:PORT``,
+``dns:///HOST:PORT``. Every other target that grpc takes (``host:port``, ``ipv4:``, ``unix:``, ``xds:``,
+``dns://SERVER/HOST``, ...) is gRPC's. Source: gRPC's naming document, for what gRPC takes and for the default port.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from mesh.discovery.dns import DnsResolver
+from mesh.discovery.registry import RegistryResolver
+from mesh.discovery.resolver import Resolver
+from mesh.discovery.static import StaticResolver
+
+REGISTRY_VARIABLE = "MESH_REGISTRY"
+"""The environment variable that names the registry for ``mesh:///``: ``host:port``, or any target that gRPC takes."""
+
+DEFAULT_PORT = 443
+"""gRPC's own default port."""
+
+OWN_SCHEMES = ("mesh", "static", "dns")
+GRPC_SCHEMES = ("dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p")
+
+_URI = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<authority>[^/]*)(/(?P<path>.*))?", re.ASCII)
+_HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s]+\]|[^\[\]:/\s]+):(?P<port>\d+)", re.ASCII)
+_LOCAL = re.compile(r"(unix|unix-abstract|vsock):\S+")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A target, taken apart.
+
+    ``text``: as it was given.
+    ``scheme``: ``mesh``, ``static`` or ``dns`` when a resolver of the mesh finds its endpoints; empty when gRPC does.
+    ``health_service``: the name whose health the endpoints must report unless the service config says otherwise: the
+    service for ``mesh``; None for others, whose health isn't watched.
+    ``authority``: whom the endpoints' certificates must name: the service for ``mesh``, the name for ``dns``; None when
+    each endpoint's own address is that.
+    """
+
+    text: str
+    scheme: str = ""
+    health_service: str | None = None
+    authority: str | None = None
+
+
+def resolver_for(text: str) -> tuple[Target, Resolver | None]:
+    """Take a target apart and make its resolver; None when gRPC resolves it by itself, as one endpoint.
+
+    Does no IO. ``MESH_REGISTRY`` is read here, when the target needs it. Raises ValueError for a target that neither
+    the mesh nor gRPC takes, and says why.
+    """
+    uri = _URI.fullmatch(text)
+    if uri is None:
+        own = re.match(r"(mesh|static):(?!\d+$)", text)
+        if own:
+            raise ValueError(f"target {text!r}: write {own[1]}:///...")
+        return Target(text), None
+    scheme, authority, path = uri["scheme"].lower(), uri["authority"], unquote(uri["path"] or "")
+    if scheme == "mesh":
+        return Target(text, scheme, health_service=path, authority=path), _mesh(text, authority, path)
+    if scheme == "static":
+        return Target(text, scheme), _static(text, authority, path)
+    if scheme == "dns" and not authority:
+        return Target(text, scheme, authority=path), _dns(text, path)
+    if scheme in GRPC_SCHEMES:
+        return Target(text), None
+    known = ", ".join(dict.fromkeys(OWN_SCHEMES + GRPC_SCHEMES))
+    raise ValueError(f"target {text!r}: unknown scheme {scheme!r}; known are {known}, and host:port")
+
+
+def _mesh(text: str, authority: str, service: str) -> Resolver:
+    if not service or "/" in service:
+        raise ValueError(f"target {text!r}: name a service, as in mesh:///weft.user.v1.UserService")
+    registry = authority or os.environ.get(REGISTRY_VARIABLE, "")
+    if not registry:
+        raise ValueError(
+            f"target {text!r}: which registry? Set {REGISTRY_VARIABLE}=host:port, or write mesh://host:port/{service}"
+        )
+    uri = _URI.fullmatch(registry)
+    if (authority and _port(authority) is None) or (uri and uri["scheme"] not in GRPC_SCHEMES):
+        raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}")
+    return RegistryResolver(registry, service)
+
+
+def _static(text: str, authority: str, path: str) -> Resolver:
+    if authority:
+        raise ValueError(f"target {text!r}: write three slashes, static:///{authority}")
+    addresses = [address.strip() for address in path.split(",") if address.strip()]
+    if not addresses:
+        raise ValueError(f"target {text!r}: names no address, as in static:///10.0.0.1:50051,10.0.0.2:50051")
+    for address in addresses:
+        if not _LOCAL.fullmatch(address) and _port(address) is None:
+            raise ValueError(f"target {text!r}: {address!r} is not host:port, [ipv6]:port or unix:path")
+    return StaticResolver(addresses)
+
+
+def _dns(text: str, path: str) -> Resolver:
+    # As gRPC: more than one colon outside of brackets is a bare IPv6 address.
+    host, port = path, ""
+    if path.startswith("["):
+        host, _, port = path[1:].partition("]")
+        port = port.removeprefix(":")
+    elif path.count(":") == 1:
+        host, _, port = path.partition(":")
+    number = _port(f"host:{port}") if port else DEFAULT_PORT
+    if not host or number is None or re.search(r"[\[\]/\s,]", host):
+        raise ValueError(f"target {text!r}: {path!r} is not host or host:port")
+    return DnsResolver(host, number)
+
+
+def _port(address: str) -> int | None:
+    """The port of ``host:port``; None when that isn't what it is."""
+    match = _HOST_PORT.fullmatch(address)
+    port = int(match["port"]) if match else 0
+    return port if 1 <= port <= 65535 else None
