@@ -77,12 +77,12 @@ class Plan:
         users = self.port + 1
         orders = users + max(10, self.users)
         return [
-            self._replica("registry", "mesh.registry", "", self.port),
-            *(self._replica(f"user-{n + 1}", "services.user", USER, users + n) for n in range(self.users)),
-            *(self._replica(f"order-{n + 1}", "services.order", ORDER, orders + n) for n in range(self.orders)),
+            self._replica("registry", ["mesh.registry", "--listen", self.registry], "", self.port),
+            *(self._replica(f"user-{n + 1}", ["services.user"], USER, users + n) for n in range(self.users)),
+            *(self._replica(f"order-{n + 1}", ["services.order"], ORDER, orders + n) for n in range(self.orders)),
         ]
 
-    def _replica(self, name: str, module: str, service: str, port: int) -> Replica:
+    def _replica(self, name: str, command: Sequence[str], service: str, port: int) -> Replica:
         environment = {
             "MESH_LISTEN": f"{HOST}:{port}",
             "MESH_REGISTRY": self.registry,
@@ -90,20 +90,22 @@ class Plan:
             "MESH_INSTANCE_ID": name,
             "MESH_REFLECTION": "1",
         }
-        return Replica(name, module, service, port, environment, self.data / "logs" / f"{name}.log")
+        return Replica(name, command, service, port, environment, self.data / "logs" / f"{name}.log")
 
 
 class Replica:
     """One process, over all its restarts."""
 
-    def __init__(self, name: str, module: str, service: str, port: int, environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], service: str, port: int, environment: dict[str, str], log: Path
+    ) -> None:
         self.name = name
-        self.module = module
         self.service = service
         self.address = f"{HOST}:{port}"
         self.port = port
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
+        self._command = command
         self._environment = environment
         self._begins_at = 0
 
@@ -113,7 +115,7 @@ class Replica:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            self.module,
+            *self._command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,

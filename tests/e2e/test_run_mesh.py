@@ -1,0 +1,185 @@
+"""``make run-mesh`` as its user sees it: what it prints works, the examples run, and it ends when it is told to."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import HOST, REPOSITORY, Spawn, eventually, free_ports
+
+pytestmark = pytest.mark.slow
+
+BUF = Path(sys.executable).with_name("buf")
+
+
+class Mesh:
+    """A shop brought up as ``make run-mesh`` does, on ports of its own."""
+
+    def __init__(self, spawn: Spawn, data: Path, users: int = 3, orders: int = 2) -> None:
+        self.port = free_ports(16)[0]
+        self.registry = f"{HOST}:{self.port}"
+        self.data = data
+        self.process = spawn.python(
+            "-m", "services", "--port", str(self.port), "--data", data, "--users", str(users), "--orders", str(orders)
+        )
+
+    def ready(self) -> str:
+        """What it printed until it was ready."""
+        return self.process.wait_for("Ready in", within=40)
+
+    def pids(self) -> dict[str, int]:
+        """The processes by name, as the table has them."""
+        rows = re.findall(rf"^ *([a-z]+(?:-\d+)?) +{re.escape(HOST)}:\d+ +(\d+)", self.process.said, re.MULTILINE)
+        return {name: int(pid) for name, pid in rows}
+
+    def run(self, *command: str, input: str | None = None) -> str:
+        done = subprocess.run(
+            command,
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            cwd=REPOSITORY,
+            env={"MESH_REGISTRY": self.registry, "PYTHONWARNINGS": "error"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + self.process.said
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """One running shop for the tests that only talk to it."""
+    folder = tmp_path_factory.mktemp("shop")
+    spawn = Spawn(folder)
+    mesh = Mesh(spawn, folder / "data")
+    try:
+        mesh.ready()
+        yield mesh
+    finally:
+        if mesh.process.running:
+            mesh.process.end()
+        spawn.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended (a zombie, whose parent has yet to hear of it, has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.xdist_group("run-mesh")
+class TestWhatItPrints:
+    def test_a_table_of_what_runs_where(self, shop: Mesh) -> None:
+        assert list(shop.pids()) == ["registry", "user-1", "user-2", "user-3", "order-1", "order-2"]
+        said = shop.process.said
+        for offset in (0, 1, 2, 3, 11, 12):
+            assert f"{HOST}:{shop.port + offset} " in said
+
+    def test_the_grpcurl_lines_work(self, shop: Mesh) -> None:
+        lines = [line for line in shop.process.said.splitlines() if line.startswith("grpcurl ")]
+        assert len(lines) == 2
+        for line in lines:
+            grpcurl, plaintext, d, data, address, method = shlex.split(line)
+            assert (grpcurl, plaintext, d) == ("grpcurl", "-plaintext", "-d")
+            # buf stands in for grpcurl: it asks the server's reflection for the schema, too.
+            answer = self._curl(shop, data, f"http://{address}/{method}")
+            assert "ada" in answer if "CreateUser" in method else answer.startswith("{")
+
+    def _curl(self, shop: Mesh, data: str, url: str) -> str:
+        return shop.run(str(BUF), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", data, url)
+
+    def test_the_python_client_works_and_has_five_lines(self, shop: Mesh) -> None:
+        match = re.search(r"^\S+python\S* <<'EOF'\n(?P<code>.*?)^EOF$", shop.process.said, re.MULTILINE | re.DOTALL)
+        assert match is not None
+        assert match["code"].count("\n") == 5
+        shop.run(sys.executable, "-", input=match["code"])
+
+    @pytest.mark.parametrize("example", sorted(REPOSITORY.glob("examples/*.py")), ids=lambda path: path.stem)
+    def test_each_example_runs(self, shop: Mesh, example: Path) -> None:
+        assert shop.run(sys.executable, "-W", "error", str(example))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: signal.Signals) -> None:
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh.ready()
+    pids = mesh.pids()
+    assert len(pids) == 3
+    assert mesh.process.end(number, within=40) == 0
+    assert all(gone(pid) for pid in pids.values())
+    assert "killed" not in mesh.process.said
+
+
+def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> None:
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh.process.wait_for("Starting")
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
+    mesh_port = free_ports(16)[0]
+    with socket.socket() as taken:
+        taken.bind((HOST, mesh_port + 2))
+        taken.listen()
+        process = spawn.python("-m", "services", "--port", str(mesh_port), "--data", tmp_path / "data")
+        assert process.wait() == 2
+    assert process.said.count("\n") == 1
+    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use" in process.said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--users", "none"], "argument --users: 'none' is not a whole number from 1 to 100"),
+        (["--orders", "0"], "argument --orders: '0' is not a whole number from 1 to 100"),
+        (["--port", "70000"], "argument --port: '70000' is not a whole number from 1 to 65000"),
+        (["--data", "/dev/null/data"], "can't write to /dev/null/data"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_bad_argument_is_one_line_and_exit_code_2(spawn: Spawn, arguments: list[str], complaint: str) -> None:
+    process = spawn.python("-m", "services", "--port", str(free_ports(16)[0]), *arguments)
+    assert process.wait() == 2
+    assert complaint in process.said
+    assert len(process.said.splitlines()) == 1
+
+
+def test_a_bad_variable_of_a_service_is_named(spawn: Spawn, tmp_path: Path) -> None:
+    port = free_ports(16)[0]
+    process = spawn.python(
+        "-m", "services", "--port", str(port), "--data", tmp_path / "data", environment={"MESH_WEIGHT": "much"}
+    )
+    assert process.wait(within=40) == 2
+    assert "MESH_WEIGHT" in process.said
+    assert "Traceback" not in process.said
+
+
+@pytest.mark.faults
+def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None:
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh.ready()
+    subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
+    mesh.process.wait_for("user-1 was ended by SIGKILL")
+    mesh.process.wait_for("user-1 is back", within=30)
+    assert mesh.run(sys.executable, str(REPOSITORY / "examples/quickstart_sync.py"))
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word that a parent has ended is Linux's")
+def test_no_process_outlives_a_killed_supervisor(spawn: Spawn, tmp_path: Path) -> None:
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh.ready()
+    pids = mesh.pids()
+    assert mesh.process.end(signal.SIGKILL) == -signal.SIGKILL
+    eventually(lambda: all(gone(pid) for pid in pids.values()), within=30, what="its processes had ended")
