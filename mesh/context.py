@@ -20,7 +20,7 @@ class Scope:
     calls below it.
     """
 
-    __slots__ = ("_children", "cancelled", "criticality", "deadline", "exhausted", "is_retry")
+    __slots__ = ("_children", "cancelled", "closed", "criticality", "deadline", "exhausted", "is_retry")
 
     def __init__(self, deadline: float | None = None, *, is_retry: bool = False, criticality: str = "") -> None:
         self.deadline = deadline
@@ -28,6 +28,7 @@ class Scope:
         self.criticality = criticality
         self.exhausted = False
         self.cancelled = False
+        self.closed = False
         # A dict for its order and its O(1) removal; keyed by identity of the child call.
         self._children: dict[int, Callable[[], object]] = {}
 
@@ -43,6 +44,8 @@ class Scope:
 
     def cancel(self) -> None:
         """The inbound call was cancelled: cancel the calls made for it."""
+        if self.closed:
+            return
         self.cancelled = True
         while self._children:
             try:
@@ -50,6 +53,10 @@ class Scope:
             except KeyError:  # another thread took the last one
                 return
             cancel()
+
+    def close(self) -> None:
+        """The handler is through: what it left running is no longer cancelled with the inbound call."""
+        self.closed = True
 
     def __repr__(self) -> str:
         return f"<Scope deadline={self.deadline} is_retry={self.is_retry} cancelled={self.cancelled}>"

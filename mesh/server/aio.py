@@ -1,0 +1,232 @@
+"""Serving with asyncio: ``serve`` for a process, ``Server`` for a program that has other things to do as well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+from mesh.server.assembly import BAD_START, SIGNALS, Recorder, Servicers, add_reflection, advertised, bind, instances
+from mesh.server.deadlines import LOG, wrap_aio
+from mesh.server.registration import Registration
+from mesh.server.settings import ServerSettings
+from mesh.server.threads import ThreadPool
+
+_AT_ONCE = 1.0
+"""Seconds that a server gets to end when it is ended at once, or when its grace is over."""
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: set[asyncio.Timeout] = set()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        try:
+            async with asyncio.timeout(None) as end:
+                self._ends.add(end)
+                try:
+                    await super().Watch(request, context)
+                finally:
+                    self._ends.discard(end)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+
+    def end_watches(self) -> None:
+        for end in tuple(self._ends):
+            end.reschedule(asyncio.get_running_loop().time())
+
+
+class Server:
+    """Servicers, served: with health, reflection, registration, deadlines and a graceful end.
+
+    ::
+
+        async with Server([(add_UserServiceServicer_to_server, servicer)], settings) as server:
+            ...  # server.port
+
+    Leaving the block drains. ``services``: their full names; ``port`` and ``address`` (advertised) are known once
+    it is started.
+    """
+
+    def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        self.settings = settings if settings is not None else ServerSettings.from_env()
+        self.services: tuple[str, ...] = ()
+        self.port = 0
+        self.address = ""
+        self._servicers = servicers
+        self._server: grpc.aio.Server | None = None
+        self._health: _Health | None = None
+        self._registration: Registration | None = None
+        self._pool = ThreadPool(self.settings.max_workers)
+        self._draining: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen and serve; then register, in the background.
+
+        Raises OSError when it can't listen there.
+        """
+        settings = self.settings
+        server = grpc.aio.server(
+            migration_thread_pool=self._pool,
+            interceptors=list(settings.interceptors),
+            options=settings.server_options(),
+        )
+        recorder = Recorder(server, lambda handler: wrap_aio(handler, self._pool))
+        recorder.add(self._servicers)
+        self.services = recorder.services
+        self._health = _Health()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection((*self.services, health.SERVICE_NAME), server, settings)
+        self.port = bind(server, settings.listen)
+        self.address = advertised(settings, self.port)
+        await server.start()
+        self._server = server
+        for service in self.services:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        if settings.registry:
+            self._registration = Registration(
+                settings.registry, instances(self.services, settings, self.address), settings.lease_ttl
+            )
+            self._registration.start()
+
+    async def drain(self) -> None:
+        """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.
+
+        Returns when it is done; called again, it waits for the first.
+        """
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def _drain(self) -> None:
+        if self._server is None or self._health is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        if self._registration is not None:
+            await self._registration.close(self.settings.deregister_timeout)
+        await asyncio.sleep(self.settings.drain_wait)
+        self._health.end_watches()
+        await self._stop(self.settings.grace)
+
+    async def _stop(self, grace: float) -> None:
+        assert self._server is not None
+        # A handler that won't be cancelled would hold this for ever.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._server.stop(grace), grace + _AT_ONCE)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def kill(self) -> None:
+        """End at once: calls in flight are cancelled."""
+        if self._draining is not None:
+            self._draining.cancel()
+            await asyncio.wait([self._draining])
+        if self._registration is not None:
+            await self._registration.close(0.0)
+        if self._server is not None:
+            await self._stop(0.0)
+
+    async def wait(self) -> None:
+        """Wait until the server has ended."""
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
+    async def __aenter__(self) -> Server:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.drain()
+
+    def __repr__(self) -> str:
+        return (
+            f"<mesh.aio Server {', '.join(self.services) or 'not started'} on {self.address or self.settings.listen}>"
+        )
+
+
+async def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the process's exit code.
+
+    ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer. ``settings``: from ``MESH_*`` in the
+    environment without one.
+
+    Returns 0 after a drain; 2, with one line on stderr, when the settings are wrong or the port is taken; 130 (SIGINT)
+    or 143 (SIGTERM) when a second signal ended it at once.
+    """
+    try:
+        server = Server(servicers, settings)
+        await server.start()
+    except (ValueError, OSError) as error:
+        print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
+        return BAD_START
+
+    with _signals() as signals:
+        try:
+            return await _until_signalled(server, signals)
+        except asyncio.CancelledError:
+            await server.drain()
+            raise
+
+
+async def _until_signalled(server: Server, signals: asyncio.Queue[int]) -> int:
+    async with _Tasks() as tasks:
+        await tasks.first(server.wait(), signals.get())
+        drained, second = await tasks.first(server.drain(), signals.get())
+        if drained.done():
+            return 0
+        await server.kill()
+        return 128 + int(second.result())
+
+
+class _Tasks:
+    """Tasks that are awaited against each other; those still running are cancelled at the end."""
+
+    def __init__(self) -> None:
+        self._all: list[asyncio.Future[Any]] = []
+
+    async def first(self, *coroutines: Coroutine[Any, Any, Any]) -> list[asyncio.Future[Any]]:
+        """Wait until one of them is done; a task for each."""
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+        self._all += tasks
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks
+
+    async def __aenter__(self) -> _Tasks:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._all:
+            task.cancel()
+        await asyncio.gather(*self._all, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Queue[int]]:
+    """The numbers of the ending signals that arrive; none do outside of the main thread. The handlers are put back."""
+    arrived: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in SIGNALS:
+            loop.add_signal_handler(number, arrived.put_nowait, number)
+    except (ValueError, RuntimeError, NotImplementedError):
+        yield arrived
+        return
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""What a server is put together from, in both worlds: servicers and their names, an address, the registry's entry."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from mesh.server.deadlines import LOG, Handler, Wrapped
+from mesh.server.settings import ServerSettings
+from weft.mesh.v1 import registry_pb2 as pb
+
+Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
+"""Pairs of a generated ``add_XServicer_to_server`` and a servicer."""
+
+WILDCARDS = ("0.0.0.0", "[::]")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What ends a server: the first in good order, the second at once."""
+
+BAD_START = 2
+"""The exit code when a server can't start as it was told to."""
+
+
+class _Wrapping(grpc.ServiceRpcHandler):
+    """A service's handlers, wrapped. gRPC looks here when a method wasn't registered by name."""
+
+    def __init__(self, handler: grpc.GenericRpcHandler, name: str, wrapped: Wrapped) -> None:
+        self._handler = handler
+        self._name = name
+        self._wrapped = wrapped
+
+    def service_name(self) -> str:
+        return self._name
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._wrapped(handler_call_details.method, self._handler.service(handler_call_details))
+
+
+class Recorder:
+    """Stands in for the server while servicers are added: wraps their handlers, and notes their services' names."""
+
+    def __init__(self, server: Any, wrap: Callable[[Handler], Handler]) -> None:
+        self._server = server
+        self._wrap = wrap
+        # A dict for its order.
+        self._services: dict[str, None] = {}
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        return tuple(self._services)
+
+    def add(self, servicers: Servicers) -> None:
+        for add_to_server, servicer in servicers:
+            add_to_server(servicer, self)
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        wrapping = []
+        for handler in generic_rpc_handlers:
+            name = handler.service_name() if isinstance(handler, grpc.ServiceRpcHandler) else ""
+            if name:
+                self._services[name] = None
+            wrapping.append(_Wrapping(handler, name, Wrapped(self._wrap)))
+        self._server.add_generic_rpc_handlers(wrapping)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: dict[str, Handler]) -> None:
+        self._services[service_name] = None
+        wrapped = {method: self._wrap(handler) for method, handler in method_handlers.items()}
+        self._server.add_registered_method_handlers(service_name, wrapped)
+
+
+def add_reflection(services: Iterable[str], server: Any, settings: ServerSettings) -> None:
+    """Have the server describe its services, where that is asked for and grpcio-reflection is there."""
+    if not settings.reflection:
+        return
+    try:
+        from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+    except ImportError:
+        LOG.warning("reflection is asked for, but grpcio-reflection isn't installed; serving without it")
+        return
+    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+
+
+def bind(server: Any, listen: str) -> int:
+    """Bind ``server`` to ``listen``; the port (0 for a unix socket).
+
+    Raises OSError, saying what is in the way.
+    """
+    try:
+        _probe(listen)
+        return int(server.add_insecure_port(listen))
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(getattr(error, "errno", None) or errno.EINVAL, f"can't listen on {listen}: {reason}") from error
+
+
+def _probe(listen: str) -> None:
+    """Raise OSError when ``listen`` can't be had.
+
+    gRPC's core says what is wrong only in lines of its own on stderr, and takes "localhost" when only one of its addresses
+    is free.
+    """
+    if listen.startswith(("unix:", "unix-abstract:")):
+        folder = Path(listen.removeprefix("unix:").removeprefix("//")).parent
+        if listen.startswith("unix:") and not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, f"{folder} isn't a folder that can be written to")
+        return
+    host, _, port = listen.rpartition(":")
+    addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    refused = []
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            refused.append(error)
+    # A name may have an address of a family that this host lacks: gRPC listens on the others, and so do we.
+    if refused and (len(refused) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in refused)):
+        raise refused[0]
+
+
+def advertised(settings: ServerSettings, port: int) -> str:
+    """The address that clients are given for a server that listens on ``port``."""
+    told = settings.advertise or settings.listen
+    if told.startswith(("unix:", "unix-abstract:")):
+        return told
+    host, _, told_port = told.rpartition(":") if ":" in told else (told, "", str(port))
+    if settings.advertise:
+        return f"{host}:{told_port if int(told_port) else port}"
+    return f"{_own_address(settings.registry) if host in WILDCARDS else host}:{port}"
+
+
+def _own_address(registry: str) -> str:
+    """This machine's address on the way to ``registry``: what a UDP socket gets that is connected and sends nothing."""
+    host, _, port = registry.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]") or socket.gethostname(), int(port or 9), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, protocol) as route:
+            route.connect(address)
+            own = str(route.getsockname()[0])
+    except (OSError, ValueError):
+        return socket.gethostname()
+    return f"[{own}]" if ":" in own else own
+
+
+def instances(services: Iterable[str], settings: ServerSettings, address: str) -> list[pb.Instance]:
+    """What the registry is told: an instance for each service, under one id."""
+    return [
+        pb.Instance(
+            id=settings.instance_id or address,
+            service=service,
+            address=address,
+            locality=pb.Locality(region=settings.region, zone=settings.zone, sub_zone=settings.sub_zone),
+            weight=settings.weight,
+            metadata=settings.metadata,
+        )
+        for service in services
+    ]

@@ -1,0 +1,319 @@
+"""What stands around each handler: the inbound call's scope, and a plain end to what goes wrong in it.
+
+Around every handler, of each kind and in both worlds, a ``mesh.context.Scope`` is entered, so that ``mesh.remaining()``
+tells what is left of the inbound call, and the calls that the handler makes inherit its deadline, its cancellation and
+the chain stop. An exception becomes INTERNAL with an id that the log repeats, and nothing of it leaks. A handler that
+fails after a call it made was retried in vain says "don't retry" to the caller above (``grpc-retry-pushback-ms: -1``,
+gRFC A6), so that retries don't multiply down a call tree.
+
+``mesh.serve`` wraps handlers when they are registered, which costs no interceptor per call. For a ``grpc.Server`` of
+one's own there are ``ServerInterceptor`` and ``AioServerInterceptor``.
+
+A wrapped handler is of the same kind and has the same serializers. A handler of the callback kind
+(``experimental_non_blocking``: the health service's Watch) is left as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from mesh import context as mesh_context
+from mesh.context import Scope
+from mesh.model import Metadatum
+from mesh.server.threads import async_behavior
+
+LOG = logging.getLogger("mesh.server")
+
+PUSHBACK = "grpc-retry-pushback-ms"
+_DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
+_ATTEMPTS = ("grpc-previous-rpc-attempts", "weft-attempt")
+# grpc says about 9.2e18 s, or None, for "no deadline"; nothing that has one has a century.
+_NO_DEADLINE = 3e9
+
+Handler = Any  # an RpcMethodHandler; grpc's is generic over messages that nothing here looks at
+Behavior = Callable[..., Any]
+
+
+def scope_of(context: Any) -> Scope:
+    """The scope of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
+    left = context.time_remaining()
+    is_retry = False
+    for key, value in context.invocation_metadata():
+        if key in _ATTEMPTS:
+            is_retry = value.isdecimal() and int(value) > 0
+    return Scope(
+        None if left is None or left > _NO_DEADLINE else time.monotonic() + left,
+        is_retry=is_retry,
+    )
+
+
+def _with_pushback(trailers: Iterable[Metadatum] | None) -> tuple[Metadatum, ...]:
+    """The handler's own trailers, and beside them "don't retry"; its own word on that stands."""
+    own = tuple(trailers or ())
+    return own if any(key == PUSHBACK for key, _ in own) else (*own, _DO_NOT_RETRY)
+
+
+def _status_for(behavior: Behavior, error: Exception, context: Any) -> tuple[grpc.StatusCode, str]:
+    """The status that an exception ends a call with: a code that the handler had set stands; it is logged."""
+    name = os.urandom(8).hex()
+    LOG.error("internal error, id %s, in %s", name, getattr(behavior, "__qualname__", behavior), exc_info=error)
+    code, details = context.code(), context.details()
+    if code is None or code is grpc.StatusCode.OK:
+        return grpc.StatusCode.INTERNAL, f"internal error, id {name}"
+    if isinstance(details, bytes):  # the threaded context keeps them encoded
+        details = details.decode("utf-8", "replace")
+    return code, details or f"internal error, id {name}"
+
+
+def _failed(context: Any) -> bool:
+    code = context.code()
+    return code is not None and code is not grpc.StatusCode.OK
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+# grpc runs a handler, and each step of its responses, in one context of its own on one thread: entering the scope once
+# is enough. Status and trailers leave when the handler has ended, so they are still to be had when an exception passes
+# here.
+
+
+def _entered(context: grpc.ServicerContext) -> Scope:
+    scope = scope_of(context)
+    mesh_context.enter(scope)
+    # Called however the call ends; a scope that is closed by then cancels nothing.
+    if not context.add_callback(scope.cancel):
+        scope.cancel()
+    return scope
+
+
+def _sync_done(context: Any, scope: Scope) -> None:
+    scope.close()
+    if scope.exhausted and _failed(context):
+        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
+
+
+def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scope) -> None:
+    """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
+    scope.close()
+    if scope.exhausted:
+        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
+    if not context.is_active():  # what a handler raises because its client is gone is no fault of its own
+        return
+    # context.abort() raises a bare Exception after it has set the code: there is no other public sign of it.
+    if type(error) is Exception and not error.args and _failed(context):
+        return
+    code, details = _status_for(behavior, error, context)
+    context.abort(code, details)
+
+
+def _sync_unary(behavior: Behavior) -> Behavior:
+    def handle(request: Any, context: Any) -> Any:
+        scope = _entered(context)
+        try:
+            response = behavior(request, context)
+        except Exception as error:
+            _sync_raised(behavior, error, context, scope)
+            raise
+        _sync_done(context, scope)
+        return response
+
+    return handle
+
+
+def _sync_stream(behavior: Behavior) -> Behavior:
+    def handle(request: Any, context: Any) -> Iterator[Any]:
+        scope = _entered(context)
+        try:
+            yield from behavior(request, context)
+        except Exception as error:
+            _sync_raised(behavior, error, context, scope)
+            raise
+        _sync_done(context, scope)
+
+    return handle
+
+
+# -- asyncio ----------------------------------------------------------------------------------------------------------
+# Each call has a task of its own, hence a context of its own. abort() sends status and trailers before it raises, so
+# what is to go with them is put there by a context of ours.
+
+
+class AioContext:
+    """A handler's context on an aio server: grpc's own, whose ``abort`` adds the chain stop."""
+
+    __slots__ = ("_context", "_scope")
+
+    def __init__(self, context: Any, scope: Scope) -> None:
+        self._context = context
+        self._scope = scope
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    # Beside what differs, only what streams call for each message.
+    def read(self) -> Awaitable[Any]:
+        return self._context.read()  # type: ignore[no-any-return]
+
+    def write(self, message: Any) -> Awaitable[None]:
+        return self._context.write(message)  # type: ignore[no-any-return]
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[Metadatum, ...] = ()
+    ) -> None:
+        if self._scope.exhausted:
+            trailing_metadata = _with_pushback(trailing_metadata or self._context.trailing_metadata())
+        await self._context.abort(code, details, trailing_metadata)
+
+    async def abort_with_status(self, status: Any) -> None:
+        await self.abort(status.code, status.details, status.trailing_metadata)
+
+
+async def _aio_raised(behavior: Behavior, error: Exception, context: AioContext, scope: Scope) -> None:
+    """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
+    if context.done():  # aborted: the status is sent
+        return
+    if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
+        scope.cancel()  # a message couldn't be sent or received: the client is gone
+        return
+    await context.abort(*_status_for(behavior, error, context))
+
+
+def _aio_done(context: AioContext, scope: Scope) -> None:
+    scope.close()
+    if scope.exhausted and _failed(context):
+        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
+
+
+def _aio_coroutine(behavior: Behavior) -> Behavior:
+    async def handle(request: Any, context: Any) -> Any:
+        scope = scope_of(context)
+        mesh_context.enter(scope)
+        context = AioContext(context, scope)
+        try:
+            response = await behavior(request, context)
+        except asyncio.CancelledError:
+            scope.cancel()
+            raise
+        except Exception as error:
+            await _aio_raised(behavior, error, context, scope)
+            raise
+        _aio_done(context, scope)
+        return response
+
+    return handle
+
+
+def _written(behavior: Behavior) -> Behavior:
+    """An async generator as the other kind of streaming handler, which writes: one generator fewer for each message."""
+
+    async def write_all(request: Any, context: Any) -> None:
+        async with aclosing(behavior(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    write_all.__qualname__ = getattr(behavior, "__qualname__", write_all.__qualname__)
+    return write_all
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
+    """``handler`` with its behavior wrapped: the same kind, the same serializers."""
+    serializers = (handler.request_deserializer, handler.response_serializer)
+    if handler.request_streaming:
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(wrap(handler.stream_stream), *serializers)
+        return grpc.stream_unary_rpc_method_handler(wrap(handler.stream_unary), *serializers)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(wrap(handler.unary_stream), *serializers)
+    return grpc.unary_unary_rpc_method_handler(wrap(handler.unary_unary), *serializers)
+
+
+def wrap_sync(handler: Handler) -> Handler:
+    """``handler``, of a ``grpc.Server``, inside its inbound call's scope."""
+
+    def wrap(behavior: Behavior) -> Behavior:
+        if getattr(behavior, "experimental_non_blocking", False):
+            return behavior
+        wrapped = (_sync_stream if handler.response_streaming else _sync_unary)(behavior)
+        pool = getattr(behavior, "experimental_thread_pool", None)
+        if pool is not None:
+            wrapped.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        return wrapped
+
+    return _rebuilt(handler, wrap)
+
+
+def wrap_aio(handler: Handler, pool: Executor | None = None) -> Handler:
+    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope. One that isn't async runs in ``pool``."""
+
+    def wrap(behavior: Behavior) -> Behavior:
+        if inspect.isasyncgenfunction(behavior):
+            return _aio_coroutine(_written(behavior))
+        if inspect.iscoroutinefunction(behavior):
+            return _aio_coroutine(behavior)
+        return _aio_coroutine(
+            async_behavior(
+                behavior,
+                pool,
+                request_streaming=handler.request_streaming,
+                response_streaming=handler.response_streaming,
+            )
+        )
+
+    return _rebuilt(handler, wrap)
+
+
+class Wrapped:
+    """Handlers by method, each wrapped when first seen: one for a method at most, however handlers come and go."""
+
+    __slots__ = ("_known", "_wrap")
+
+    def __init__(self, wrap: Callable[[Handler], Handler]) -> None:
+        self._wrap = wrap
+        self._known: dict[str, tuple[Handler, Handler]] = {}
+
+    def __call__(self, method: str, handler: Handler) -> Handler:
+        known = self._known.get(method)
+        if known is None or known[0] is not handler:
+            if handler is None:
+                return None
+            known = self._known[method] = (handler, self._wrap(handler))
+        return known[1]
+
+
+class ServerInterceptor(grpc.ServerInterceptor):
+    """What ``mesh.serve`` puts around handlers, for a ``grpc.Server`` of one's own.
+
+    Put it first, so that it stands around the other interceptors' handlers, too.
+    """
+
+    def __init__(self) -> None:
+        self._wrapped = Wrapped(wrap_sync)
+
+    def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._wrapped(handler_call_details.method, continuation(handler_call_details))
+
+
+class AioServerInterceptor(grpc.aio.ServerInterceptor):
+    """What ``mesh.aio.serve`` puts around handlers, for a ``grpc.aio.Server`` of one's own.
+
+    ``pool`` runs the handlers that aren't async (the server's ``migration_thread_pool``; None for the loop's own
+    executor).
+    """
+
+    def __init__(self, pool: Executor | None = None) -> None:
+        self._wrapped = Wrapped(lambda handler: wrap_aio(handler, pool))
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._wrapped(handler_call_details.method, await continuation(handler_call_details))

@@ -1,0 +1,211 @@
+"""Being known: each of a process's services under a lease at the registry, for as long as the process serves.
+
+``Leases`` is what is known of them, and decides; ``Registration`` talks. One KeepAlive stream carries all leases, a
+message every third of their time to live, with jitter, so that replicas started together don't renew together. Leases
+that the registry doesn't know (it restarted, or we were away for too long) are registered again. A registry that is
+away is tried again for ever, with backoff; serving never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from mesh.config import RetryPolicy
+from mesh.policy.backoff import Backoff
+from weft.mesh.v1 import registry_pb2 as pb
+from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
+
+LOG = logging.getLogger("mesh.server")
+
+RENEWALS = 3
+"""Keep-alives in a lease's time to live: two may be lost."""
+
+TIMEOUT = 3.0
+"""Seconds that the registry gets for an answer."""
+
+BACKOFF = RetryPolicy(max_attempts=2, initial_backoff=0.1, max_backoff=2.0)
+
+_CHANNEL_OPTIONS = [
+    # A connection of its own that notices a registry which no longer answers, and is soon back when it does again.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Leases:
+    """Which instances are registered, under which leases. No IO; instances are known by their service."""
+
+    def __init__(self, instances: Iterable[pb.Instance], ttl: float) -> None:
+        self._instances = {instance.service: instance for instance in instances}
+        self._held: dict[str, str] = {}  # service -> lease id
+        self._ttl = ttl
+
+    def missing(self) -> list[pb.Instance]:
+        """The instances to register."""
+        return [instance for service, instance in self._instances.items() if service not in self._held]
+
+    def held(self) -> list[str]:
+        """The leases to renew, or to end."""
+        return list(self._held.values())
+
+    def granted(self, instance: pb.Instance, lease_id: str, ttl: float) -> None:
+        """The registry gave ``instance`` a lease of ``ttl`` seconds, which may be less than it was asked for."""
+        self._held[instance.service] = lease_id
+        if ttl > 0:
+            self._ttl = min(self._ttl, ttl)
+
+    def lost(self, lease_ids: Iterable[str]) -> None:
+        """The registry doesn't know these leases."""
+        lost = set(lease_ids)
+        self._held = {service: lease_id for service, lease_id in self._held.items() if lease_id not in lost}
+
+    def renew_in(self, rng: random.Random) -> float:
+        """Seconds until the next keep-alive: up to a fifth sooner than due, and never later."""
+        return self._ttl / RENEWALS * rng.uniform(0.8, 1.0)
+
+    def __repr__(self) -> str:
+        return f"<Leases {len(self._held)}/{len(self._instances)} held, ttl={self._ttl:g}s>"
+
+
+class _Silent(Exception):  # noqa: N818
+    """The registry ended a stream, or didn't answer in time."""
+
+
+class Registration:
+    """Keeps ``instances`` registered at ``registry`` from ``start`` to ``close``, on one event loop."""
+
+    def __init__(
+        self, registry: str, instances: Sequence[pb.Instance], ttl: float, *, rng: random.Random | None = None
+    ) -> None:
+        self.leases = Leases(instances, ttl)
+        self._registry = registry
+        self._ttl = Duration()
+        self._ttl.FromNanoseconds(round(ttl * 1e9))
+        self._rng = rng or random.Random()
+        self._task: asyncio.Task[None] | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._channel = grpc.aio.insecure_channel(self._registry, _CHANNEL_OPTIONS)
+        self._task = asyncio.get_running_loop().create_task(self._run(pb_grpc.RegistryStub(self._channel)))
+
+    async def close(self, within: float) -> None:
+        """End all leases, in ``within`` seconds at most: those that the registry isn't told of end by themselves."""
+        if self._task is None or self._channel is None:
+            return
+        # First no more renewals: they would find the ended leases unknown, and register again.
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        stub = pb_grpc.RegistryStub(self._channel)
+        ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
+        for outcome in await asyncio.gather(*ended, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                LOG.warning("deregistering at %s failed: %s", self._registry, _reason(outcome))
+                break
+        self.leases.lost(self.leases.held())
+        await self._channel.close()
+        self._task = None
+
+    async def _run(self, stub: Any) -> None:
+        backoff = Backoff(BACKOFF)
+        told = ""
+        while True:
+            try:
+                await self._register(stub)
+                if told:
+                    LOG.info("registered at %s again", self._registry)
+                told = ""
+                backoff.reset()
+                await self._renew(stub)
+            except Exception as error:  # whatever the registry does, serving goes on
+                if isinstance(error, (grpc.RpcError, _Silent)):
+                    if _reason(error) != told:
+                        told = _reason(error)
+                        LOG.warning("not registered at %s, trying on: %s", self._registry, told)
+                else:
+                    LOG.exception("registering at %s failed", self._registry)
+            await asyncio.sleep(backoff.delay(self._rng))
+
+    async def _register(self, stub: Any) -> None:
+        """Register what has no lease."""
+        for instance in self.leases.missing():
+            request = pb.RegisterRequest(instance=instance, ttl=self._ttl)
+            lease = await stub.Register(request, timeout=TIMEOUT, wait_for_ready=True)
+            self.leases.granted(instance, lease.lease_id, lease.ttl.ToNanoseconds() / 1e9)
+
+    async def _renew(self, stub: Any) -> None:
+        """Renew what has a lease, on one stream, until that fails."""
+        stream = stub.KeepAlive()
+        try:
+            while True:
+                # At once on a new stream: after an outage a lease may be near its end.
+                await asyncio.wait_for(stream.write(pb.KeepAliveRequest(lease_ids=self.leases.held())), TIMEOUT)
+                answer = await asyncio.wait_for(stream.read(), TIMEOUT)
+                if answer is grpc.aio.EOF:
+                    raise _Silent("the registry ended the keep-alives")
+                if answer.unknown_lease_ids:
+                    LOG.warning("the registry lost %d of our leases; registering again", len(answer.unknown_lease_ids))
+                    self.leases.lost(answer.unknown_lease_ids)
+                    await self._register(stub)
+                await asyncio.sleep(self.leases.renew_in(self._rng))
+        except TimeoutError:
+            raise _Silent(f"no answer in {TIMEOUT:g} s") from None
+        finally:
+            stream.cancel()
+
+
+class RegistrationThread:
+    """A ``Registration`` for a threaded server: the same, on an event loop in a thread of its own."""
+
+    def __init__(self, registration: Registration) -> None:
+        self._registration = registration
+        self._started = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Event | None = None
+        self._timeout = 0.0
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="mesh-registration", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def close(self, timeout: float) -> None:
+        """As ``Registration.close``."""
+        deadline = time.monotonic() + timeout
+        if self._loop is not None and self._closing is not None:
+            self._timeout = timeout
+            with contextlib.suppress(RuntimeError):  # closed before
+                self._loop.call_soon_threadsafe(self._closing.set)
+            # A little longer than the deregistration gets, for the loop to come down.
+            self._thread.join(max(0.0, deadline - time.monotonic()) + 1.0)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._closing = asyncio.Event()
+        self._registration.start()
+        self._started.set()
+        await self._closing.wait()
+        await self._registration.close(self._timeout)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,199 @@
+"""Serving with threads: ``serve`` for a process, ``Server`` for a program that has other things to do as well."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+from mesh.server.assembly import BAD_START, SIGNALS, Recorder, Servicers, add_reflection, advertised, bind, instances
+from mesh.server.deadlines import LOG, wrap_sync
+from mesh.server.registration import Registration, RegistrationThread
+from mesh.server.settings import ServerSettings
+from mesh.server.threads import ThreadPool
+
+_AT_ONCE = 1.0
+"""Seconds that a server gets to end when it is ended at once, or when its grace is over."""
+
+
+class _Health(health.HealthServicer):  # type: ignore[misc]
+    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
+
+    def __init__(self) -> None:
+        super().__init__()  # its watches take no thread of the pool
+        self._ends: set[Callable[[Any], None]] = set()
+
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
+        self._ends.add(send_response_callback)
+        context.add_callback(lambda: self._ends.discard(send_response_callback))
+        return super().Watch(request, context, send_response_callback)
+
+    def end_watches(self) -> None:
+        for end in tuple(self._ends):
+            end(None)
+
+
+class Server:
+    """Servicers, served: with health, reflection, registration, deadlines and a graceful end.
+
+    ::
+
+        with Server([(add_UserServiceServicer_to_server, servicer)], settings) as server:
+            ...  # server.port
+
+    Leaving the block drains. ``services``: their full names; ``port`` and ``address`` (advertised) are known once
+    it is started.
+    """
+
+    def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        self.settings = settings if settings is not None else ServerSettings.from_env()
+        self.services: tuple[str, ...] = ()
+        self.port = 0
+        self.address = ""
+        self._servicers = servicers
+        self._server: grpc.Server | None = None
+        self._health = _Health()
+        self._registration: RegistrationThread | None = None
+        self._pool = ThreadPool(self.settings.max_workers)
+        self._lock = threading.Lock()
+        self._killed = threading.Event()
+        self._drained = threading.Event()
+        self._draining = False
+
+    def start(self) -> None:
+        """Listen and serve; then register, in the background.
+
+        Raises OSError when it can't listen there.
+        """
+        settings = self.settings
+        server = grpc.server(
+            self._pool,  # type: ignore[arg-type]  # any executor does
+            interceptors=list(settings.interceptors),
+            options=settings.server_options(),
+        )
+        recorder = Recorder(server, wrap_sync)
+        recorder.add(self._servicers)
+        self.services = recorder.services
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection((*self.services, health.SERVICE_NAME), server, settings)
+        self.port = bind(server, settings.listen)
+        self.address = advertised(settings, self.port)
+        server.start()
+        self._server = server
+        for service in self.services:
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        if settings.registry:
+            self._registration = RegistrationThread(
+                Registration(settings.registry, instances(self.services, settings, self.address), settings.lease_ttl)
+            )
+            self._registration.start()
+
+    def drain(self) -> None:
+        """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.
+
+        Returns when it is done; called again, it waits for the first.
+        """
+        with self._lock:
+            first, self._draining = not self._draining, True
+        if not first:
+            self._drained.wait()
+            return
+        try:
+            if self._server is None:
+                return
+            self._health.enter_graceful_shutdown()
+            if self._registration is not None:
+                self._registration.close(self.settings.deregister_timeout)
+            self._killed.wait(self.settings.drain_wait)
+            self._health.end_watches()
+            self._stop(0.0 if self._killed.is_set() else self.settings.grace)
+        finally:
+            self._drained.set()
+
+    def _stop(self, grace: float) -> None:
+        assert self._server is not None
+        # Waits for the calls, not for the handlers: one that doesn't end is left to the process's end.
+        self._server.stop(grace).wait(grace + _AT_ONCE)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def kill(self) -> None:
+        """End at once: calls in flight are cancelled."""
+        self._killed.set()
+        if self._registration is not None:
+            self._registration.close(0.0)
+        if self._server is not None:
+            self._stop(0.0)
+
+    def wait(self) -> None:
+        """Wait until the server has ended."""
+        if self._server is not None:
+            self._server.wait_for_termination()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.drain()
+
+    def __repr__(self) -> str:
+        return f"<mesh Server {', '.join(self.services) or 'not started'} on {self.address or self.settings.listen}>"
+
+
+def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the process's exit code.
+
+    ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer. ``settings``: from ``MESH_*`` in the
+    environment without one.
+
+    Returns 0 after a drain; 2, with one line on stderr, when the settings are wrong or the port is taken; 130 (SIGINT)
+    or 143 (SIGTERM) when a second signal ended it at once.
+    """
+    try:
+        server = Server(servicers, settings)
+        server.start()
+    except (ValueError, OSError) as error:
+        print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
+        return BAD_START
+
+    # What this thread waits for: the number of a signal, or 0 when the server has ended.
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def drain() -> None:
+        server.drain()
+        events.put(0)
+
+    with _signals(events):
+        events.get()
+        threading.Thread(target=drain, name="mesh-drain", daemon=True).start()
+        number = events.get()
+        if number == 0:
+            return 0
+        server.kill()
+        return 128 + number
+
+
+@contextlib.contextmanager
+def _signals(events: queue.SimpleQueue[int]) -> Iterator[None]:
+    """Put the numbers of the ending signals that arrive into ``events``. The handlers are put back at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python tells only the main thread of signals
+        return
+    # A SimpleQueue may be put into by a signal handler that interrupts it.
+    before = {number: signal.signal(number, lambda number, _: events.put(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
