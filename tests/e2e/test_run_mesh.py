@@ -120,6 +120,26 @@ def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: s
     assert "killed" not in mesh.process.said
 
 
+def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
+    """make, too, would end with "Interrupt" if the terminal's signal reached it."""
+    make = ["make", "-o", ".venv/.ready", "run-mesh", f"BIN={BUF.parent}"]
+    make += [f"PORT={free_ports(16)[0]}", f"DATA={tmp_path / 'data'}", "USERS=1", "ORDERS=1"]
+    code = f"import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({make!r})))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as terminal:
+        assert terminal.stdin is not None
+        assert terminal.stdout is not None
+        said = b""
+        for line in terminal.stdout:
+            said += line
+            if b"Ready in" in line:
+                terminal.stdin.write(b"\x03")
+                terminal.stdin.flush()
+    assert terminal.returncode == 0, said.decode()
+    assert b"All ended" in said
+
+
 def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> None:
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
     mesh.process.wait_for("Starting")
