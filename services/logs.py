@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 import structlog
 
 
-def configure(service: str, level: str) -> None:
+def configure(service: str, level: str, stream: TextIO = sys.stdout) -> None:
     """Have this process log as ``service``, from ``level`` up: its own events and those of the libraries under it."""
 
     def name_service(
@@ -34,7 +35,7 @@ def configure(service: str, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=before,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sqlite3
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,6 +21,9 @@ from services.errors import RefusedError
 from services.migrations import migrate
 
 log = structlog.stdlib.get_logger()
+
+CANNOT = (ValueError, OSError, ImportError, RefusedError, CommandError, sa.exc.SQLAlchemyError, sqlite3.Error)
+"""What a service may raise before it serves, for reasons outside of it."""
 
 Serve = Callable[[Database, ServerSettings], Coroutine[Any, Any, int]]
 
@@ -43,7 +47,7 @@ def main(service: str, versions: Path, serve: Serve) -> int:
         own, server = settings.Settings.from_env(), settings.server_settings()
         logs.configure(service, own.log_level)
         database = _open(service, own, versions)
-    except (ValueError, OSError, RefusedError, CommandError, ImportError, sa.exc.SQLAlchemyError) as error:
+    except CANNOT as error:
         cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         print(f"{service}: {' '.join(str(cause).split())}", file=sys.stderr)
         return CANNOT_START

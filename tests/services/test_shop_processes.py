@@ -1,0 +1,105 @@
+"""A service as a process: it says in one line why it can't start, lists its settings, and ends when it is told to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.processes import Spawn
+from weft.user.v1 import user_pb2, user_pb2_grpc
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("mesh.aio") is None, reason="the services are served by mesh.aio"),
+]
+
+
+def run(service: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"services.{service}", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("service", ["user", "order"])
+def test_help_lists_every_variable_with_its_default(service: str) -> None:
+    told = run(service, "--help")
+    assert told.returncode == 0
+    for line in ("MESH_DATA ", "MESH_DATABASE_URL ", "MESH_LOG_LEVEL ", "MESH_LISTEN ", "MESH_REGISTRY"):
+        assert f"  {line}" in told.stdout
+    assert "(default: data)" in told.stdout
+    assert "127.0.0.1:50051" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"MESH_LOG_LEVEL": "loud"}, "user: MESH_LOG_LEVEL='loud': Input should be 'debug', 'info'"),
+        ({"MESH_LISTEN": "nowhere"}, "user: MESH_LISTEN='nowhere': should be host:port"),
+        (
+            {"MESH_DATA": "{tmp}/file/data"},
+            "user: MESH_DATA='{tmp}/file/data': can't be a data folder: Not a directory",
+        ),
+        ({"MESH_DATABASE_URL": "nonsense"}, "user: MESH_DATABASE_URL: should be a SQLAlchemy URL"),
+        ({"MESH_DATABASE_URL": "sqlite://"}, "user: a SQLite database needs a file"),
+        ({"MESH_DATABASE_URL": "sqlite:///{tmp}/file"}, "user: file is not a database"),
+        ({"MESH_DATABASE_URL": "sqlite:///{tmp}/none/user.db"}, "No such file or directory"),
+    ],
+    ids=["log level", "listen", "data", "url", "memory", "no database", "no folder"],
+)
+def test_what_keeps_it_from_starting_is_said_in_one_line(
+    tmp_path: Path, environment: dict[str, str], line: str
+) -> None:
+    (tmp_path / "file").write_text("This is not a database, and no folder either. " * 100)
+    wrong = {name: value.format(tmp=tmp_path) for name, value in environment.items()}
+    told = run("user", **{"MESH_DATA": str(tmp_path / "data"), "MESH_LISTEN": "127.0.0.1:0", **wrong})
+    assert told.returncode == 2
+    assert line.format(tmp=tmp_path) in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("service", ["user", "order"])
+def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        told = run(service, MESH_DATA=str(tmp_path), MESH_LISTEN=listen)
+    assert told.returncode == 2
+    assert listen in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_it_serves_keeps_its_users_and_drains_on_sigterm(
+    tmp_path: Path, spawn: Spawn, free_port: Callable[[], int]
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    environment = {"MESH_DATA": str(tmp_path / "data"), "MESH_LISTEN": address, "MESH_REGISTRY": ""}
+
+    service = spawn.python("-m", "services.user", environment=environment)
+    with grpc.insecure_channel(address) as channel:
+        created = user_pb2_grpc.UserServiceStub(channel).CreateUser(
+            user_pb2.CreateUserRequest(name="Ann", email="ann@example.com"), timeout=20, wait_for_ready=True
+        )
+    assert service.end() == 0
+    lines = [json.loads(line) for line in service.said.splitlines()]
+    assert {line["service"] for line in lines} == {"user"}
+    assert [line["event"] for line in lines if line["logger"] == "services.process"] == ["starting", "stopped"]
+
+    again = spawn.python("-m", "services.user", environment=environment)
+    with grpc.insecure_channel(address) as channel:
+        found = user_pb2_grpc.UserServiceStub(channel).GetUser(
+            user_pb2.GetUserRequest(id=created.user.id), timeout=20, wait_for_ready=True
+        )
+    assert found.user == created.user
+    assert again.end() == 0

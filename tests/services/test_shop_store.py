@@ -1,0 +1,267 @@
+"""What the databases of the shop promise: what is written once is there once, whoever else writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import sqlite3
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from services.database import Database
+from services.errors import ExhaustedError, RequestIdReusedError, UnavailableError
+from services.migrations import migrate
+from services.order import store as order_store
+from services.order.domain import Item, Order, OrderNotFoundError
+from services.order.store import OrderStore
+from services.user import store as user_store
+from services.user.domain import EmailTakenError, User, UserNotFoundError
+from services.user.store import UserStore
+from tests.services.conftest import Open
+
+NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
+
+
+def user(email: str = "ann@example.com", name: str = "Ann") -> User:
+    return User.new(str(uuid.uuid4()), name=name, email=email, now=NOW)
+
+
+def order(user_id: str = "ann", *items: Item) -> Order:
+    return Order.new(str(uuid.uuid4()), user_id=user_id, items=items or (Item("tea", 1), Item("milk", 2)), now=NOW)
+
+
+async def ending(work: Awaitable[Order]) -> Order | Exception:
+    try:
+        return await work
+    except Exception as error:
+        return error
+
+
+@pytest.fixture
+def users(open_database: Open) -> UserStore:
+    return UserStore(open_database("user", user_store.VERSIONS))
+
+
+@pytest.fixture
+def orders(open_database: Open) -> OrderStore:
+    return OrderStore(open_database("order", order_store.VERSIONS))
+
+
+async def test_a_user_comes_back_as_it_went_in(users: UserStore) -> None:
+    ann = await users.create(user())
+    assert await users.get(ann.id) == ann
+    assert (await users.get(ann.id)).create_time.tzinfo is dt.UTC
+
+
+async def test_instants_of_other_zones_are_kept_in_utc(users: UserStore) -> None:
+    tokyo = NOW.astimezone(dt.timezone(dt.timedelta(hours=9)))
+    ann = await users.create(User.new(str(uuid.uuid4()), name="Ann", email="ann@example.com", now=tokyo))
+    assert (await users.get(ann.id)).create_time.isoformat() == NOW.isoformat()
+
+
+async def test_a_user_who_is_not_there_is_not_found(users: UserStore) -> None:
+    with pytest.raises(UserNotFoundError):
+        await users.get(str(uuid.uuid4()))
+
+
+async def test_an_email_is_one_users_whatever_its_case(users: UserStore) -> None:
+    await users.create(user("Ann@Example.com"))
+    with pytest.raises(EmailTakenError):
+        await users.create(user("aNN@example.COM"))
+    assert len((await users.list(10)).items) == 1
+
+
+async def test_the_same_request_makes_one_user(users: UserStore) -> None:
+    first = await users.create(user(), "r1")
+    assert await users.create(user(), "r1") == first
+    with pytest.raises(RequestIdReusedError):
+        await users.create(user(name="Anne"), "r1")
+
+
+async def test_a_failed_request_is_not_remembered(users: UserStore) -> None:
+    await users.create(user())
+    with pytest.raises(EmailTakenError):
+        await users.create(user(), "r1")
+    other = await users.create(user("bob@example.com"), "r1")
+    assert other.email == "bob@example.com"
+
+
+async def test_users_written_between_two_pages_move_nobody(users: UserStore) -> None:
+    created = [await users.create(user(f"{n}@example.com")) for n in range(5)]
+    first = await users.list(3)
+    late = await users.create(user("late@example.com"))
+    second = await users.list(3, first.last)
+    assert [*first.items, *second.items] == [*created, late]
+    assert (first.more, second.more) == (True, False)
+
+
+async def test_an_order_comes_back_with_its_items_in_their_order(orders: OrderStore) -> None:
+    lines = [Item(f"sku-{n}", n + 1) for n in range(12)]
+    taken = await orders.create(order("ann", *lines), "r1")
+    assert await orders.get(taken.id) == taken
+    with pytest.raises(OrderNotFoundError):
+        await orders.get(str(uuid.uuid4()))
+
+
+async def test_orders_are_listed_for_everybody_and_for_one_user(orders: OrderStore) -> None:
+    taken = [await orders.create(order(user_id), f"r{n}") for n, user_id in enumerate(["ann", "bob", "ann", "bob"])]
+    assert list((await orders.list(10)).items) == taken
+    page = await orders.list(1, user_id="bob")
+    assert list(page.items) == [taken[1]]
+    assert page.more
+    assert list((await orders.list(1, page.last, "bob")).items) == [taken[3]]
+
+
+async def test_the_same_request_makes_one_order(orders: OrderStore) -> None:
+    assert await orders.find(order(), "r1") is None
+    first = await orders.create(order(), "r1")
+    assert await orders.create(order(), "r1") == first
+    assert await orders.find(order(), "r1") == first
+    with pytest.raises(RequestIdReusedError):
+        await orders.create(order("bob"), "r1")
+    assert list((await orders.list(10)).items) == [first]
+
+
+async def test_replicas_racing_with_the_same_request_make_one_order(open_database: Open) -> None:
+    replicas = [OrderStore(open_database("order", order_store.VERSIONS)) for _ in range(3)]
+    taken = await asyncio.gather(*(replicas[n % 3].create(order(), "r1") for n in range(30)))
+    assert len({each.id for each in taken}) == 1
+    assert len((await replicas[0].list(10)).items) == 1
+
+
+RACER = """
+import asyncio, datetime as dt, sys, uuid
+from services.database import Database
+from services.migrations import migrate
+from services.order.domain import Item, Order
+from services.order.store import VERSIONS, OrderStore
+
+async def race(database):
+    store = OrderStore(database)
+    for n in range(20):
+        now = dt.datetime.now(dt.UTC)
+        new = Order.new(str(uuid.uuid4()), user_id="ann", items=(Item("tea", 1),), now=now)
+        print(n, (await store.create(new, f"request-{n}")).id)
+
+database = Database(f"sqlite:///{sys.argv[1]}")
+migrate(database, VERSIONS)
+asyncio.run(race(database))
+database.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_start_and_write_at_once_agree_on_every_order(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACER, str(tmp_path / "order.db")]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [racer.communicate(timeout=30)[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0]
+    assert len(answers[0].splitlines()) == 20
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_replicas_that_migrate_at_once_all_succeed(tmp_path: Path) -> None:
+    databases = [Database(f"sqlite:///{tmp_path}/user.db") for _ in range(8)]
+    start = threading.Barrier(len(databases))
+
+    def start_replica(database: Database) -> None:
+        start.wait()
+        migrate(database, user_store.VERSIONS)
+        migrate(database, user_store.VERSIONS)
+        database.close()
+
+    with ThreadPoolExecutor(len(databases)) as replicas:
+        list(replicas.map(start_replica, databases))
+    with contextlib.closing(sqlite3.connect(tmp_path / "user.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize("store", [user_store, order_store], ids=["user", "order"])
+def test_migrations_make_the_tables_that_the_store_uses(open_database: Open, store: object) -> None:
+    database = open_database("any", store.VERSIONS)  # type: ignore[attr-defined]
+    with database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), store.metadata) == []  # type: ignore[attr-defined]
+
+
+async def test_a_database_newer_than_the_program_is_left_as_it_is(open_database: Open) -> None:
+    newer = open_database("user", user_store.VERSIONS)
+    with newer.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    older = UserStore(open_database("user", user_store.VERSIONS))
+    ann = await older.create(user())
+    assert await older.get(ann.id) == ann
+
+
+async def test_while_another_process_holds_the_lock_reads_go_on_and_writes_are_refused(
+    open_database: Open, tmp_path: Path
+) -> None:
+    users = UserStore(open_database("user", user_store.VERSIONS))
+    ann = await users.create(user())
+    other = sqlite3.connect(tmp_path / "user.db", isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(UnavailableError, match="locked by another process"):
+            await users.create(user("bob@example.com"))
+        assert await users.get(ann.id) == ann
+        other.execute("ROLLBACK")
+    finally:
+        other.close()
+    await users.create(user("bob@example.com"))
+
+
+async def test_a_full_database_refuses_orders_whole(open_database: Open) -> None:
+    database = open_database("order", order_store.VERSIONS)
+    orders = OrderStore(database)
+    many = [Item("sku", 1)] * 100
+
+    def limit_pages(connection: sa.Connection) -> None:
+        used = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {used}")
+
+    await database.write(limit_pages)
+    answers = [await ending(orders.create(order("ann", *many), f"r{n}")) for n in range(20)]
+    assert isinstance(answers[-1], ExhaustedError)
+    taken = [answer for answer in answers if isinstance(answer, Order)]
+    assert list((await orders.list(100)).items) == taken
+    assert await orders.find(order("ann", *many), "r19") is None
+
+
+async def test_a_read_only_database_refuses_writes_and_goes_on_reading(open_database: Open) -> None:
+    database = open_database("user", user_store.VERSIONS)
+    users = UserStore(database)
+    ann = await users.create(user())
+    await database.write(lambda connection: connection.exec_driver_sql("PRAGMA query_only = 1"))
+    with pytest.raises(UnavailableError, match="read-only"):
+        await users.create(user("bob@example.com"))
+    assert await users.get(ann.id) == ann
+
+
+async def test_what_is_lost_to_another_writer_is_looked_at_again(open_database: Open) -> None:
+    database = open_database("user", user_store.VERSIONS)
+    runs = 0
+
+    def lose_once(connection: sa.Connection) -> str:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise sa.exc.IntegrityError("INSERT", {}, sqlite3.IntegrityError("UNIQUE constraint failed"))
+        return "found"
+
+    assert await database.write(lose_once) == "found"
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_sqlite_database_needs_a_file(url: str) -> None:
+    with pytest.raises(ValueError, match="needs a file"):
+        Database(url)
