@@ -103,7 +103,7 @@ def bind(server: Any, listen: str) -> int:
 def _probe(listen: str) -> None:
     """Raise OSError when ``listen`` can't be had.
 
-    gRPC's core says what is wrong only in lines of its own on stderr, and takes "localhost" when only one of its addresses
+    gRPC's core says what is wrong only in lines of its own on stderr, and takes "localhost" when one of its addresses
     is free.
     """
     if listen.startswith(("unix:", "unix-abstract:")):

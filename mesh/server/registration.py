@@ -111,8 +111,9 @@ class Registration:
         if self._task is None or self._channel is None:
             return
         # First no more renewals: they would find the ended leases unknown, and register again.
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        task, self._task = self._task, None
+        task.cancel()
+        await asyncio.wait([task], timeout=within)
         stub = pb_grpc.RegistryStub(self._channel)
         ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
         for outcome in await asyncio.gather(*ended, return_exceptions=True):
@@ -121,7 +122,6 @@ class Registration:
                 break
         self.leases.lost(self.leases.held())
         await self._channel.close()
-        self._task = None
 
     async def _run(self, stub: Any) -> None:
         backoff = Backoff(BACKOFF)
@@ -156,8 +156,10 @@ class Registration:
         try:
             while True:
                 # At once on a new stream: after an outage a lease may be near its end.
-                await asyncio.wait_for(stream.write(pb.KeepAliveRequest(lease_ids=self.leases.held())), TIMEOUT)
-                answer = await asyncio.wait_for(stream.read(), TIMEOUT)
+                # Not wait_for: in Python 3.11 that loses a cancellation which comes together with an answer.
+                async with asyncio.timeout(TIMEOUT):
+                    await stream.write(pb.KeepAliveRequest(lease_ids=self.leases.held()))
+                    answer = await stream.read()
                 if answer is grpc.aio.EOF:
                     raise _Silent("the registry ended the keep-alives")
                 if answer.unknown_lease_ids:

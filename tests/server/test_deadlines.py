@@ -566,7 +566,7 @@ class TestWrapping:
             raise NotImplementedError
 
         watch.experimental_non_blocking = True  # type: ignore[attr-defined]
-        handler: Any = wrap_sync(grpc.unary_stream_rpc_method_handler(watch))  # type: ignore[arg-type]
+        handler: Any = wrap_sync(grpc.unary_stream_rpc_method_handler(watch))
         assert handler.unary_stream is watch
 
     def test_a_handler_s_own_pool_is_kept(self) -> None:
