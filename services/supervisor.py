@@ -61,7 +61,8 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. Ports: the registry's, the users' from the next, the orders' from the eleventh after it."""
+    """What to run. ``port`` is the registry's; users have those from the next, orders from the eleventh after it (from
+    the one after the users, when there are more than ten)."""
 
     users: int
     orders: int
@@ -189,6 +190,7 @@ class Shop:
             say("Draining (again Ctrl-C to kill)")
         finally:
             started.cancel()
+            await asyncio.gather(started, return_exceptions=True)
             await self._drain()
         say("All ended")
         return 0
