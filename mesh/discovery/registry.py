@@ -12,7 +12,6 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
@@ -96,7 +95,8 @@ class RegistryResolver(Resolver):
                     answered = True
                     step = reading.result()
                     if not isinstance(step, pb.WatchResponse):
-                        failure = "it ended the watch"
+                        # gRPC gives None for a message that can't be read.
+                        failure = "it sent what is no step of a watch" if step is None else "it ended the watch"
                         break
                     complaint = self._roster.apply(step, _now())
                     if not self._roster.in_step:
@@ -112,8 +112,6 @@ class RegistryResolver(Resolver):
                 yield self._known()
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {error.details()}"
-        except DecodeError as error:
-            failure = f"it sent what is no step of a watch: {error}"
         finally:
             call.cancel()
             reading.cancel()

@@ -27,7 +27,7 @@ OWN_SCHEMES = ("mesh", "static", "dns")
 GRPC_SCHEMES = ("dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p")
 
 _URI = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<authority>[^/]*)(/(?P<path>.*))?", re.ASCII)
-_HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s]+\]|[^\[\]:/\s]+):(?P<port>\d+)", re.ASCII)
+_HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s]+\]|[^\[\]:/,\s]+):(?P<port>\d+)", re.ASCII)
 _LOCAL = re.compile(r"(unix|unix-abstract|vsock):\S+")
 
 
@@ -83,7 +83,7 @@ def _mesh(text: str, authority: str, service: str) -> Resolver:
             f"target {text!r}: which registry? Set {REGISTRY_VARIABLE}=host:port, or write mesh://host:port/{service}"
         )
     uri = _URI.fullmatch(registry)
-    if (authority and _port(authority) is None) or (uri and uri["scheme"] not in GRPC_SCHEMES):
+    if (authority and _split(authority) is None) or (uri and uri["scheme"] not in GRPC_SCHEMES):
         raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}")
     return RegistryResolver(registry, service)
 
@@ -95,27 +95,23 @@ def _static(text: str, authority: str, path: str) -> Resolver:
     if not addresses:
         raise ValueError(f"target {text!r}: names no address, as in static:///10.0.0.1:50051,10.0.0.2:50051")
     for address in addresses:
-        if not _LOCAL.fullmatch(address) and _port(address) is None:
+        if not _LOCAL.fullmatch(address) and _split(address) is None:
             raise ValueError(f"target {text!r}: {address!r} is not host:port, [ipv6]:port or unix:path")
     return StaticResolver(addresses)
 
 
 def _dns(text: str, path: str) -> Resolver:
-    # As gRPC: more than one colon outside of brackets is a bare IPv6 address.
-    host, port = path, ""
-    if path.startswith("["):
-        host, _, port = path[1:].partition("]")
-        port = port.removeprefix(":")
-    elif path.count(":") == 1:
-        host, _, port = path.partition(":")
-    number = _port(f"host:{port}") if port else DEFAULT_PORT
-    if not host or number is None or re.search(r"[\[\]/\s,]", host):
+    # As gRPC: more than one colon without brackets is an IPv6 address.
+    name = f"[{path}]" if path.count(":") > 1 and not path.startswith("[") else path
+    split = _split(name) or _split(f"{name}:{DEFAULT_PORT}")
+    if split is None:
         raise ValueError(f"target {text!r}: {path!r} is not host or host:port")
-    return DnsResolver(host, number)
+    return DnsResolver(*split)
 
 
-def _port(address: str) -> int | None:
-    """The port of ``host:port``; None when that isn't what it is."""
+def _split(address: str) -> tuple[str, int] | None:
+    """The host, without its brackets, and the port of ``host:port``; None when that isn't what it is."""
     match = _HOST_PORT.fullmatch(address)
-    port = int(match["port"]) if match else 0
-    return port if 1 <= port <= 65535 else None
+    if match is None or not 1 <= int(match["port"]) <= 65535:
+        return None
+    return match["host"].strip("[]"), int(match["port"])
