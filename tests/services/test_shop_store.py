@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import fcntl
+import os
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from services.order.store import OrderStore
 from services.user import store as user_store
 from services.user.domain import EmailTakenError, User, UserNotFoundError
 from services.user.store import UserStore
+from tests.processes import eventually
 from tests.services.conftest import Open
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
@@ -185,6 +188,25 @@ def test_replicas_that_migrate_at_once_all_succeed(tmp_path: Path) -> None:
         list(replicas.map(start_replica, databases))
     with contextlib.closing(sqlite3.connect(tmp_path / "user.db")) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_replica_that_starts_waits_for_the_one_that_migrates(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/user.db")
+    with (tmp_path / "user.db.lock").open("w") as lock, ThreadPoolExecutor(1) as replica:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        inode = f":{os.fstat(lock.fileno()).st_ino} "
+        migrated = replica.submit(migrate, database, user_store.VERSIONS)
+        try:
+            # A waiter's line in /proc/locks begins with an arrow.
+            eventually(
+                lambda: any("->" in held and inode in held for held in Path("/proc/locks").read_text().splitlines()),
+                what="the replica waits for the lock",
+            )
+            assert not (tmp_path / "user.db").exists()
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        migrated.result(timeout=10)
+    database.close()
 
 
 @pytest.mark.parametrize("store", [user_store, order_store], ids=["user", "order"])
