@@ -37,16 +37,20 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
 
 
 @pytest.fixture(autouse=True)
-def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails the test that leaves a thread behind, or a task on its loop."""
+def no_thread_left() -> Iterator[None]:
+    """Fails the test that leaves a thread behind."""
     before = set(threading.enumerate())
-    if inspect.iscoroutinefunction(getattr(request, "function", None)):
-        # Set up before, and so torn down after, all that the test itself asks for.
-        request.getfixturevalue("no_task_left")
     yield
     left = _settled(before)
     if left:
         pytest.fail(f"threads left behind: {', '.join(sorted(thread.name for thread in left))}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_leak(no_thread_left: None, request: pytest.FixtureRequest) -> None:
+    """Both checks in their order: around all that the test asks for, the threads' around the loop, too."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("no_task_left")
 
 
 @pytest.fixture
