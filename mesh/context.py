@@ -14,10 +14,10 @@ from contextvars import ContextVar
 class Scope:
     """The inbound call being handled.
 
-    ``deadline``: when it ends, in monotonic seconds; None without one. ``is_retry``: the inbound attempt was itself a retry or
-    a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was allowed to retry
-    and failed, so that the server can tell the caller above not to retry. ``criticality``: the inbound call's, for the
-    calls below it.
+    ``deadline``: when it ends, in monotonic seconds; None without one. ``is_retry``: the inbound attempt was itself a
+    retry or a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was
+    allowed to retry and failed, so that the server can tell the caller above not to retry. ``criticality``: the
+    inbound call's, for the calls below it.
     """
 
     __slots__ = ("_children", "cancelled", "closed", "criticality", "deadline", "exhausted", "is_retry")
@@ -84,7 +84,8 @@ def enter(scope: Scope | None) -> None:
 
 
 def remaining() -> float | None:
-    """Seconds left for the inbound call being handled (0.0 when it is over); None outside of one, or without a deadline."""
+    """Seconds left for the inbound call being handled (0.0 when it is over); None outside of one, or without a
+    deadline."""
     scope = _scope.get()
     if scope is None or scope.deadline is None:
         return None

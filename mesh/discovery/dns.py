@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
@@ -62,7 +62,7 @@ class DnsResolver(Resolver):
     def resolve_now(self) -> None:
         self._asked.set()
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         if _is_address(self._host):
             yield Update((Endpoint(_join(self._host, self._port)),))
             await asyncio.get_running_loop().create_future()

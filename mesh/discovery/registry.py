@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 import grpc
 
@@ -60,7 +60,7 @@ class RegistryResolver(Resolver):
         self._rng = rng or random.Random()
         self._roster = Roster(service, hold)
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         last: Update | None = None
         async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
             stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)

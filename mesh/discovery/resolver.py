@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from mesh.model import Endpoint
@@ -28,7 +28,7 @@ class Resolver(abc.ABC):
     """Finds the endpoints of one target. Made without IO; everything happens in ``updates``."""
 
     @abc.abstractmethod
-    def updates(self) -> AsyncIterator[Update]:
+    def updates(self) -> AsyncGenerator[Update, None]:
         """Yield what is known, then each change, for as long as it is iterated; closing the iterator frees all of it.
 
         Never raises for what happens outside the process (a server away, garbage from it): that becomes an ``Update``

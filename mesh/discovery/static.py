@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
@@ -15,7 +15,7 @@ class StaticResolver(Resolver):
     def __init__(self, addresses: Iterable[str]) -> None:
         self._endpoints = tuple(Endpoint(address) for address in dict.fromkeys(addresses))
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         yield Update(self._endpoints)
         await asyncio.get_running_loop().create_future()
 

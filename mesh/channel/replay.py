@@ -1,0 +1,213 @@
+"""What a streaming call has sent, kept so that another attempt can send it again (A6's buffering).
+
+The caller's requests are taken once, by whichever attempt needs the next one first, and serialised once, so that all
+attempts send the same bytes and their size is known. Past ``LIMIT`` the attempt that sent them becomes the call; from
+the commit on nothing more is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Any
+
+LIMIT = 256 * 1024  # bytes, as gRPC core's buffer for one RPC
+
+
+class Request:
+    """One request of a stream, serialised when it is first sent."""
+
+    __slots__ = ("_bytes", "_message", "_replay")
+
+    def __init__(self, message: Any, replay: _Buffer) -> None:
+        self._message = message
+        self._replay = replay
+        self._bytes: bytes | None = None
+
+    def serialized(self) -> bytes:
+        """Its bytes; raises what the caller's serializer raises."""
+        if self._bytes is None:
+            serializer = self._replay.serializer
+            self._bytes = self._message if serializer is None else serializer(self._message)
+            self._replay.grew(len(self._bytes))
+        return self._bytes
+
+
+class _Buffer:
+    """The requests that were taken and may be needed again."""
+
+    def __init__(self, serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]) -> None:
+        self.serializer = serializer
+        self._on_overflow = on_overflow
+        self._kept: list[Request] = []
+        self._size = 0
+        self._released = False
+        self._error: BaseException | None = None  # how the caller's requests ended: StopIteration, or what they raised
+
+    def grew(self, size: int) -> None:
+        """``size`` more bytes were sent."""
+        if not self._released:
+            self._size += size
+            if self._size > LIMIT:
+                self._on_overflow()
+
+    def release(self) -> None:
+        """An attempt is the call now: what it has sent isn't needed again."""
+        self._released = True
+
+    def _at(self, index: int) -> Request | None:
+        """The request at ``index``, if it was taken already. Raises what the caller's iterator raised."""
+        if index < len(self._kept):
+            return self._kept[index]
+        if self._error is not None and not isinstance(self._error, StopIteration):
+            raise self._error
+        return None
+
+    def _take(self, message: Any) -> Request:
+        request = Request(message, self)
+        if not self._released:
+            self._kept.append(request)
+        return request
+
+
+class Replay(_Buffer):
+    """Requests of a blocking iterator. Each attempt reads them from the first on, in a thread of its own (grpc's)."""
+
+    def __init__(
+        self, requests: Iterable[Any], serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]
+    ) -> None:
+        super().__init__(serializer, on_overflow)
+        self._requests = iter(requests)
+        self._taking = threading.Lock()  # one attempt at a time waits for the caller's next request
+
+    def requests(self) -> Iterator[Request]:
+        """All requests from the first on, for one attempt."""
+        index = 0
+        while True:
+            with self._taking:
+                request = self._at(index)
+                if request is None:
+                    if self._error is not None:
+                        return
+                    try:
+                        request = self._take(next(self._requests))
+                    except BaseException as error:
+                        self._error = error
+                        if isinstance(error, StopIteration):
+                            return
+                        raise
+            index += 1
+            yield request
+
+
+class AioReplay(_Buffer):
+    """Requests of an iterable, asynchronous or not, or of ``write``. Each attempt reads them from the first on."""
+
+    def __init__(
+        self,
+        requests: AsyncIterable[Any] | Iterable[Any] | None,
+        serializer: Callable[[Any], bytes] | None,
+        on_overflow: Callable[[], None],
+    ) -> None:
+        super().__init__(serializer, on_overflow)
+        self._written = _Written() if requests is None else None
+        source = requests if self._written is None else self._written
+        self._next: Callable[[], Awaitable[Any]]
+        if isinstance(source, AsyncIterable):
+            self._next = aiter(source).__anext__
+        else:
+            self._next = _asynchronous(iter(source or ()))
+        self._taking = asyncio.Lock()
+        self._fetching: asyncio.Future[Any] | None = None
+
+    async def requests(self) -> AsyncIterator[Request]:
+        """All requests from the first on, for one attempt."""
+        index = 0
+        while True:
+            async with self._taking:
+                request = self._at(index)
+                if request is None:
+                    if self._error is not None:
+                        return
+                    try:
+                        request = self._take(await self._fetch())
+                    except StopAsyncIteration:
+                        self._error = StopIteration()
+                        return
+                    except Exception as error:
+                        self._error = error
+                        raise
+            index += 1
+            yield request
+
+    async def _fetch(self) -> Any:
+        if self._released:
+            return await self._next()
+        # An attempt that is cancelled meanwhile must not end the caller's iterator: the next attempt goes on with it.
+        if self._fetching is None:
+            self._fetching = asyncio.ensure_future(self._next())
+        try:
+            return await asyncio.shield(self._fetching)
+        finally:
+            if self._fetching.done():
+                self._fetching = None
+
+    async def write(self, message: Any) -> None:
+        """Send ``message``; returns when the attempt that runs is ready for the next one."""
+        assert self._written is not None
+        await self._written.put(message)
+
+    def done_writing(self) -> None:
+        """No more will be written."""
+        assert self._written is not None
+        self._written.end()
+
+
+class _Written:
+    """What ``write`` hands over, one at a time: each waits until the one before was sent."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[Any, asyncio.Future[None]]] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._sent: asyncio.Future[None] | None = None
+        self._ended = False
+
+    def __aiter__(self) -> _Written:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._sent is not None and not self._sent.done():
+            self._sent.set_result(None)  # being asked for the next means that the last one was sent
+        while not self._messages:
+            if self._ended:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        message, self._sent = self._messages.popleft()
+        return message
+
+    async def put(self, message: Any) -> None:
+        sent = asyncio.get_running_loop().create_future()
+        self._messages.append((message, sent))
+        self._notify()
+        await sent
+
+    def end(self) -> None:
+        self._ended = True
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _asynchronous(iterator: Iterator[Any]) -> Callable[[], Awaitable[Any]]:
+    async def following() -> Any:
+        try:
+            return next(iterator)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    return following

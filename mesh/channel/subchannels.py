@@ -1,0 +1,402 @@
+"""The endpoints' own core channels, and the pool that keeps them in step with the cluster.
+
+Each endpoint in use has one core channel, which watches ``grpc.health.v1`` on the connection that carries the calls
+(A17). The pool is fed by a resolver, reads the channels' states on a tick, and tells whoever waits when the picker
+was replaced. It is the same in both worlds; they differ in the class of the subchannels and in the loop that the
+pool's one task runs on.
+
+Rule 1: the pool's lock is held for arithmetic, never over IO or a callback.
+Rule 2: a call looks at its subchannel's state just before sending; the tick only has to notice what no call would.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from mesh.config import MethodPolicy
+from mesh.discovery.resolver import Resolver, Update
+from mesh.model import Connectivity, Endpoint
+from mesh.policy.cluster import Cluster
+from mesh.policy.load import Node
+from mesh.policy.pick import Picker
+
+_LOG = logging.getLogger("mesh.channel")
+
+ChannelOptions = Sequence[tuple[str, Any]]
+
+BUSY_TICK = 0.005  # seconds between two looks at the states while connections are being made
+CALM_TICK = 0.1  # and while none is
+CONNECTING_AT_ONCE = 16  # connections that are being made at the same time: connects are paced
+RETIRE_AFTER = (
+    1.0  # seconds an endpoint that is gone keeps its channel at the least, for calls that have just picked it
+)
+RETRY_IDLE = 60.0  # seconds after which the retries' channel is closed
+
+NEVER_SENT_DETAILS = ("connections to all backends failing", "failed to connect to all addresses", "empty address list")
+"""How core's round_robin and pick_first begin the details of a call that found no connection, so never left."""
+
+_READY = int(Connectivity.READY)
+
+
+class Method:
+    """One method of a channel, as its multicallables share it: compared by identity, so a subchannel's lookup is
+    quick."""
+
+    __slots__ = ("deserializer", "kind", "path", "policy", "registered", "serializer")
+
+    def __init__(
+        self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool, policy: MethodPolicy
+    ) -> None:
+        self.kind = kind
+        self.path = path
+        self.serializer = serializer
+        self.deserializer = deserializer
+        self.registered = registered
+        self.policy = policy
+
+    def __repr__(self) -> str:
+        return f"<Method {self.path} {self.kind}>"
+
+
+class Subchannel(abc.ABC):
+    """One endpoint's core channel: one address, whose connection and keepalive core owns.
+
+    Retries go out on a second core channel, with core's own retries off: with them on, core strips the header that
+    tells the server how many attempts came before (A6). It is opened by the first retry to this endpoint, and closed
+    when idle.
+    """
+
+    def __init__(self, address: str, options: ChannelOptions) -> None:
+        self.address = address
+        self._options = (*options, ("grpc.enable_retries", 1))
+        self._retry_options = (*options, ("grpc.enable_retries", 0))
+        self.closed = False
+        self._channel: Any = None
+        self._retry_channel: Any = None
+        self._retried = 0.0
+        self._calls: dict[Method, Any] = {}
+        self._retry_calls: dict[Method, Any] = {}
+        self._lock = threading.Lock()
+
+    @abc.abstractmethod
+    def _open(self, options: ChannelOptions) -> Any:
+        """A new core channel to the address."""
+
+    @abc.abstractmethod
+    def _close(self, channel: Any) -> None:
+        """Close a core channel without waiting; its calls are cancelled."""
+
+    @abc.abstractmethod
+    def check(self, connect: bool) -> int:
+        """The connection's state as core's number; with ``connect``, an idle one begins to connect."""
+
+    def connect(self) -> None:
+        """Open the channel and begin to connect."""
+        self.core()
+        self.check(True)
+
+    def ready(self) -> bool:
+        """Whether a call would leave now."""
+        return self._channel is not None and self.check(False) == _READY
+
+    def state(self) -> Connectivity:
+        """The connection's state."""
+        return Connectivity.IDLE if self._channel is None else Connectivity(self.check(False))
+
+    def call(self, method: Method, previous: int) -> Any:
+        """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
+        if previous:
+            return self._retry_call(method)
+        return self._calls.get(method) or self._first_call(method)
+
+    def core(self) -> Any:
+        """The core channel, opened if it isn't yet."""
+        with self._lock:
+            if self._channel is None:
+                self._channel = self._open(self._options)
+            return self._channel
+
+    def _first_call(self, method: Method) -> Any:
+        core = self.core()
+        with self._lock:  # grpc: registering a method is not thread-safe
+            return self._calls.setdefault(method, _multicallable(core, method))
+
+    def _retry_call(self, method: Method) -> Any:
+        with self._lock:
+            self._retried = time.monotonic()
+            if self._retry_channel is None:
+                self._retry_channel = self._open(self._retry_options)
+            if method not in self._retry_calls:
+                self._retry_calls[method] = _multicallable(self._retry_channel, method)
+            return self._retry_calls[method]
+
+    def close_idle_retries(self, now: float, *, in_flight: int) -> None:
+        """Close the retries' channel when it was long unused."""
+        with self._lock:
+            if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
+                return
+            idle, self._retry_channel = self._retry_channel, None
+            self._retry_calls.clear()
+        self._close(idle)
+
+    def close(self) -> None:
+        """Close what is open; calls on it are cancelled."""
+        self.closed = True
+        for channel in (self._channel, self._retry_channel):
+            if channel is not None:
+                self._close(channel)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address} {self.state().name}>"
+
+
+class SyncSubchannel(Subchannel):
+    """A subchannel of ``grpc.Channel``."""
+
+    def __init__(
+        self,
+        address: str,
+        options: ChannelOptions,
+        credentials: grpc.ChannelCredentials | None,
+        compression: grpc.Compression | None,
+    ) -> None:
+        super().__init__(address, options)
+        self._credentials = credentials
+        self._compression = compression
+
+    def _open(self, options: ChannelOptions) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(self.address, options, self._compression)
+        return grpc.secure_channel(self.address, self._credentials, options, self._compression)
+
+    def _close(self, channel: grpc.Channel) -> None:
+        channel.close()
+
+    def check(self, connect: bool) -> int:
+        # grpc.Channel tells its state only to subscribers, each of which costs a thread; core answers at once.
+        # Private, and so only here; a test pins it.
+        state: int = self._channel._channel.check_connectivity_state(connect)  # noqa: SLF001
+        return state
+
+
+class AioSubchannel(Subchannel):
+    """A subchannel of ``grpc.aio.Channel``."""
+
+    def __init__(
+        self,
+        address: str,
+        options: ChannelOptions,
+        credentials: grpc.ChannelCredentials | None,
+        compression: grpc.Compression | None,
+    ) -> None:
+        super().__init__(address, options)
+        self._credentials = credentials
+        self._compression = compression
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.address, options, self._compression)
+        return grpc.aio.secure_channel(self.address, self._credentials, options, self._compression)
+
+    def _close(self, channel: grpc.aio.Channel) -> None:
+        task = asyncio.get_running_loop().create_task(channel.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def check(self, connect: bool) -> int:
+        state: int = self._channel.get_state(connect).value[0]
+        return state
+
+
+def _multicallable(channel: Any, method: Method) -> Any:
+    make = getattr(channel, method.kind)
+    return make(method.path, method.serializer, method.deserializer, _registered_method=method.registered)
+
+
+class Pool(abc.ABC):
+    """The subchannels of a cluster's endpoints. All but ``run`` may be called from any thread."""
+
+    core_waits = False
+    """Whether calls are handed to core's own queue for a connection, wait_for_ready and all."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._lock = threading.Lock()
+        self._waiting: set[Callable[[], None]] = set()
+
+    @abc.abstractmethod
+    def get(self, address: str) -> Subchannel | None:
+        """The subchannel of an endpoint, if it can take a call now. If not, the cluster learns of it at once."""
+
+    def state(self) -> Connectivity:
+        """The state of the whole."""
+        return self.cluster.state
+
+    @abc.abstractmethod
+    def lost(self, address: str) -> None:
+        """A call to ``address`` found no connection: look at its state again."""
+
+    @abc.abstractmethod
+    async def run(self) -> None:
+        """The pool's one task, until it is cancelled; then every subchannel is closed."""
+
+    def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``."""
+        with self._lock:
+            if self.cluster.picker is picker:
+                self._waiting.add(callback)
+                return
+        callback()
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """``callback`` need not be called any more."""
+        with self._lock:
+            self._waiting.discard(callback)
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change the cluster, and tell those who wait when that replaced the picker."""
+        waiting: set[Callable[[], None]] = set()
+        with self._lock:
+            before: Picker = self.cluster.picker
+            change()
+            if self.cluster.picker is not before:
+                waiting, self._waiting = self._waiting, waiting
+        for callback in waiting:
+            callback()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.cluster!r}>"
+
+
+class OwnPool(Pool):
+    """The pool of a target that gRPC itself resolves and connects: one endpoint, whose connections core looks after."""
+
+    core_waits = True
+
+    def __init__(self, cluster: Cluster, endpoint: Endpoint, subchannel: Subchannel) -> None:
+        super().__init__(cluster)
+        self.subchannel = subchannel
+        cluster.update((endpoint,))
+        cluster.observe([(endpoint.address, Connectivity.READY)])
+
+    def get(self, address: str) -> Subchannel:  # noqa: ARG002
+        return self.subchannel
+
+    def lost(self, address: str) -> None:
+        pass
+
+    def state(self) -> Connectivity:
+        return self.subchannel.state()
+
+    async def run(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.subchannel.close()
+
+
+class ResolvedPool(Pool):
+    """The pool of a target of the mesh's own: fed by a resolver, its subchannels' states looked at on a tick."""
+
+    def __init__(self, cluster: Cluster, resolver: Resolver, open_subchannel: Callable[[str], Subchannel]) -> None:
+        super().__init__(cluster)
+        self._resolver = resolver
+        self._open_subchannel = open_subchannel
+        self._subchannels: dict[str, Subchannel] = {}
+        self._retired: list[tuple[float, Node, Subchannel]] = []
+        self._wake: Callable[[], object] = lambda: None
+
+    def get(self, address: str) -> Subchannel | None:
+        subchannel = self._subchannels.get(address)
+        if subchannel is not None:
+            if subchannel.ready():
+                return subchannel
+            self._observe([(address, subchannel.state())])
+        return None
+
+    def lost(self, address: str) -> None:
+        subchannel = self._subchannels.get(address)
+        if subchannel is not None:
+            self._observe([(address, subchannel.state())])
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        wake = asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(wake.set)
+        resolving = asyncio.create_task(self._resolve())
+        try:
+            while True:
+                busy = self._tick(time.monotonic())
+                try:
+                    await asyncio.wait_for(wake.wait(), BUSY_TICK if busy else CALM_TICK)
+                except TimeoutError:
+                    pass
+                wake.clear()
+        finally:
+            self._wake = lambda: None
+            resolving.cancel()
+            with self._lock:
+                subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
+                self._subchannels.clear()
+                self._retired.clear()
+            for subchannel in subchannels:
+                subchannel.close()
+            await asyncio.wait([resolving])
+
+    async def _resolve(self) -> None:
+        async with contextlib.aclosing(self._resolver.updates()) as updates:
+            async for update in updates:
+                if update.endpoints is None:
+                    _LOG.warning("%s: %s", self.cluster.name, update.error)
+                self._change(functools.partial(self._update, update))
+
+    def _update(self, update: Update) -> None:
+        if update.endpoints is None:
+            self.cluster.unresolved(update.error, final=update.final)
+            return
+        nodes = dict(self.cluster.nodes)
+        new, gone = self.cluster.update(update.endpoints)
+        now = time.monotonic()
+        for address in gone:
+            self._retired.append((now, nodes[address], self._subchannels.pop(address)))
+        for endpoint in new:
+            self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
+        self._wake()
+
+    def _tick(self, now: float) -> bool:
+        """Look at every state, connect what is idle, close what has retired; returns whether connections are being
+        made."""
+        states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
+        self._observe(states)
+        if any(state == Connectivity.TRANSIENT_FAILURE for _, state in states):
+            self._resolver.resolve_now()
+        connecting = sum(state == Connectivity.CONNECTING for _, state in states)
+        idle = [address for address, state in states if state == Connectivity.IDLE]
+        for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
+            self._subchannels[address].connect()
+        with self._lock:
+            over = [entry for entry in self._retired if now - entry[0] > RETIRE_AFTER and not entry[1].in_flight]
+            self._retired = [entry for entry in self._retired if entry not in over]
+        for _, _, subchannel in over:
+            subchannel.close()
+        for address, subchannel in self._subchannels.items():
+            subchannel.close_idle_retries(now, in_flight=self.cluster.nodes[address].in_flight)
+        return bool(connecting or idle)
+
+    def _observe(self, states: Sequence[tuple[str, Connectivity]]) -> None:
+        known = self.cluster.states
+        if any(known.get(address, state) != state for address, state in states):
+            self._change(functools.partial(self.cluster.observe, states))
+            self._wake()

@@ -1,0 +1,793 @@
+"""``grpc.Channel`` over a cluster: the channel, the multicallables of the four kinds, and the object that stands for
+a call.
+
+Blocking unary calls run over grpc's own blocking path; all else is driven by events. A call in flight is one object,
+``Call``, which is a ``grpc.Call``, a ``grpc.Future`` and a ``grpc.RpcError``, as grpc's own is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import grpc
+
+from mesh import context
+from mesh.channel import background
+from mesh.channel.assemble import Assembly
+from mesh.channel.drive import NEVER_SENT, EventDriver, failed, retry_metadata, run_blocking
+from mesh.channel.replay import LIMIT, Replay, Request
+from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
+from mesh.errors import RpcError, terminated
+from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome, Verdict
+from mesh.observe import Explanation, explain
+from mesh.policy.flow import Flow, call_flow
+
+_LOG = logging.getLogger("mesh.channel")
+
+Metadata = Sequence[Metadatum] | None
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+STATES = {state.value[0]: state for state in grpc.ChannelConnectivity}
+
+
+class Channel(grpc.Channel):
+    """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
+
+    def __init__(
+        self,
+        target: str,
+        options: Sequence[tuple[str, Any]] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> None:
+        self.assembly = Assembly(target, options, credentials, compression, SyncSubchannel)
+        self.closed = False
+        self._lock = threading.Lock()
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._calls: weakref.WeakSet[_Driver] = weakref.WeakSet()
+        self._watch = _StateWatch(self)
+
+    def start(self) -> None:
+        """Bring the channel to life; once. Raises ValueError when it is closed."""
+        if self._stop is not None and not self.closed:
+            return
+        with self._lock:
+            if self.closed:
+                raise ValueError("Cannot invoke RPC on closed channel!")
+            if self._stop is None:
+                self.assembly.rng.seed()  # channels that forked apart must not move in step
+                running = background.spawn(self.assembly.pool.run())
+                # The multicallables hold the channel, so it lives as long as any stub.
+                self._stop = weakref.finalize(self, running.cancel)
+
+    def adopt(self, driver: _Driver) -> None:
+        """Have the call cancelled when the channel closes."""
+        self._calls.add(driver)
+
+    def state(self) -> grpc.ChannelConnectivity:
+        """The channel's state over all its endpoints."""
+        if self.closed:
+            return grpc.ChannelConnectivity.SHUTDOWN
+        return STATES[self.assembly.pool.state() if self._stop is not None else Connectivity.IDLE]
+
+    def subscribe(
+        self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool | None = False
+    ) -> None:
+        if self._core is not None:
+            self._core.subscribe(callback, bool(try_to_connect))
+            return
+        if try_to_connect:
+            self.start()
+        self._watch.subscribe(callback)
+
+    def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        if self._core is not None:
+            self._core.unsubscribe(callback)
+        self._watch.unsubscribe(callback)
+
+    @property
+    def _core(self) -> grpc.Channel | None:
+        """gRPC's own channel, where the target is gRPC's own: core knows its state best."""
+        pool = self.assembly.pool
+        return pool.subchannel.core() if isinstance(pool, OwnPool) else None
+
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> UnaryUnary:
+        return UnaryUnary(self, "unary_unary", method, request_serializer, response_deserializer, _registered_method)
+
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> UnaryStream:
+        return UnaryStream(self, "unary_stream", method, request_serializer, response_deserializer, _registered_method)
+
+    def stream_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> StreamUnary:
+        return StreamUnary(self, "stream_unary", method, request_serializer, response_deserializer, _registered_method)
+
+    def stream_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> StreamStream:
+        return StreamStream(
+            self, "stream_stream", method, request_serializer, response_deserializer, _registered_method
+        )
+
+    def close(self) -> None:
+        """Cancel the calls in flight, close every connection, and take no more calls."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+        for driver in list(self._calls):
+            driver.cancel("Channel closed!")
+        if self._stop is not None:
+            self._stop()
+        self._watch.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<mesh.Channel {self.assembly.target} {self.state().name}>"
+
+
+class _StateWatch:
+    """Tells subscribers each new state of a channel, in order, from a thread that lives while there is news (as
+    grpc's)."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._told: dict[Callable[[grpc.ChannelConnectivity], None], grpc.ChannelConnectivity | None] = {}
+        self._armed = False
+        self._delivering = False
+
+    def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        with self._lock:
+            self._told[callback] = None
+        self._look()
+
+    def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        with self._lock:
+            self._told.pop(callback, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._told.clear()
+
+    def _replaced(self) -> None:
+        with self._lock:
+            self._armed = False
+        self._look()
+
+    def _look(self) -> None:
+        """Watch for the next change, and deliver what the subscribers haven't been told."""
+        with self._lock:
+            if not self._told:
+                return
+            arm, self._armed = not self._armed, True
+            deliver, self._delivering = not self._delivering, True
+        pool = self._channel.assembly.pool
+        if arm:
+            pool.when_replaced(pool.cluster.picker, self._replaced)
+        if deliver:
+            threading.Thread(target=self._deliver, name="mesh-connectivity", daemon=True).start()
+
+    def _deliver(self) -> None:
+        while True:
+            with self._lock:
+                state = self._channel.state()
+                callbacks = [callback for callback, told in self._told.items() if told is not state]
+                for callback in callbacks:
+                    self._told[callback] = state
+                self._delivering = bool(callbacks)
+            if not callbacks:
+                return
+            for callback in callbacks:
+                _run_callback(functools.partial(callback, state))
+
+
+def _run_callback(callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except Exception:
+        _LOG.exception("Exception in callback %r", callback)
+
+
+# -- the multicallables
+
+
+class _Multicallable:
+    """What the four kinds share."""
+
+    def __init__(
+        self, channel: Channel, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None
+    ) -> None:
+        self._channel = channel
+        self._serializer = serializer
+        # Requests of a stream are serialised by the replay buffer, for all attempts once.
+        sent = Request.serialized if kind.startswith("stream") else serializer
+        self._method = channel.assembly.method(kind, path, sent, deserializer, bool(registered))
+
+    def _drive(
+        self,
+        requests: Any,
+        timeout: float | None,
+        metadata: Metadata,
+        credentials: grpc.CallCredentials | None,
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
+    ) -> Call:
+        """Start a call that is driven by events."""
+        channel, method = self._channel, self._method
+        channel.start()
+        now = time.monotonic()
+        call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
+        flow = call_flow(call, channel.assembly.cluster, channel.assembly.rng, now)
+        driver = _Driver(channel, method, call, flow, requests, self._serializer, credentials, compression)
+        channel.adopt(driver)
+        driver.start()
+        refused = driver.verdict.outcome.result if driver.verdict is not None else None
+        if isinstance(refused, grpc.RpcError) and not isinstance(refused, grpc.RpcContext):
+            raise refused  # grpc raises at once when the request can't be serialised
+        return (StreamCall if method.kind.endswith("stream") else Call)(driver)
+
+
+class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
+    """Unary request, unary response."""
+
+    def __call__(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        if self._method.policy.hedge.max_attempts > 1:
+            return self._drive(request, timeout, metadata, credentials, wait_for_ready, compression).result()
+        return self._block(False, request, timeout, metadata, credentials, wait_for_ready, compression)[0]
+
+    def with_call(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> tuple[Any, grpc.Call]:
+        if self._method.policy.hedge.max_attempts > 1:
+            call = self._drive(request, timeout, metadata, credentials, wait_for_ready, compression)
+            return call.result(), call
+        return self._block(True, request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def future(  # type: ignore[override]
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Call:
+        return self._drive(request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def _block(
+        self,
+        with_call: bool,
+        request: Any,
+        timeout: float | None,
+        metadata: Metadata,
+        credentials: grpc.CallCredentials | None,
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
+    ) -> tuple[Any, Any]:
+        """Make the call in this thread. Of the pair that is returned, the call is there only ``with_call``."""
+        channel, method = self._channel, self._method
+        channel.start()
+        assembly = channel.assembly
+        pool = assembly.pool
+        now = time.monotonic()
+        call = assembly.call(method, now, timeout, metadata, wait_for_ready)
+
+        def perform(attempt: Attempt) -> Outcome:
+            address = attempt.endpoint.address
+            subchannel = pool.get(address)
+            if subchannel is None:
+                return NEVER_SENT
+            core = subchannel.call(method, attempt.previous)
+            wait = call.wait_for_ready if pool.core_waits else None
+            sent = retry_metadata(attempt) if attempt.previous else metadata
+            try:
+                if with_call:
+                    result = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
+                else:
+                    result = core(request, attempt.timeout, sent, credentials, wait, compression)
+            except grpc.RpcError as error:
+                return _outcome(error, pool, address, too_large=self._too_large(request))
+            except ValueError:
+                if channel.closed or not subchannel.closed:
+                    raise
+                return NEVER_SENT  # the endpoint is gone: its channel closed between the look and the call
+            return Outcome(0, result=result)
+
+        verdict = run_blocking(call_flow(call, assembly.cluster, assembly.rng, now), perform, pool)
+        outcome = verdict.outcome
+        if outcome.code == 0:
+            if not with_call:
+                return outcome.result, None
+            response, core_call = cast("tuple[Any, grpc.Call]", outcome.result)
+            return response, FinishedCall(core_call, explain(call, assembly.target, verdict, time.monotonic()))
+        assembly.failed(call, verdict, context.current())
+        raise _error(explain(call, assembly.target, verdict, time.monotonic()), verdict) from None
+
+    def _too_large(self, request: Any) -> bool:
+        """Whether the request is more than is kept for another attempt."""
+        try:
+            return len(self._serializer(request) if self._serializer else request) > LIMIT
+        except Exception:  # it could not be serialised, which is how the attempt has failed
+            return False
+
+
+class UnaryStream(_Multicallable, grpc.UnaryStreamMultiCallable):  # type: ignore[type-arg]
+    """Unary request, streamed responses."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Call:
+        return self._drive(request, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+class StreamUnary(_Multicallable, grpc.StreamUnaryMultiCallable):  # type: ignore[type-arg]
+    """Streamed requests, unary response."""
+
+    def __call__(
+        self,
+        request_iterator: Iterable[Any],
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        return self._drive(request_iterator, timeout, metadata, credentials, wait_for_ready, compression).result()
+
+    def with_call(
+        self,
+        request_iterator: Iterable[Any],
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> tuple[Any, grpc.Call]:
+        call = self._drive(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+        return call.result(), call
+
+    def future(  # type: ignore[override]
+        self,
+        request_iterator: Iterable[Any],
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Call:
+        return self._drive(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+class StreamStream(_Multicallable, grpc.StreamStreamMultiCallable):  # type: ignore[type-arg]
+    """Streamed requests, streamed responses."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        request_iterator: Iterable[Any],
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Call:
+        return self._drive(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+# -- driving by events
+
+
+class _Driver(EventDriver):
+    """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
+    holds."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        method: Method,
+        call: CallSpec,
+        flow: Flow,
+        requests: Any,
+        serializer: Any,
+        credentials: grpc.CallCredentials | None,
+        compression: grpc.Compression | None,
+    ) -> None:
+        super().__init__(call, flow, channel.assembly.pool)
+        self.channel = channel
+        self._method = method
+        self._credentials = credentials
+        self._compression = compression
+        self._serializer = serializer
+        self._hedged = method.policy.hedge.max_attempts > 1
+        self._unary = method.kind.endswith("unary")
+        self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
+        self._request = requests
+        self._condition = threading.Condition()
+        self._callbacks: list[Callable[[], object]] | None = []
+        self._scope = context.current()
+        if self._scope is not None:
+            self._scope.adopt(self, self.cancel)
+
+    def begin(self, attempt: Attempt) -> None:
+        number, address = attempt.number, attempt.endpoint.address
+        subchannel = self.pool.get(address)
+        if subchannel is None:
+            self.ended(number, NEVER_SENT)
+            return
+        core = subchannel.call(self._method, attempt.previous)
+        requests = self._request if self._replay is None else self._replay.requests()
+        wait = self.call.wait_for_ready if self.pool.core_waits else None
+        sent = retry_metadata(attempt)
+        try:
+            invoke = core.future if self._unary else core
+            inner = invoke(requests, attempt.timeout, sent, self._credentials, wait, self._compression)
+        except grpc.RpcError as error:
+            self.ended(number, _outcome(error, self.pool, address))
+            return
+        except ValueError:
+            if self.channel.closed or not subchannel.closed:
+                raise
+            self.ended(number, NEVER_SENT)
+            return
+        self.running[number] = inner
+        # (add_done_callback would have the inner call refer to itself, and so outlive its user.)
+        over = functools.partial(self._over, number, address, inner)
+        if not inner.add_callback(over):
+            over()
+        elif self._hedged:
+            if self._large():
+                self.overflow(number)
+            elif not self._unary:
+                # The user's thread can wait for one attempt's headers; of several, each has a thread that does.
+                threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> background.Timer:
+        return background.Timer(delay, callback)
+
+    def changed(self) -> None:
+        if self.committed is not None and self._replay is not None:
+            self._replay.release()
+        with self._condition:
+            self._condition.notify_all()
+            if self.verdict is None or self._callbacks is None:
+                return
+            callbacks, self._callbacks = self._callbacks, None
+        if self._scope is not None:
+            self._scope.release(self)
+            self.channel.assembly.failed(self.call, self.verdict, self._scope)
+        for callback in callbacks:
+            _run_callback(callback)
+
+    def add_callback(self, callback: Callable[[], object]) -> bool:
+        """Have ``callback`` called when the call is over; False when it is."""
+        with self._condition:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def wait(self, timeout: float | None = None) -> Verdict | None:
+        """Wait until the call is over; None when that takes longer than ``timeout``."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.verdict is not None, timeout)
+            return self.verdict
+
+    def pull(self) -> Any:
+        """Wait until an attempt is the call, and return it; None when the mesh itself ended the call.
+
+        Headers come to nobody but who asks for them, so this thread, the user's, asks.
+        """
+        asked = 0
+        while self.committed is None:
+            with self._condition:
+                self._condition.wait_for(lambda asked=asked: self._settled() or max(self.running, default=0) > asked)  # type: ignore[misc]
+                if self.verdict is not None:
+                    return self.verdict.outcome.result
+                number, inner = max(self.running.items(), key=lambda item: item[0], default=(0, None))
+            if number > asked and not self._hedged:
+                self._await_headers(number, inner)
+            asked = max(asked, number)
+        return self.committed
+
+    def _settled(self) -> bool:
+        return self.committed is not None or self.verdict is not None
+
+    def _await_headers(self, number: int, inner: Any) -> None:
+        if inner.initial_metadata() or inner.is_active():
+            self.headers(number)
+
+    def _over(self, number: int, address: str, inner: Any) -> None:
+        if inner.code() is grpc.StatusCode.OK:
+            self.ended(number, Outcome(0, result=inner))
+        else:
+            self.ended(number, _outcome(inner, self.pool, address, too_large=self._large()))
+
+    def _large(self) -> bool:
+        if self._replay is not None:
+            return False
+        return len(self._serializer(self._request) if self._serializer else self._request) > LIMIT
+
+    def _overflowed(self) -> None:
+        for number in tuple(self.running):
+            self.overflow(number)
+
+
+class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+    """A call that was started with ``.future()``, or streams: all that grpc returns there, and ``explain()``."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call so far: where, when, and how it ended."""
+        driver = self._driver
+        return explain(driver.call, driver.channel.assembly.target, driver.verdict, driver.finished_at)
+
+    # -- as a grpc.RpcContext
+
+    def is_active(self) -> bool:
+        return self._driver.verdict is None
+
+    def time_remaining(self) -> float | None:  # type: ignore[override]
+        deadline = self._driver.call.deadline
+        return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+
+    def cancel(self) -> bool:
+        return self._driver.cancel()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        return self._driver.add_callback(callback)
+
+    # -- as a grpc.Call
+
+    def initial_metadata(self) -> Any:
+        inner = self._driver.pull()
+        return () if inner is None else inner.initial_metadata() or ()
+
+    def trailing_metadata(self) -> Any:
+        inner = self._end().result
+        return () if inner is None else inner.trailing_metadata() or ()  # type: ignore[attr-defined]
+
+    def code(self) -> grpc.StatusCode:
+        return CODES[self._end().code]
+
+    def details(self) -> str:
+        return self._end().details
+
+    def debug_error_string(self) -> str:
+        """What core says of how the call ended."""
+        inner = self._end().result
+        return self.details() if inner is None else inner.debug_error_string() or ""  # type: ignore[attr-defined]
+
+    # -- as a grpc.Future
+
+    def cancelled(self) -> bool:
+        verdict = self._driver.verdict
+        return verdict is not None and verdict.outcome.cancelled
+
+    def running(self) -> bool:
+        return self._driver.verdict is None
+
+    def done(self) -> bool:
+        return self._driver.verdict is not None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the response. Raises itself when the call failed, FutureTimeoutError, or FutureCancelledError."""
+        if self._failure(timeout) is not None:
+            raise self
+        return self._end().result.result()  # type: ignore[attr-defined]
+
+    def exception(self, timeout: float | None = None) -> Exception | None:
+        """Wait for the end: None when it is good, else this call itself. Raises as ``result`` for time and cancels."""
+        return self._failure(timeout)
+
+    def traceback(self, timeout: float | None = None) -> TracebackType | None:
+        """The traceback that ``result`` would raise with."""
+        if self._failure(timeout) is None:
+            return None
+        try:
+            raise self
+        except grpc.RpcError:
+            return sys.exc_info()[2]
+
+    def add_done_callback(self, fn: Callable[[Any], None]) -> None:
+        if not self._driver.add_callback(functools.partial(fn, self)):
+            fn(self)
+
+    def _failure(self, timeout: float | None) -> Call | None:
+        verdict = self._driver.wait(timeout)
+        if verdict is None:
+            raise grpc.FutureTimeoutError
+        if verdict.outcome.cancelled:
+            raise grpc.FutureCancelledError
+        return self if verdict.outcome.code else None
+
+    def _end(self) -> Outcome:
+        verdict = self._driver.wait()
+        assert verdict is not None  # it was waited for without a limit
+        return verdict.outcome
+
+    def __del__(self) -> None:
+        driver = getattr(self, "_driver", None)
+        if driver is not None and driver.verdict is None:
+            driver.cancel("Cancelled upon garbage collection!")
+
+    def __repr__(self) -> str:
+        verdict = self._driver.verdict
+        name = type(self).__name__
+        if verdict is None:
+            return f"<{name} object>"
+        return terminated(name, CODES[verdict.outcome.code], verdict.outcome.details, self.debug_error_string())
+
+    __str__ = __repr__
+
+
+class StreamCall(Call):
+    """A call whose responses are iterated."""
+
+    def __iter__(self) -> StreamCall:
+        return self
+
+    def __next__(self) -> Any:
+        inner = self._driver.committed
+        if inner is None:
+            inner = self._driver.pull()
+        if inner is None:
+            raise self
+        try:
+            return next(inner)
+        except grpc.RpcError:
+            self._driver.wait()
+            raise self from None
+
+    next = __next__
+
+
+class FinishedCall(grpc.Call):
+    """The call beside a response that is there already, from ``with_call``: grpc's own, with ``explain()``."""
+
+    def __init__(self, core: Any, explanation: Explanation) -> None:
+        self._core = core
+        self._explanation = explanation
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call: where, when, and how it ended."""
+        return self._explanation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def initial_metadata(self) -> Any:
+        return self._core.initial_metadata()
+
+    def trailing_metadata(self) -> Any:
+        return self._core.trailing_metadata()
+
+    def code(self) -> Any:
+        return self._core.code()
+
+    def details(self) -> Any:
+        return self._core.details()
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> Any:
+        return self._core.time_remaining()
+
+    def cancel(self) -> Any:
+        return self._core.cancel()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        return bool(self._core.add_callback(callback))
+
+    def __repr__(self) -> str:
+        return repr(self._core)
+
+
+def _outcome(error: Any, pool: Pool, address: str, *, too_large: bool = False) -> Outcome:
+    """The outcome of an attempt that grpc says has failed."""
+    initial = error.initial_metadata()
+    outcome = failed(error.code().value[0], error.details(), initial, error.trailing_metadata(), error)
+    if outcome.never_sent:
+        pool.lost(address)
+    outcome.committed |= too_large
+    return outcome
+
+
+def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
+    """What a blocking call raises."""
+    outcome = verdict.outcome
+    core: Any = outcome.result
+    if core is None:
+        return RpcError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
+    return RpcError(
+        core.code(),
+        core.details(),
+        explanation,
+        core.initial_metadata() or (),
+        core.trailing_metadata() or (),
+        core.debug_error_string(),
+    )
+
+
+def insecure_channel(
+    target: str,
+    options: Sequence[tuple[str, Any]] | None = None,
+    compression: grpc.Compression | None = None,
+) -> grpc.Channel:
+    """A ``grpc.Channel`` through the mesh: a drop-in for ``grpc.insecure_channel``.
+
+    ``target`` is ``mesh:///SERVICE``, ``static:///HOST:PORT,HOST:PORT``, ``dns:///HOST:PORT``, or any that grpc takes.
+    ``options`` go to the endpoints' channels, but for ``grpc.service_config``, which is the mesh's to honour.
+
+    Raises:
+        ValueError: the target or the service config is malformed; the message says where.
+    """
+    return Channel(target, options, None, compression)
+
+
+def secure_channel(
+    target: str,
+    credentials: grpc.ChannelCredentials,
+    options: Sequence[tuple[str, Any]] | None = None,
+    compression: grpc.Compression | None = None,
+) -> grpc.Channel:
+    """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
+    not an address."""
+    return Channel(target, options, credentials, compression)

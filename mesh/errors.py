@@ -1,0 +1,144 @@
+"""What a user may catch: gRPC's own error classes, with ``explain()``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from mesh.model import Metadatum
+from mesh.observe import Explanation
+
+
+class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+    """A blocking call failed. What grpc raises there, a ``grpc.RpcError`` that is a ``grpc.Call`` and a
+    ``grpc.Future``, with ``explain()``."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        details: str | None,
+        explanation: Explanation,
+        initial_metadata: tuple[Metadatum, ...] = (),
+        trailing_metadata: tuple[Metadatum, ...] = (),
+        debug_error_string: str | None = None,
+    ) -> None:
+        super().__init__(code, details)
+        self._code = code
+        self._details = details
+        self._explanation = explanation
+        self._initial_metadata = initial_metadata
+        self._trailing_metadata = trailing_metadata
+        self._debug_error_string = debug_error_string
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call: where, when, and how it ended."""
+        return self._explanation
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details or ""
+
+    def debug_error_string(self) -> str | None:
+        return self._debug_error_string
+
+    def initial_metadata(self) -> tuple[Metadatum, ...]:
+        return self._initial_metadata
+
+    def trailing_metadata(self) -> tuple[Metadatum, ...]:  # type: ignore[override]
+        return self._trailing_metadata
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> None:  # type: ignore[override]
+        return None
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:  # noqa: ARG002
+        return False
+
+    def cancel(self) -> bool:
+        return False
+
+    def cancelled(self) -> bool:
+        return False
+
+    def running(self) -> bool:
+        return False
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> NoReturn:  # noqa: ARG002
+        raise self
+
+    def exception(self, timeout: float | None = None) -> RpcError:  # noqa: ARG002
+        return self
+
+    def traceback(self, timeout: float | None = None) -> TracebackType | None:  # noqa: ARG002
+        try:
+            raise self
+        except RpcError:
+            return sys.exc_info()[2]
+
+    def add_done_callback(self, fn: Callable[[Any], None]) -> None:
+        fn(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self._code,
+            self._details,
+            self._explanation,
+            self._initial_metadata,
+            self._trailing_metadata,
+            self._debug_error_string,
+        )
+
+    def __repr__(self) -> str:
+        return terminated(type(self).__name__, self._code, self._details, self._debug_error_string)
+
+    __str__ = __repr__
+
+
+class AioRpcError(grpc.aio.AioRpcError):
+    """An asyncio call failed: grpc's error with ``explain()``."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        initial_metadata: grpc.aio.Metadata,
+        trailing_metadata: grpc.aio.Metadata,
+        details: str | None,
+        debug_error_string: str | None,
+        explanation: Explanation,
+    ) -> None:
+        super().__init__(code, initial_metadata, trailing_metadata, details, debug_error_string)
+        self._explanation = explanation
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call: where, when, and how it ended."""
+        return self._explanation
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.code(),
+            self.initial_metadata(),
+            self.trailing_metadata(),
+            self.details(),
+            self.debug_error_string(),
+            self._explanation,
+        )
+
+
+def terminated(name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None) -> str:
+    """What grpc prints of an RPC that is over."""
+    lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
+    if code is not grpc.StatusCode.OK:
+        lines.append(f'\tdebug_error_string = "{debug}"')
+    return "\n".join([*lines, ">"])

@@ -1,0 +1,81 @@
+"""Why a call went as it did: what ``explain()`` returns, on every call object and every raised error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.model import CallSpec, Code, Outcome, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One attempt of a call.
+
+    ``started`` is in seconds since the call began, ``seconds`` how long it took. ``code`` is a status code's name,
+    "NEVER_SENT" for an attempt that didn't leave this process, or "RUNNING".
+    """
+
+    number: int
+    address: str
+    started: float
+    seconds: float | None
+    code: str
+    details: str
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" after {_milliseconds(self.seconds)}"
+        details = f": {self.details}" if self.details else ""
+        return f"attempt {self.number} to {self.address} at +{_milliseconds(self.started)}: {self.code}{took}{details}"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A call with all its attempts. ``seconds`` and ``code`` are None and "RUNNING" while it runs; ``str`` reads
+    well."""
+
+    method: str
+    target: str
+    code: str
+    details: str
+    seconds: float | None
+    attempts: tuple[AttemptRecord, ...]
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" after {_milliseconds(self.seconds)}"
+        details = f": {self.details}" if self.details else ""
+        lines = [f"{self.method} to {self.target}: {self.code}{took}{details}", *map(str, self.attempts)]
+        return "\n  ".join(lines)
+
+
+def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) -> Explanation:
+    """Explain ``call`` as it stands: ``verdict`` None while it runs; ``now`` is when it ended, or the present."""
+    attempts = tuple(
+        AttemptRecord(
+            number=attempt.number,
+            address=attempt.endpoint.address,
+            started=attempt.started - call.started,
+            seconds=None if attempt.ended is None else attempt.ended - attempt.started,
+            code=_code(attempt.outcome),
+            details=attempt.outcome.details if attempt.outcome else "",
+        )
+        for attempt in tuple(call.attempts)
+    )
+    outcome = verdict.outcome if verdict else None
+    return Explanation(
+        method=call.method,
+        target=target,
+        code=_code(outcome),
+        details=outcome.details if outcome else "",
+        seconds=now - call.started if verdict else None,
+        attempts=attempts,
+    )
+
+
+def _code(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "RUNNING"
+    return "NEVER_SENT" if outcome.never_sent else Code(outcome.code).name
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
