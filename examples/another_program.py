@@ -32,7 +32,7 @@ def main() -> int:
         except grpc.RpcError as error:
             print(error, file=sys.stderr)
             return 1
-    print(f"{count} users")
+    print(f"users: {count}")
     return 0
 
 

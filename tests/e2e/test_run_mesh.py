@@ -104,6 +104,16 @@ class TestWhatItPrints:
         assert match["code"].count("\n") == 5
         shop.run(sys.executable, "-", input=match["code"])
 
+    def test_the_readmes_lines_print_what_it_says(self, shop: Mesh) -> None:
+        code, output = re.findall(
+            r"^```(?:python|console)\n(import.*?|/weft.*?)^```$",
+            (REPOSITORY / "README.md").read_text(),
+            re.MULTILINE | re.DOTALL,
+        )
+        said = shop.run(sys.executable, "-", input=code.replace("127.0.0.1:50050", shop.registry))
+        numbers = re.compile(r"127\.0\.0\.1:\d+|\d+\.\d ms")  # ports and times differ
+        assert numbers.sub("N", said) == numbers.sub("N", output)
+
     @pytest.mark.parametrize("example", sorted(REPOSITORY.glob("examples/*.py")), ids=lambda path: path.stem)
     def test_each_example_runs(self, shop: Mesh, example: Path) -> None:
         assert shop.run(sys.executable, "-W", "error", str(example))
