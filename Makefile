@@ -67,7 +67,7 @@ coverage: $(READY) ## every branch of mesh/policy is tested
 .PHONY: unit
 unit: $(READY) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
 	@echo '== tests'
-	@$(BIN)/pytest -n 2 --dist=loadgroup -m 'not faults' $(ARGS)
+	@$(BIN)/pytest -n 2 --dist=loadscope -m 'not faults' $(ARGS)
 
 .PHONY: test-faults
 test-faults: $(READY) ## the long tests, with real processes that are killed, stopped and brought back

@@ -77,7 +77,6 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.xdist_group("run-mesh")
 class TestWhatItPrints:
     def test_a_table_of_what_runs_where(self, shop: Mesh) -> None:
         assert list(shop.pids()) == ["registry", "user-1", "user-2", "user-3", "order-1", "order-2"]
