@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
-PROTOS = $(shell find protos third_party -name '*.proto' | sort)
+# google.type is read, and not generated: its stubs come with googleapis-common-protos.
+PROTOS = $(shell find protos third_party/buf -name '*.proto' | sort)
 PROTOC = $(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc -Iprotos -Ithird_party
 FRESH := $(VENV)/generated
@@ -107,9 +108,11 @@ generate: $(READY) ## generated/ anew from protos/
 	@rm -rf generated && mkdir -p generated
 	@$(call protoc,generated)
 
-# py.typed tells type checkers of an installed wheel that the stubs beside it count (PEP 561).
+# py.typed tells type checkers of an installed wheel that the stubs beside it count (PEP 561). weft.order says what it
+# needs when that is missing.
 define protoc
-$(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS) && touch $(1)/weft/py.typed
+$(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS) && touch $(1)/weft/py.typed \
+	&& cp protos/weft/order/__init__.py $(1)/weft/order/
 endef
 
 .PHONY: format

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.type import money_pb2 as google_dot_type_dot_money__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19weft/order/v1/order.proto\x12\rweft.order.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\x05Order\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\'\n\x05items\x18\x03 \x03(\x0b\x32\x18.weft.order.v1.OrderItem\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\tOrderItem\x12(\n\x03sku\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^[A-Za-z0-9-]{1,64}$\x12\x1d\n\x08quantity\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x01\"\x82\x01\n\x12\x43reateOrderRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x33\n\x05items\x18\x03 \x03(\x0b\x32\x18.weft.order.v1.OrderItemB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x64\":\n\x13\x43reateOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"\'\n\x0fGetOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"7\n\x10GetOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"k\n\x11ListOrdersRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"S\n\x12ListOrdersResponse\x12$\n\x06orders\x18\x01 \x03(\x0b\x32\x14.weft.order.v1.Order\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x93\x02\n\x0cOrderService\x12Y\n\x0b\x43reateOrder\x12!.weft.order.v1.CreateOrderRequest\x1a\".weft.order.v1.CreateOrderResponse\"\x03\x90\x02\x02\x12P\n\x08GetOrder\x12\x1e.weft.order.v1.GetOrderRequest\x1a\x1f.weft.order.v1.GetOrderResponse\"\x03\x90\x02\x01\x12V\n\nListOrders\x12 .weft.order.v1.ListOrdersRequest\x1a!.weft.order.v1.ListOrdersResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19weft/order/v1/order.proto\x12\rweft.order.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/type/money.proto\"\x98\x03\n\x05Order\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\'\n\x05items\x18\x03 \x03(\x0b\x32\x18.weft.order.v1.OrderItem\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05state\x18\x06 \x01(\x0e\x32\x1a.weft.order.v1.Order.State\x12\"\n\x06totals\x18\x07 \x03(\x0b\x32\x12.google.type.Money\x12\x12\n\nuser_stale\x18\x08 \x01(\x08\"\x83\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x13\n\x0fSTATE_CONFIRMED\x10\x02\x12\x11\n\rSTATE_SHIPPED\x10\x03\x12\x13\n\x0fSTATE_DELIVERED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\"|\n\tOrderItem\x12(\n\x03sku\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^[A-Za-z0-9-]{1,64}$\x12\x1d\n\x08quantity\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x01\x12&\n\nunit_price\x18\x03 \x01(\x0b\x32\x12.google.type.Money\"\x82\x01\n\x12\x43reateOrderRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x33\n\x05items\x18\x03 \x03(\x0b\x32\x18.weft.order.v1.OrderItemB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x64\":\n\x13\x43reateOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"\'\n\x0fGetOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"7\n\x10GetOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"\x85\x01\n\x11ListOrdersRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x18\n\x06\x66ilter\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"S\n\x12ListOrdersResponse\x12$\n\x06orders\x18\x01 \x03(\x0b\x32\x14.weft.order.v1.Order\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"+\n\x13\x43onfirmOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\";\n\x14\x43onfirmOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"(\n\x10ShipOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"8\n\x11ShipOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"+\n\x13\x44\x65liverOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\";\n\x14\x44\x65liverOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"*\n\x12\x43\x61ncelOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x13\x43\x61ncelOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\"I\n\x11WatchOrderRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1e\n\x0cresume_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"O\n\x12WatchOrderResponse\x12#\n\x05order\x18\x01 \x01(\x0b\x32\x14.weft.order.v1.Order\x12\x14\n\x0cresume_token\x18\x02 \x01(\t2\xd9\x05\n\x0cOrderService\x12Y\n\x0b\x43reateOrder\x12!.weft.order.v1.CreateOrderRequest\x1a\".weft.order.v1.CreateOrderResponse\"\x03\x90\x02\x02\x12P\n\x08GetOrder\x12\x1e.weft.order.v1.GetOrderRequest\x1a\x1f.weft.order.v1.GetOrderResponse\"\x03\x90\x02\x01\x12V\n\nListOrders\x12 .weft.order.v1.ListOrdersRequest\x1a!.weft.order.v1.ListOrdersResponse\"\x03\x90\x02\x01\x12\\\n\x0c\x43onfirmOrder\x12\".weft.order.v1.ConfirmOrderRequest\x1a#.weft.order.v1.ConfirmOrderResponse\"\x03\x90\x02\x02\x12S\n\tShipOrder\x12\x1f.weft.order.v1.ShipOrderRequest\x1a .weft.order.v1.ShipOrderResponse\"\x03\x90\x02\x02\x12\\\n\x0c\x44\x65liverOrder\x12\".weft.order.v1.DeliverOrderRequest\x1a#.weft.order.v1.DeliverOrderResponse\"\x03\x90\x02\x02\x12Y\n\x0b\x43\x61ncelOrder\x12!.weft.order.v1.CancelOrderRequest\x1a\".weft.order.v1.CancelOrderResponse\"\x03\x90\x02\x02\x12X\n\nWatchOrder\x12 .weft.order.v1.WatchOrderRequest\x1a!.weft.order.v1.WatchOrderResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,29 +51,75 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTORDERSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTORDERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTORDERSREQUEST'].fields_by_name['page_token']._loaded_options = None
-  _globals['_LISTORDERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\010'
+  _globals['_LISTORDERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200 '
+  _globals['_LISTORDERSREQUEST'].fields_by_name['filter']._loaded_options = None
+  _globals['_LISTORDERSREQUEST'].fields_by_name['filter']._serialized_options = b'\272H\005r\003\030\200\010'
+  _globals['_CONFIRMORDERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_CONFIRMORDERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_SHIPORDERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_SHIPORDERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_DELIVERORDERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_DELIVERORDERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_CANCELORDERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_CANCELORDERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_WATCHORDERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_WATCHORDERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_WATCHORDERREQUEST'].fields_by_name['resume_token']._loaded_options = None
+  _globals['_WATCHORDERREQUEST'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003\030\200\010'
   _globals['_ORDERSERVICE'].methods_by_name['CreateOrder']._loaded_options = None
   _globals['_ORDERSERVICE'].methods_by_name['CreateOrder']._serialized_options = b'\220\002\002'
   _globals['_ORDERSERVICE'].methods_by_name['GetOrder']._loaded_options = None
   _globals['_ORDERSERVICE'].methods_by_name['GetOrder']._serialized_options = b'\220\002\001'
   _globals['_ORDERSERVICE'].methods_by_name['ListOrders']._loaded_options = None
   _globals['_ORDERSERVICE'].methods_by_name['ListOrders']._serialized_options = b'\220\002\001'
-  _globals['_ORDER']._serialized_start=107
-  _globals['_ORDER']._serialized_end=282
-  _globals['_ORDERITEM']._serialized_start=284
-  _globals['_ORDERITEM']._serialized_end=368
-  _globals['_CREATEORDERREQUEST']._serialized_start=371
-  _globals['_CREATEORDERREQUEST']._serialized_end=501
-  _globals['_CREATEORDERRESPONSE']._serialized_start=503
-  _globals['_CREATEORDERRESPONSE']._serialized_end=561
-  _globals['_GETORDERREQUEST']._serialized_start=563
-  _globals['_GETORDERREQUEST']._serialized_end=602
-  _globals['_GETORDERRESPONSE']._serialized_start=604
-  _globals['_GETORDERRESPONSE']._serialized_end=659
-  _globals['_LISTORDERSREQUEST']._serialized_start=661
-  _globals['_LISTORDERSREQUEST']._serialized_end=768
-  _globals['_LISTORDERSRESPONSE']._serialized_start=770
-  _globals['_LISTORDERSRESPONSE']._serialized_end=853
-  _globals['_ORDERSERVICE']._serialized_start=856
-  _globals['_ORDERSERVICE']._serialized_end=1131
+  _globals['_ORDERSERVICE'].methods_by_name['ConfirmOrder']._loaded_options = None
+  _globals['_ORDERSERVICE'].methods_by_name['ConfirmOrder']._serialized_options = b'\220\002\002'
+  _globals['_ORDERSERVICE'].methods_by_name['ShipOrder']._loaded_options = None
+  _globals['_ORDERSERVICE'].methods_by_name['ShipOrder']._serialized_options = b'\220\002\002'
+  _globals['_ORDERSERVICE'].methods_by_name['DeliverOrder']._loaded_options = None
+  _globals['_ORDERSERVICE'].methods_by_name['DeliverOrder']._serialized_options = b'\220\002\002'
+  _globals['_ORDERSERVICE'].methods_by_name['CancelOrder']._loaded_options = None
+  _globals['_ORDERSERVICE'].methods_by_name['CancelOrder']._serialized_options = b'\220\002\002'
+  _globals['_ORDERSERVICE'].methods_by_name['WatchOrder']._loaded_options = None
+  _globals['_ORDERSERVICE'].methods_by_name['WatchOrder']._serialized_options = b'\220\002\001'
+  _globals['_ORDER']._serialized_start=132
+  _globals['_ORDER']._serialized_end=540
+  _globals['_ORDER_STATE']._serialized_start=409
+  _globals['_ORDER_STATE']._serialized_end=540
+  _globals['_ORDERITEM']._serialized_start=542
+  _globals['_ORDERITEM']._serialized_end=666
+  _globals['_CREATEORDERREQUEST']._serialized_start=669
+  _globals['_CREATEORDERREQUEST']._serialized_end=799
+  _globals['_CREATEORDERRESPONSE']._serialized_start=801
+  _globals['_CREATEORDERRESPONSE']._serialized_end=859
+  _globals['_GETORDERREQUEST']._serialized_start=861
+  _globals['_GETORDERREQUEST']._serialized_end=900
+  _globals['_GETORDERRESPONSE']._serialized_start=902
+  _globals['_GETORDERRESPONSE']._serialized_end=957
+  _globals['_LISTORDERSREQUEST']._serialized_start=960
+  _globals['_LISTORDERSREQUEST']._serialized_end=1093
+  _globals['_LISTORDERSRESPONSE']._serialized_start=1095
+  _globals['_LISTORDERSRESPONSE']._serialized_end=1178
+  _globals['_CONFIRMORDERREQUEST']._serialized_start=1180
+  _globals['_CONFIRMORDERREQUEST']._serialized_end=1223
+  _globals['_CONFIRMORDERRESPONSE']._serialized_start=1225
+  _globals['_CONFIRMORDERRESPONSE']._serialized_end=1284
+  _globals['_SHIPORDERREQUEST']._serialized_start=1286
+  _globals['_SHIPORDERREQUEST']._serialized_end=1326
+  _globals['_SHIPORDERRESPONSE']._serialized_start=1328
+  _globals['_SHIPORDERRESPONSE']._serialized_end=1384
+  _globals['_DELIVERORDERREQUEST']._serialized_start=1386
+  _globals['_DELIVERORDERREQUEST']._serialized_end=1429
+  _globals['_DELIVERORDERRESPONSE']._serialized_start=1431
+  _globals['_DELIVERORDERRESPONSE']._serialized_end=1490
+  _globals['_CANCELORDERREQUEST']._serialized_start=1492
+  _globals['_CANCELORDERREQUEST']._serialized_end=1534
+  _globals['_CANCELORDERRESPONSE']._serialized_start=1536
+  _globals['_CANCELORDERRESPONSE']._serialized_end=1594
+  _globals['_WATCHORDERREQUEST']._serialized_start=1596
+  _globals['_WATCHORDERREQUEST']._serialized_end=1669
+  _globals['_WATCHORDERRESPONSE']._serialized_start=1671
+  _globals['_WATCHORDERRESPONSE']._serialized_end=1750
+  _globals['_ORDERSERVICE']._serialized_start=1753
+  _globals['_ORDERSERVICE']._serialized_end=2482
 # @@protoc_insertion_point(module_scope)

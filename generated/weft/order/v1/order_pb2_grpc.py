@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class OrderServiceStub:
     """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
     """
 
     def __init__(self, channel):
@@ -50,17 +52,46 @@ class OrderServiceStub:
                 request_serializer=weft_dot_order_dot_v1_dot_order__pb2.ListOrdersRequest.SerializeToString,
                 response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ListOrdersResponse.FromString,
                 _registered_method=True)
+        self.ConfirmOrder = channel.unary_unary(
+                '/weft.order.v1.OrderService/ConfirmOrder',
+                request_serializer=weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderRequest.SerializeToString,
+                response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderResponse.FromString,
+                _registered_method=True)
+        self.ShipOrder = channel.unary_unary(
+                '/weft.order.v1.OrderService/ShipOrder',
+                request_serializer=weft_dot_order_dot_v1_dot_order__pb2.ShipOrderRequest.SerializeToString,
+                response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ShipOrderResponse.FromString,
+                _registered_method=True)
+        self.DeliverOrder = channel.unary_unary(
+                '/weft.order.v1.OrderService/DeliverOrder',
+                request_serializer=weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderRequest.SerializeToString,
+                response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderResponse.FromString,
+                _registered_method=True)
+        self.CancelOrder = channel.unary_unary(
+                '/weft.order.v1.OrderService/CancelOrder',
+                request_serializer=weft_dot_order_dot_v1_dot_order__pb2.CancelOrderRequest.SerializeToString,
+                response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.CancelOrderResponse.FromString,
+                _registered_method=True)
+        self.WatchOrder = channel.unary_stream(
+                '/weft.order.v1.OrderService/WatchOrder',
+                request_serializer=weft_dot_order_dot_v1_dot_order__pb2.WatchOrderRequest.SerializeToString,
+                response_deserializer=weft_dot_order_dot_v1_dot_order__pb2.WatchOrderResponse.FromString,
+                _registered_method=True)
 
 
 class OrderServiceServicer:
     """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
     """
 
     def CreateOrder(self, request, context):
         """CreateOrder takes an order for a user that the user service knows.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with
-        ErrorInfo REQUEST_ID_REUSED when request_id came before with other content; UNAVAILABLE while the user service is away.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND;
+        FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED when request_id came before with other
+        content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is away, unless the service is told to
+        accept orders then (see user_stale).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,7 +109,56 @@ class OrderServiceServicer:
     def ListOrders(self, request, context):
         """ListOrders returns orders in the order in which they were created, a page at a time.
 
-        Errors: INVALID_ARGUMENT when page_token was not made by this method for the same user_id.
+        Errors: INVALID_ARGUMENT when filter can't be read, or page_token was not made by this method for a request that is
+        otherwise the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmOrder(self, request, context):
+        """ConfirmOrder takes an order from PENDING to CONFIRMED; one that is CONFIRMED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShipOrder(self, request, context):
+        """ShipOrder takes an order from CONFIRMED to SHIPPED; one that is SHIPPED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeliverOrder(self, request, context):
+        """DeliverOrder takes an order from SHIPPED to DELIVERED, where it ends; one that is DELIVERED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelOrder(self, request, context):
+        """CancelOrder takes an order from PENDING or CONFIRMED to CANCELLED, where it ends; one that is CANCELLED is returned as
+        it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE once it is shipped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchOrder(self, request, context):
+        """WatchOrder streams an order's changes in their order, each one once: first what it is (or, with a resume_token, every
+        change after that), then each change as it happens. The stream ends with the order: when it is DELIVERED or CANCELLED.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT when resume_token was not given for this order;
+        UNAVAILABLE when the server or its database goes away: resume from the last resume_token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +182,31 @@ def add_OrderServiceServicer_to_server(servicer, server):
                     request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ListOrdersRequest.FromString,
                     response_serializer=weft_dot_order_dot_v1_dot_order__pb2.ListOrdersResponse.SerializeToString,
             ),
+            'ConfirmOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmOrder,
+                    request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderRequest.FromString,
+                    response_serializer=weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderResponse.SerializeToString,
+            ),
+            'ShipOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShipOrder,
+                    request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.ShipOrderRequest.FromString,
+                    response_serializer=weft_dot_order_dot_v1_dot_order__pb2.ShipOrderResponse.SerializeToString,
+            ),
+            'DeliverOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeliverOrder,
+                    request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderRequest.FromString,
+                    response_serializer=weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderResponse.SerializeToString,
+            ),
+            'CancelOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelOrder,
+                    request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.CancelOrderRequest.FromString,
+                    response_serializer=weft_dot_order_dot_v1_dot_order__pb2.CancelOrderResponse.SerializeToString,
+            ),
+            'WatchOrder': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchOrder,
+                    request_deserializer=weft_dot_order_dot_v1_dot_order__pb2.WatchOrderRequest.FromString,
+                    response_serializer=weft_dot_order_dot_v1_dot_order__pb2.WatchOrderResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'weft.order.v1.OrderService', rpc_method_handlers)
@@ -112,6 +217,8 @@ def add_OrderServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OrderService:
     """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
     """
 
     @staticmethod
@@ -185,6 +292,141 @@ class OrderService:
             '/weft.order.v1.OrderService/ListOrders',
             weft_dot_order_dot_v1_dot_order__pb2.ListOrdersRequest.SerializeToString,
             weft_dot_order_dot_v1_dot_order__pb2.ListOrdersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.order.v1.OrderService/ConfirmOrder',
+            weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderRequest.SerializeToString,
+            weft_dot_order_dot_v1_dot_order__pb2.ConfirmOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShipOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.order.v1.OrderService/ShipOrder',
+            weft_dot_order_dot_v1_dot_order__pb2.ShipOrderRequest.SerializeToString,
+            weft_dot_order_dot_v1_dot_order__pb2.ShipOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeliverOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.order.v1.OrderService/DeliverOrder',
+            weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderRequest.SerializeToString,
+            weft_dot_order_dot_v1_dot_order__pb2.DeliverOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.order.v1.OrderService/CancelOrder',
+            weft_dot_order_dot_v1_dot_order__pb2.CancelOrderRequest.SerializeToString,
+            weft_dot_order_dot_v1_dot_order__pb2.CancelOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/weft.order.v1.OrderService/WatchOrder',
+            weft_dot_order_dot_v1_dot_order__pb2.WatchOrderRequest.SerializeToString,
+            weft_dot_order_dot_v1_dot_order__pb2.WatchOrderResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OrderServiceStub:
-    """OrderService takes and keeps orders."""
+    """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,8 +39,10 @@ class OrderServiceStub:
     CreateOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.CreateOrderRequest, _order_pb2.CreateOrderResponse]
     """CreateOrder takes an order for a user that the user service knows.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with
-    ErrorInfo REQUEST_ID_REUSED when request_id came before with other content; UNAVAILABLE while the user service is away.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND;
+    FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED when request_id came before with other
+    content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is away, unless the service is told to
+    accept orders then (see user_stale).
     """
     GetOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.GetOrderRequest, _order_pb2.GetOrderResponse]
     """GetOrder returns one order.
@@ -47,19 +52,53 @@ class OrderServiceStub:
     ListOrders: _grpc.UnaryUnaryMultiCallable[_order_pb2.ListOrdersRequest, _order_pb2.ListOrdersResponse]
     """ListOrders returns orders in the order in which they were created, a page at a time.
 
-    Errors: INVALID_ARGUMENT when page_token was not made by this method for the same user_id.
+    Errors: INVALID_ARGUMENT when filter can't be read, or page_token was not made by this method for a request that is
+    otherwise the same.
+    """
+    ConfirmOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.ConfirmOrderRequest, _order_pb2.ConfirmOrderResponse]
+    """ConfirmOrder takes an order from PENDING to CONFIRMED; one that is CONFIRMED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    ShipOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.ShipOrderRequest, _order_pb2.ShipOrderResponse]
+    """ShipOrder takes an order from CONFIRMED to SHIPPED; one that is SHIPPED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    DeliverOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.DeliverOrderRequest, _order_pb2.DeliverOrderResponse]
+    """DeliverOrder takes an order from SHIPPED to DELIVERED, where it ends; one that is DELIVERED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    CancelOrder: _grpc.UnaryUnaryMultiCallable[_order_pb2.CancelOrderRequest, _order_pb2.CancelOrderResponse]
+    """CancelOrder takes an order from PENDING or CONFIRMED to CANCELLED, where it ends; one that is CANCELLED is returned as
+    it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE once it is shipped.
+    """
+    WatchOrder: _grpc.UnaryStreamMultiCallable[_order_pb2.WatchOrderRequest, _order_pb2.WatchOrderResponse]
+    """WatchOrder streams an order's changes in their order, each one once: first what it is (or, with a resume_token, every
+    change after that), then each change as it happens. The stream ends with the order: when it is DELIVERED or CANCELLED.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT when resume_token was not given for this order;
+    UNAVAILABLE when the server or its database goes away: resume from the last resume_token.
     """
 
 @_typing.type_check_only
 class OrderServiceAsyncStub(OrderServiceStub):
-    """OrderService takes and keeps orders."""
+    """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.CreateOrderRequest, _order_pb2.CreateOrderResponse]  # type: ignore[assignment]
     """CreateOrder takes an order for a user that the user service knows.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with
-    ErrorInfo REQUEST_ID_REUSED when request_id came before with other content; UNAVAILABLE while the user service is away.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND;
+    FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED when request_id came before with other
+    content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is away, unless the service is told to
+    accept orders then (see user_stale).
     """
     GetOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.GetOrderRequest, _order_pb2.GetOrderResponse]  # type: ignore[assignment]
     """GetOrder returns one order.
@@ -69,11 +108,43 @@ class OrderServiceAsyncStub(OrderServiceStub):
     ListOrders: _aio.UnaryUnaryMultiCallable[_order_pb2.ListOrdersRequest, _order_pb2.ListOrdersResponse]  # type: ignore[assignment]
     """ListOrders returns orders in the order in which they were created, a page at a time.
 
-    Errors: INVALID_ARGUMENT when page_token was not made by this method for the same user_id.
+    Errors: INVALID_ARGUMENT when filter can't be read, or page_token was not made by this method for a request that is
+    otherwise the same.
+    """
+    ConfirmOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.ConfirmOrderRequest, _order_pb2.ConfirmOrderResponse]  # type: ignore[assignment]
+    """ConfirmOrder takes an order from PENDING to CONFIRMED; one that is CONFIRMED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    ShipOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.ShipOrderRequest, _order_pb2.ShipOrderResponse]  # type: ignore[assignment]
+    """ShipOrder takes an order from CONFIRMED to SHIPPED; one that is SHIPPED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    DeliverOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.DeliverOrderRequest, _order_pb2.DeliverOrderResponse]  # type: ignore[assignment]
+    """DeliverOrder takes an order from SHIPPED to DELIVERED, where it ends; one that is DELIVERED is returned as it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+    """
+    CancelOrder: _aio.UnaryUnaryMultiCallable[_order_pb2.CancelOrderRequest, _order_pb2.CancelOrderResponse]  # type: ignore[assignment]
+    """CancelOrder takes an order from PENDING or CONFIRMED to CANCELLED, where it ends; one that is CANCELLED is returned as
+    it is.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE once it is shipped.
+    """
+    WatchOrder: _aio.UnaryStreamMultiCallable[_order_pb2.WatchOrderRequest, _order_pb2.WatchOrderResponse]  # type: ignore[assignment]
+    """WatchOrder streams an order's changes in their order, each one once: first what it is (or, with a resume_token, every
+    change after that), then each change as it happens. The stream ends with the order: when it is DELIVERED or CANCELLED.
+
+    Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT when resume_token was not given for this order;
+    UNAVAILABLE when the server or its database goes away: resume from the last resume_token.
     """
 
 class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
-    """OrderService takes and keeps orders."""
+    """OrderService takes and keeps orders.
+
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    """
 
     @_abc_1.abstractmethod
     def CreateOrder(
@@ -83,8 +154,10 @@ class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_order_pb2.CreateOrderResponse, _abc.Awaitable[_order_pb2.CreateOrderResponse]]:
         """CreateOrder takes an order for a user that the user service knows.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with
-        ErrorInfo REQUEST_ID_REUSED when request_id came before with other content; UNAVAILABLE while the user service is away.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND;
+        FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED when request_id came before with other
+        content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is away, unless the service is told to
+        accept orders then (see user_stale).
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +179,66 @@ class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_order_pb2.ListOrdersResponse, _abc.Awaitable[_order_pb2.ListOrdersResponse]]:
         """ListOrders returns orders in the order in which they were created, a page at a time.
 
-        Errors: INVALID_ARGUMENT when page_token was not made by this method for the same user_id.
+        Errors: INVALID_ARGUMENT when filter can't be read, or page_token was not made by this method for a request that is
+        otherwise the same.
+        """
+
+    @_abc_1.abstractmethod
+    def ConfirmOrder(
+        self,
+        request: _order_pb2.ConfirmOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_order_pb2.ConfirmOrderResponse, _abc.Awaitable[_order_pb2.ConfirmOrderResponse]]:
+        """ConfirmOrder takes an order from PENDING to CONFIRMED; one that is CONFIRMED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+
+    @_abc_1.abstractmethod
+    def ShipOrder(
+        self,
+        request: _order_pb2.ShipOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_order_pb2.ShipOrderResponse, _abc.Awaitable[_order_pb2.ShipOrderResponse]]:
+        """ShipOrder takes an order from CONFIRMED to SHIPPED; one that is SHIPPED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+
+    @_abc_1.abstractmethod
+    def DeliverOrder(
+        self,
+        request: _order_pb2.DeliverOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_order_pb2.DeliverOrderResponse, _abc.Awaitable[_order_pb2.DeliverOrderResponse]]:
+        """DeliverOrder takes an order from SHIPPED to DELIVERED, where it ends; one that is DELIVERED is returned as it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelOrder(
+        self,
+        request: _order_pb2.CancelOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_order_pb2.CancelOrderResponse, _abc.Awaitable[_order_pb2.CancelOrderResponse]]:
+        """CancelOrder takes an order from PENDING or CONFIRMED to CANCELLED, where it ends; one that is CANCELLED is returned as
+        it is.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE once it is shipped.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchOrder(
+        self,
+        request: _order_pb2.WatchOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_order_pb2.WatchOrderResponse], _abc.AsyncIterator[_order_pb2.WatchOrderResponse]]:
+        """WatchOrder streams an order's changes in their order, each one once: first what it is (or, with a resume_token, every
+        change after that), then each change as it happens. The stream ends with the order: when it is DELIVERED or CANCELLED.
+
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT when resume_token was not given for this order;
+        UNAVAILABLE when the server or its database goes away: resume from the last resume_token.
         """
 
 def add_OrderServiceServicer_to_server(servicer: OrderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,16 +23,25 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17weft/user/v1/user.proto\x12\x0cweft.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x01\n\x04User\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65mail\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"h\n\x11\x43reateUserRequest\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x19\n\x05\x65mail\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x18\xfe\x01`\x01\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"6\n\x12\x43reateUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"&\n\x0eGetUserRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"3\n\x0fGetUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"L\n\x10ListUsersRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"O\n\x11ListUsersResponse\x12!\n\x05users\x18\x01 \x03(\x0b\x32\x12.weft.user.v1.User\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x83\x02\n\x0bUserService\x12T\n\nCreateUser\x12\x1f.weft.user.v1.CreateUserRequest\x1a .weft.user.v1.CreateUserResponse\"\x03\x90\x02\x02\x12K\n\x07GetUser\x12\x1c.weft.user.v1.GetUserRequest\x1a\x1d.weft.user.v1.GetUserResponse\"\x03\x90\x02\x01\x12Q\n\tListUsers\x12\x1e.weft.user.v1.ListUsersRequest\x1a\x1f.weft.user.v1.ListUsersResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17weft/user/v1/user.proto\x12\x0cweft.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfb\x01\n\x04User\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x15\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x1c\n\x05\x65mail\x18\x03 \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12/\n\x0b\x64\x65lete_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"h\n\x11\x43reateUserRequest\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x19\n\x05\x65mail\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x18\xfe\x01`\x01\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"6\n\x12\x43reateUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"&\n\x0eGetUserRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"3\n\x0fGetUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"7\n\x14\x42\x61tchGetUsersRequest\x12\x1f\n\x03ids\x18\x01 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\xe8\x07\"\x05r\x03\xb0\x01\x01\":\n\x15\x42\x61tchGetUsersResponse\x12!\n\x05users\x18\x01 \x03(\x0b\x32\x12.weft.user.v1.User\"\x97\x01\n\x10ListUsersRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x18\n\x06\x66ilter\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x19\n\x08order_by\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x14\n\x0cshow_deleted\x18\x05 \x01(\x08\"O\n\x11ListUsersResponse\x12!\n\x05users\x18\x01 \x03(\x0b\x32\x12.weft.user.v1.User\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x11UpdateUserRequest\x12(\n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"6\n\x12UpdateUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"W\n\x11\x44\x65leteUserRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x15\n\x04\x65tag\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"6\n\x12\x44\x65leteUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User\"B\n\x13UndeleteUserRequest\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x15\n\x04\x65tag\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\"8\n\x14UndeleteUserResponse\x12 \n\x04user\x18\x01 \x01(\x0b\x32\x12.weft.user.v1.User2\xdb\x04\n\x0bUserService\x12T\n\nCreateUser\x12\x1f.weft.user.v1.CreateUserRequest\x1a .weft.user.v1.CreateUserResponse\"\x03\x90\x02\x02\x12K\n\x07GetUser\x12\x1c.weft.user.v1.GetUserRequest\x1a\x1d.weft.user.v1.GetUserResponse\"\x03\x90\x02\x01\x12]\n\rBatchGetUsers\x12\".weft.user.v1.BatchGetUsersRequest\x1a#.weft.user.v1.BatchGetUsersResponse\"\x03\x90\x02\x01\x12Q\n\tListUsers\x12\x1e.weft.user.v1.ListUsersRequest\x1a\x1f.weft.user.v1.ListUsersResponse\"\x03\x90\x02\x01\x12O\n\nUpdateUser\x12\x1f.weft.user.v1.UpdateUserRequest\x1a .weft.user.v1.UpdateUserResponse\x12O\n\nDeleteUser\x12\x1f.weft.user.v1.DeleteUserRequest\x1a .weft.user.v1.DeleteUserResponse\x12U\n\x0cUndeleteUser\x12!.weft.user.v1.UndeleteUserRequest\x1a\".weft.user.v1.UndeleteUserResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.user.v1.user_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_USER'].fields_by_name['id']._loaded_options = None
+  _globals['_USER'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_USER'].fields_by_name['name']._loaded_options = None
+  _globals['_USER'].fields_by_name['name']._serialized_options = b'\272H\004r\002\030d'
+  _globals['_USER'].fields_by_name['email']._loaded_options = None
+  _globals['_USER'].fields_by_name['email']._serialized_options = b'\272H\nr\005\030\376\001`\001\330\001\001'
+  _globals['_USER'].fields_by_name['etag']._loaded_options = None
+  _globals['_USER'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_CREATEUSERREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_CREATEUSERREQUEST'].fields_by_name['name']._serialized_options = b'\272H\006r\004\020\001\030d'
   _globals['_CREATEUSERREQUEST'].fields_by_name['email']._loaded_options = None
@@ -41,30 +50,64 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUSERREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_GETUSERREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_GETUSERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_BATCHGETUSERSREQUEST'].fields_by_name['ids']._loaded_options = None
+  _globals['_BATCHGETUSERSREQUEST'].fields_by_name['ids']._serialized_options = b'\272H\017\222\001\014\010\001\020\350\007\"\005r\003\260\001\001'
   _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._loaded_options = None
-  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\010'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200 '
+  _globals['_LISTUSERSREQUEST'].fields_by_name['filter']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['filter']._serialized_options = b'\272H\005r\003\030\200\010'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['order_by']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['order_by']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['user']._loaded_options = None
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['user']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_DELETEUSERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_DELETEUSERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_DELETEUSERREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_DELETEUSERREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_UNDELETEUSERREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_UNDELETEUSERREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_UNDELETEUSERREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_UNDELETEUSERREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_USERSERVICE'].methods_by_name['CreateUser']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['CreateUser']._serialized_options = b'\220\002\002'
   _globals['_USERSERVICE'].methods_by_name['GetUser']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['GetUser']._serialized_options = b'\220\002\001'
+  _globals['_USERSERVICE'].methods_by_name['BatchGetUsers']._loaded_options = None
+  _globals['_USERSERVICE'].methods_by_name['BatchGetUsers']._serialized_options = b'\220\002\001'
   _globals['_USERSERVICE'].methods_by_name['ListUsers']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['ListUsers']._serialized_options = b'\220\002\001'
-  _globals['_USER']._serialized_start=104
-  _globals['_USER']._serialized_end=249
-  _globals['_CREATEUSERREQUEST']._serialized_start=251
-  _globals['_CREATEUSERREQUEST']._serialized_end=355
-  _globals['_CREATEUSERRESPONSE']._serialized_start=357
-  _globals['_CREATEUSERRESPONSE']._serialized_end=411
-  _globals['_GETUSERREQUEST']._serialized_start=413
-  _globals['_GETUSERREQUEST']._serialized_end=451
-  _globals['_GETUSERRESPONSE']._serialized_start=453
-  _globals['_GETUSERRESPONSE']._serialized_end=504
-  _globals['_LISTUSERSREQUEST']._serialized_start=506
-  _globals['_LISTUSERSREQUEST']._serialized_end=582
-  _globals['_LISTUSERSRESPONSE']._serialized_start=584
-  _globals['_LISTUSERSRESPONSE']._serialized_end=663
-  _globals['_USERSERVICE']._serialized_start=666
-  _globals['_USERSERVICE']._serialized_end=925
+  _globals['_USER']._serialized_start=138
+  _globals['_USER']._serialized_end=389
+  _globals['_CREATEUSERREQUEST']._serialized_start=391
+  _globals['_CREATEUSERREQUEST']._serialized_end=495
+  _globals['_CREATEUSERRESPONSE']._serialized_start=497
+  _globals['_CREATEUSERRESPONSE']._serialized_end=551
+  _globals['_GETUSERREQUEST']._serialized_start=553
+  _globals['_GETUSERREQUEST']._serialized_end=591
+  _globals['_GETUSERRESPONSE']._serialized_start=593
+  _globals['_GETUSERRESPONSE']._serialized_end=644
+  _globals['_BATCHGETUSERSREQUEST']._serialized_start=646
+  _globals['_BATCHGETUSERSREQUEST']._serialized_end=701
+  _globals['_BATCHGETUSERSRESPONSE']._serialized_start=703
+  _globals['_BATCHGETUSERSRESPONSE']._serialized_end=761
+  _globals['_LISTUSERSREQUEST']._serialized_start=764
+  _globals['_LISTUSERSREQUEST']._serialized_end=915
+  _globals['_LISTUSERSRESPONSE']._serialized_start=917
+  _globals['_LISTUSERSRESPONSE']._serialized_end=996
+  _globals['_UPDATEUSERREQUEST']._serialized_start=998
+  _globals['_UPDATEUSERREQUEST']._serialized_end=1108
+  _globals['_UPDATEUSERRESPONSE']._serialized_start=1110
+  _globals['_UPDATEUSERRESPONSE']._serialized_end=1164
+  _globals['_DELETEUSERREQUEST']._serialized_start=1166
+  _globals['_DELETEUSERREQUEST']._serialized_end=1253
+  _globals['_DELETEUSERRESPONSE']._serialized_start=1255
+  _globals['_DELETEUSERRESPONSE']._serialized_end=1309
+  _globals['_UNDELETEUSERREQUEST']._serialized_start=1311
+  _globals['_UNDELETEUSERREQUEST']._serialized_end=1377
+  _globals['_UNDELETEUSERRESPONSE']._serialized_start=1379
+  _globals['_UNDELETEUSERRESPONSE']._serialized_end=1435
+  _globals['_USERSERVICE']._serialized_start=1438
+  _globals['_USERSERVICE']._serialized_end=2041
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class UserServiceStub:
-    """UserService keeps the users.
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts.
     """
 
     def __init__(self, channel):
@@ -45,15 +45,35 @@ class UserServiceStub:
                 request_serializer=weft_dot_user_dot_v1_dot_user__pb2.GetUserRequest.SerializeToString,
                 response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.GetUserResponse.FromString,
                 _registered_method=True)
+        self.BatchGetUsers = channel.unary_unary(
+                '/weft.user.v1.UserService/BatchGetUsers',
+                request_serializer=weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersRequest.SerializeToString,
+                response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersResponse.FromString,
+                _registered_method=True)
         self.ListUsers = channel.unary_unary(
                 '/weft.user.v1.UserService/ListUsers',
                 request_serializer=weft_dot_user_dot_v1_dot_user__pb2.ListUsersRequest.SerializeToString,
                 response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.ListUsersResponse.FromString,
                 _registered_method=True)
+        self.UpdateUser = channel.unary_unary(
+                '/weft.user.v1.UserService/UpdateUser',
+                request_serializer=weft_dot_user_dot_v1_dot_user__pb2.UpdateUserRequest.SerializeToString,
+                response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.UpdateUserResponse.FromString,
+                _registered_method=True)
+        self.DeleteUser = channel.unary_unary(
+                '/weft.user.v1.UserService/DeleteUser',
+                request_serializer=weft_dot_user_dot_v1_dot_user__pb2.DeleteUserRequest.SerializeToString,
+                response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.DeleteUserResponse.FromString,
+                _registered_method=True)
+        self.UndeleteUser = channel.unary_unary(
+                '/weft.user.v1.UserService/UndeleteUser',
+                request_serializer=weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserRequest.SerializeToString,
+                response_deserializer=weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserResponse.FromString,
+                _registered_method=True)
 
 
 class UserServiceServicer:
-    """UserService keeps the users.
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts.
     """
 
     def CreateUser(self, request, context):
@@ -67,7 +87,7 @@ class UserServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetUser(self, request, context):
-        """GetUser returns one user.
+        """GetUser returns one user, deleted ones too (AIP-164).
 
         Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND.
         """
@@ -75,10 +95,51 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListUsers(self, request, context):
-        """ListUsers returns the users in the order in which they were created, a page at a time.
+    def BatchGetUsers(self, request, context):
+        """BatchGetUsers returns several users as GetUser does, as they all were at one instant (AIP-231).
 
-        Errors: INVALID_ARGUMENT when page_token was not made by this method.
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when one of them doesn't exist: all are returned, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsers(self, request, context):
+        """ListUsers returns the users a page at a time. Users who are added or changed between two pages neither repeat nor hide
+        those who were not, and a page costs the same however far back it is.
+
+        Errors: INVALID_ARGUMENT when filter or order_by can't be read, or page_token was not made by this method for a
+        request that is otherwise the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateUser(self, request, context):
+        """UpdateUser changes the fields of a user that update_mask names (AIP-134).
+
+        Errors: INVALID_ARGUMENT; NOT_FOUND with ErrorInfo USER_NOT_FOUND; FAILED_PRECONDITION with USER_DELETED;
+        ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH when the user changed since etag was read (AIP-154): then
+        read it again, and decide again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteUser(self, request, context):
+        """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). The user keeps the email, and is left out of lists.
+
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when there is no such user or it is deleted; ABORTED with
+        ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteUser(self, request, context):
+        """UndeleteUser brings a deleted user back.
+
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with USER_NOT_DELETED; ABORTED with ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,10 +158,30 @@ def add_UserServiceServicer_to_server(servicer, server):
                     request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.GetUserRequest.FromString,
                     response_serializer=weft_dot_user_dot_v1_dot_user__pb2.GetUserResponse.SerializeToString,
             ),
+            'BatchGetUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetUsers,
+                    request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersRequest.FromString,
+                    response_serializer=weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersResponse.SerializeToString,
+            ),
             'ListUsers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListUsers,
                     request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.ListUsersRequest.FromString,
                     response_serializer=weft_dot_user_dot_v1_dot_user__pb2.ListUsersResponse.SerializeToString,
+            ),
+            'UpdateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUser,
+                    request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.UpdateUserRequest.FromString,
+                    response_serializer=weft_dot_user_dot_v1_dot_user__pb2.UpdateUserResponse.SerializeToString,
+            ),
+            'DeleteUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteUser,
+                    request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.DeleteUserRequest.FromString,
+                    response_serializer=weft_dot_user_dot_v1_dot_user__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'UndeleteUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteUser,
+                    request_deserializer=weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserRequest.FromString,
+                    response_serializer=weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -111,7 +192,7 @@ def add_UserServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class UserService:
-    """UserService keeps the users.
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts.
     """
 
     @staticmethod
@@ -169,6 +250,33 @@ class UserService:
             _registered_method=True)
 
     @staticmethod
+    def BatchGetUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.user.v1.UserService/BatchGetUsers',
+            weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersRequest.SerializeToString,
+            weft_dot_user_dot_v1_dot_user__pb2.BatchGetUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListUsers(request,
             target,
             options=(),
@@ -185,6 +293,87 @@ class UserService:
             '/weft.user.v1.UserService/ListUsers',
             weft_dot_user_dot_v1_dot_user__pb2.ListUsersRequest.SerializeToString,
             weft_dot_user_dot_v1_dot_user__pb2.ListUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.user.v1.UserService/UpdateUser',
+            weft_dot_user_dot_v1_dot_user__pb2.UpdateUserRequest.SerializeToString,
+            weft_dot_user_dot_v1_dot_user__pb2.UpdateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.user.v1.UserService/DeleteUser',
+            weft_dot_user_dot_v1_dot_user__pb2.DeleteUserRequest.SerializeToString,
+            weft_dot_user_dot_v1_dot_user__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.user.v1.UserService/UndeleteUser',
+            weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserRequest.SerializeToString,
+            weft_dot_user_dot_v1_dot_user__pb2.UndeleteUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

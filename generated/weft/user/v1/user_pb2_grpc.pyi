@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class UserServiceStub:
-    """UserService keeps the users."""
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -40,19 +40,44 @@ class UserServiceStub:
     has the email (compared without regard to case), or REQUEST_ID_REUSED when request_id came before with other content.
     """
     GetUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.GetUserRequest, _user_pb2.GetUserResponse]
-    """GetUser returns one user.
+    """GetUser returns one user, deleted ones too (AIP-164).
 
     Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND.
     """
-    ListUsers: _grpc.UnaryUnaryMultiCallable[_user_pb2.ListUsersRequest, _user_pb2.ListUsersResponse]
-    """ListUsers returns the users in the order in which they were created, a page at a time.
+    BatchGetUsers: _grpc.UnaryUnaryMultiCallable[_user_pb2.BatchGetUsersRequest, _user_pb2.BatchGetUsersResponse]
+    """BatchGetUsers returns several users as GetUser does, as they all were at one instant (AIP-231).
 
-    Errors: INVALID_ARGUMENT when page_token was not made by this method.
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when one of them doesn't exist: all are returned, or none.
+    """
+    ListUsers: _grpc.UnaryUnaryMultiCallable[_user_pb2.ListUsersRequest, _user_pb2.ListUsersResponse]
+    """ListUsers returns the users a page at a time. Users who are added or changed between two pages neither repeat nor hide
+    those who were not, and a page costs the same however far back it is.
+
+    Errors: INVALID_ARGUMENT when filter or order_by can't be read, or page_token was not made by this method for a
+    request that is otherwise the same.
+    """
+    UpdateUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.UpdateUserRequest, _user_pb2.UpdateUserResponse]
+    """UpdateUser changes the fields of a user that update_mask names (AIP-134).
+
+    Errors: INVALID_ARGUMENT; NOT_FOUND with ErrorInfo USER_NOT_FOUND; FAILED_PRECONDITION with USER_DELETED;
+    ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH when the user changed since etag was read (AIP-154): then
+    read it again, and decide again.
+    """
+    DeleteUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]
+    """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). The user keeps the email, and is left out of lists.
+
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when there is no such user or it is deleted; ABORTED with
+    ETAG_MISMATCH.
+    """
+    UndeleteUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.UndeleteUserRequest, _user_pb2.UndeleteUserResponse]
+    """UndeleteUser brings a deleted user back.
+
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with USER_NOT_DELETED; ABORTED with ETAG_MISMATCH.
     """
 
 @_typing.type_check_only
 class UserServiceAsyncStub(UserServiceStub):
-    """UserService keeps the users."""
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateUser: _aio.UnaryUnaryMultiCallable[_user_pb2.CreateUserRequest, _user_pb2.CreateUserResponse]  # type: ignore[assignment]
@@ -62,18 +87,43 @@ class UserServiceAsyncStub(UserServiceStub):
     has the email (compared without regard to case), or REQUEST_ID_REUSED when request_id came before with other content.
     """
     GetUser: _aio.UnaryUnaryMultiCallable[_user_pb2.GetUserRequest, _user_pb2.GetUserResponse]  # type: ignore[assignment]
-    """GetUser returns one user.
+    """GetUser returns one user, deleted ones too (AIP-164).
 
     Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND.
     """
-    ListUsers: _aio.UnaryUnaryMultiCallable[_user_pb2.ListUsersRequest, _user_pb2.ListUsersResponse]  # type: ignore[assignment]
-    """ListUsers returns the users in the order in which they were created, a page at a time.
+    BatchGetUsers: _aio.UnaryUnaryMultiCallable[_user_pb2.BatchGetUsersRequest, _user_pb2.BatchGetUsersResponse]  # type: ignore[assignment]
+    """BatchGetUsers returns several users as GetUser does, as they all were at one instant (AIP-231).
 
-    Errors: INVALID_ARGUMENT when page_token was not made by this method.
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when one of them doesn't exist: all are returned, or none.
+    """
+    ListUsers: _aio.UnaryUnaryMultiCallable[_user_pb2.ListUsersRequest, _user_pb2.ListUsersResponse]  # type: ignore[assignment]
+    """ListUsers returns the users a page at a time. Users who are added or changed between two pages neither repeat nor hide
+    those who were not, and a page costs the same however far back it is.
+
+    Errors: INVALID_ARGUMENT when filter or order_by can't be read, or page_token was not made by this method for a
+    request that is otherwise the same.
+    """
+    UpdateUser: _aio.UnaryUnaryMultiCallable[_user_pb2.UpdateUserRequest, _user_pb2.UpdateUserResponse]  # type: ignore[assignment]
+    """UpdateUser changes the fields of a user that update_mask names (AIP-134).
+
+    Errors: INVALID_ARGUMENT; NOT_FOUND with ErrorInfo USER_NOT_FOUND; FAILED_PRECONDITION with USER_DELETED;
+    ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH when the user changed since etag was read (AIP-154): then
+    read it again, and decide again.
+    """
+    DeleteUser: _aio.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]  # type: ignore[assignment]
+    """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). The user keeps the email, and is left out of lists.
+
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when there is no such user or it is deleted; ABORTED with
+    ETAG_MISMATCH.
+    """
+    UndeleteUser: _aio.UnaryUnaryMultiCallable[_user_pb2.UndeleteUserRequest, _user_pb2.UndeleteUserResponse]  # type: ignore[assignment]
+    """UndeleteUser brings a deleted user back.
+
+    Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with USER_NOT_DELETED; ABORTED with ETAG_MISMATCH.
     """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
-    """UserService keeps the users."""
+    """UserService keeps the users. weft.user.v2.UserService serves the same users, with names in parts."""
 
     @_abc_1.abstractmethod
     def CreateUser(
@@ -93,9 +143,20 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.GetUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.GetUserResponse, _abc.Awaitable[_user_pb2.GetUserResponse]]:
-        """GetUser returns one user.
+        """GetUser returns one user, deleted ones too (AIP-164).
 
         Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchGetUsers(
+        self,
+        request: _user_pb2.BatchGetUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.BatchGetUsersResponse, _abc.Awaitable[_user_pb2.BatchGetUsersResponse]]:
+        """BatchGetUsers returns several users as GetUser does, as they all were at one instant (AIP-231).
+
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when one of them doesn't exist: all are returned, or none.
         """
 
     @_abc_1.abstractmethod
@@ -104,9 +165,47 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.ListUsersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.ListUsersResponse, _abc.Awaitable[_user_pb2.ListUsersResponse]]:
-        """ListUsers returns the users in the order in which they were created, a page at a time.
+        """ListUsers returns the users a page at a time. Users who are added or changed between two pages neither repeat nor hide
+        those who were not, and a page costs the same however far back it is.
 
-        Errors: INVALID_ARGUMENT when page_token was not made by this method.
+        Errors: INVALID_ARGUMENT when filter or order_by can't be read, or page_token was not made by this method for a
+        request that is otherwise the same.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateUser(
+        self,
+        request: _user_pb2.UpdateUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.UpdateUserResponse, _abc.Awaitable[_user_pb2.UpdateUserResponse]]:
+        """UpdateUser changes the fields of a user that update_mask names (AIP-134).
+
+        Errors: INVALID_ARGUMENT; NOT_FOUND with ErrorInfo USER_NOT_FOUND; FAILED_PRECONDITION with USER_DELETED;
+        ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH when the user changed since etag was read (AIP-154): then
+        read it again, and decide again.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteUser(
+        self,
+        request: _user_pb2.DeleteUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.DeleteUserResponse, _abc.Awaitable[_user_pb2.DeleteUserResponse]]:
+        """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). The user keeps the email, and is left out of lists.
+
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when there is no such user or it is deleted; ABORTED with
+        ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def UndeleteUser(
+        self,
+        request: _user_pb2.UndeleteUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.UndeleteUserResponse, _abc.Awaitable[_user_pb2.UndeleteUserResponse]]:
+        """UndeleteUser brings a deleted user back.
+
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with USER_NOT_DELETED; ABORTED with ETAG_MISMATCH.
         """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

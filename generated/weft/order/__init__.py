@@ -1,0 +1,8 @@
+"""The order service's stubs. Orders carry google.type.Money, whose stub comes with googleapis-common-protos."""
+
+try:
+    import google.type.money_pb2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "weft.order needs googleapis-common-protos for google.type.Money: pip install 'weft[services]'", name=error.name
+    ) from None
