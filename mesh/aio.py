@@ -1,5 +1,6 @@
-"""The public names for asyncio: ``mesh.aio.insecure_channel`` and its kin."""
+"""The public names for asyncio, and nothing else."""
 
+from mesh.channel.aio import insecure_channel, secure_channel
 from mesh.server.aio import serve
 
-__all__ = ["serve"]
+__all__ = ["insecure_channel", "secure_channel", "serve"]

@@ -6,6 +6,7 @@ It starts with the first call. A forked child has none of it and starts its own.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -27,27 +28,42 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> Future[None]:
-    """Run ``work`` on the loop; cancelling the future cancels it."""
-    return asyncio.run_coroutine_threadsafe(work, loop())
+    """Run ``work`` on the loop; cancelling the future cancels it. It inherits no context: it outlives who starts it."""
+    return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
+
+
+def call(callback: Callable[[], object]) -> None:
+    """Call ``callback`` on the loop soon. It may block as briefly as arithmetic does."""
+    loop().call_soon_threadsafe(callback)
 
 
 class Timer:
-    """Calls ``callback`` on the loop in ``delay`` seconds, unless cancelled before."""
+    """Calls ``callback`` on the loop in ``delay`` seconds, unless cancelled before. Safe from any thread."""
 
-    __slots__ = ("_handle", "_loop")
+    __slots__ = ("_callback", "_handle", "_loop")
 
     def __init__(self, delay: float, callback: Callable[[], object]) -> None:
+        self._callback: Callable[[], object] | None = callback
+        self._handle: asyncio.Handle | None = None
         self._loop = loop()
-        self._handle: asyncio.Handle | None = self._loop.call_soon_threadsafe(self._start, delay, callback)
-
-    def _start(self, delay: float, callback: Callable[[], object]) -> None:
-        if self._handle is not None:
-            self._handle = self._loop.call_later(delay, callback)
+        self._loop.call_soon_threadsafe(self._start, delay)
 
     def cancel(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            self._loop.call_soon_threadsafe(handle.cancel)
+        self._callback = None
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _start(self, delay: float) -> None:
+        if self._callback is not None:
+            self._handle = self._loop.call_later(delay, self._run)
+
+    def _stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _run(self) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
 
 
 def _forked() -> None:

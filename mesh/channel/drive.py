@@ -17,6 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import grpc
+
+from mesh.channel.replay import LIMIT
 from mesh.channel.subchannels import NEVER_SENT_DETAILS, Pool
 from mesh.model import (
     Attempt,
@@ -222,6 +225,9 @@ class EventDriver:
 
 _START = Elapsed(0.0)
 
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+STATES = {state.value[0]: state for state in grpc.ChannelConnectivity}
+
 
 def pushback_of(trailing_metadata: Any) -> float | None:
     """The server's word on when to retry, in seconds; -1.0 (never) when it can't be read (A6)."""
@@ -249,6 +255,14 @@ def failed(
         cancelled=cancelled,
         result=result,
     )
+
+
+def too_large(serializer: Callable[[Any], bytes] | None, request: Any) -> bool:
+    """Whether a unary request is more than is kept for another attempt."""
+    try:
+        return len(serializer(request) if serializer else request) > LIMIT
+    except Exception:  # it could not be serialised, which is how the attempt has failed
+        return False
 
 
 def retry_metadata(attempt: Attempt) -> Any:

@@ -154,6 +154,11 @@ class AioReplay(_Buffer):
             if self._fetching.done():
                 self._fetching = None
 
+    @property
+    def writable(self) -> bool:
+        """Whether requests come from ``write``."""
+        return self._written is not None
+
     async def write(self, message: Any) -> None:
         """Send ``message``; returns when the attempt that runs is ready for the next one."""
         assert self._written is not None

@@ -94,8 +94,8 @@ class Subchannel(abc.ABC):
         """A new core channel to the address."""
 
     @abc.abstractmethod
-    def _close(self, channel: Any) -> None:
-        """Close a core channel without waiting; its calls are cancelled."""
+    async def _close(self, channel: Any) -> None:
+        """Close a core channel; its calls are cancelled."""
 
     @abc.abstractmethod
     def check(self, connect: bool) -> int:
@@ -141,21 +141,21 @@ class Subchannel(abc.ABC):
                 self._retry_calls[method] = _multicallable(self._retry_channel, method)
             return self._retry_calls[method]
 
-    def close_idle_retries(self, now: float, *, in_flight: int) -> None:
+    async def close_idle_retries(self, now: float, *, in_flight: int) -> None:
         """Close the retries' channel when it was long unused."""
         with self._lock:
             if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
                 return
             idle, self._retry_channel = self._retry_channel, None
             self._retry_calls.clear()
-        self._close(idle)
+        await self._close(idle)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close what is open; calls on it are cancelled."""
         self.closed = True
         for channel in (self._channel, self._retry_channel):
             if channel is not None:
-                self._close(channel)
+                await self._close(channel)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address} {self.state().name}>"
@@ -180,7 +180,7 @@ class SyncSubchannel(Subchannel):
             return grpc.insecure_channel(self.address, options, self._compression)
         return grpc.secure_channel(self.address, self._credentials, options, self._compression)
 
-    def _close(self, channel: grpc.Channel) -> None:
+    async def _close(self, channel: grpc.Channel) -> None:
         channel.close()
 
     def check(self, connect: bool) -> int:
@@ -203,17 +203,14 @@ class AioSubchannel(Subchannel):
         super().__init__(address, options)
         self._credentials = credentials
         self._compression = compression
-        self._closing: set[asyncio.Task[None]] = set()
 
     def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
         if self._credentials is None:
             return grpc.aio.insecure_channel(self.address, options, self._compression)
         return grpc.aio.secure_channel(self.address, self._credentials, options, self._compression)
 
-    def _close(self, channel: grpc.aio.Channel) -> None:
-        task = asyncio.get_running_loop().create_task(channel.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    async def _close(self, channel: grpc.aio.Channel) -> None:
+        await channel.close()
 
     def check(self, connect: bool) -> int:
         state: int = self._channel.get_state(connect).value[0]
@@ -304,7 +301,7 @@ class OwnPool(Pool):
         try:
             await asyncio.Event().wait()
         finally:
-            self.subchannel.close()
+            await self.subchannel.close()
 
 
 class ResolvedPool(Pool):
@@ -338,7 +335,8 @@ class ResolvedPool(Pool):
         resolving = asyncio.create_task(self._resolve())
         try:
             while True:
-                busy = self._tick(time.monotonic())
+                busy = self._tick()
+                await self._tidy(time.monotonic())
                 try:
                     await asyncio.wait_for(wake.wait(), BUSY_TICK if busy else CALM_TICK)
                 except TimeoutError:
@@ -352,7 +350,7 @@ class ResolvedPool(Pool):
                 self._subchannels.clear()
                 self._retired.clear()
             for subchannel in subchannels:
-                subchannel.close()
+                await subchannel.close()
             await asyncio.wait([resolving])
 
     async def _resolve(self) -> None:
@@ -375,9 +373,8 @@ class ResolvedPool(Pool):
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
 
-    def _tick(self, now: float) -> bool:
-        """Look at every state, connect what is idle, close what has retired; returns whether connections are being
-        made."""
+    def _tick(self) -> bool:
+        """Look at every state, and connect what is idle; returns whether connections are being made."""
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
         self._observe(states)
         if any(state == Connectivity.TRANSIENT_FAILURE for _, state in states):
@@ -386,14 +383,18 @@ class ResolvedPool(Pool):
         idle = [address for address, state in states if state == Connectivity.IDLE]
         for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
             self._subchannels[address].connect()
+        return bool(connecting or idle)
+
+    async def _tidy(self, now: float) -> None:
+        """Close what has retired, and the channels of retries long past."""
         with self._lock:
             over = [entry for entry in self._retired if now - entry[0] > RETIRE_AFTER and not entry[1].in_flight]
             self._retired = [entry for entry in self._retired if entry not in over]
         for _, _, subchannel in over:
-            subchannel.close()
-        for address, subchannel in self._subchannels.items():
-            subchannel.close_idle_retries(now, in_flight=self.cluster.nodes[address].in_flight)
-        return bool(connecting or idle)
+            await subchannel.close()
+        for address, subchannel in tuple(self._subchannels.items()):
+            node = self.cluster.nodes.get(address)
+            await subchannel.close_idle_retries(now, in_flight=node.in_flight if node else 0)
 
     def _observe(self, states: Sequence[tuple[str, Connectivity]]) -> None:
         known = self.cluster.states

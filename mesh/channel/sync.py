@@ -23,8 +23,17 @@ import grpc
 from mesh import context
 from mesh.channel import background
 from mesh.channel.assemble import Assembly
-from mesh.channel.drive import NEVER_SENT, EventDriver, failed, retry_metadata, run_blocking
-from mesh.channel.replay import LIMIT, Replay, Request
+from mesh.channel.drive import (
+    CODES,
+    NEVER_SENT,
+    STATES,
+    EventDriver,
+    failed,
+    retry_metadata,
+    run_blocking,
+    too_large,
+)
+from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
 from mesh.errors import RpcError, terminated
 from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome, Verdict
@@ -34,9 +43,6 @@ from mesh.policy.flow import Flow, call_flow
 _LOG = logging.getLogger("mesh.channel")
 
 Metadata = Sequence[Metadatum] | None
-
-CODES = {code.value[0]: code for code in grpc.StatusCode}
-STATES = {state.value[0]: state for state in grpc.ChannelConnectivity}
 
 
 class Channel(grpc.Channel):
@@ -335,7 +341,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
                 else:
                     result = core(request, attempt.timeout, sent, credentials, wait, compression)
             except grpc.RpcError as error:
-                return _outcome(error, pool, address, too_large=self._too_large(request))
+                return _outcome(error, pool, address, large=too_large(self._serializer, request))
             except ValueError:
                 if channel.closed or not subchannel.closed:
                     raise
@@ -351,13 +357,6 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
             return response, FinishedCall(core_call, explain(call, assembly.target, verdict, time.monotonic()))
         assembly.failed(call, verdict, context.current())
         raise _error(explain(call, assembly.target, verdict, time.monotonic()), verdict) from None
-
-    def _too_large(self, request: Any) -> bool:
-        """Whether the request is more than is kept for another attempt."""
-        try:
-            return len(self._serializer(request) if self._serializer else request) > LIMIT
-        except Exception:  # it could not be serialised, which is how the attempt has failed
-            return False
 
 
 class UnaryStream(_Multicallable, grpc.UnaryStreamMultiCallable):  # type: ignore[type-arg]
@@ -553,13 +552,18 @@ class _Driver(EventDriver):
     def _over(self, number: int, address: str, inner: Any) -> None:
         if inner.code() is grpc.StatusCode.OK:
             self.ended(number, Outcome(0, result=inner))
+        elif self._unary and self._replay is None:
+            self._failed(number, address, inner)
         else:
-            self.ended(number, _outcome(inner, self.pool, address, too_large=self._large()))
+            # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
+            # for on another.
+            background.call(functools.partial(self._failed, number, address, inner))
+
+    def _failed(self, number: int, address: str, inner: Any) -> None:
+        self.ended(number, _outcome(inner, self.pool, address, large=self._large()))
 
     def _large(self) -> bool:
-        if self._replay is not None:
-            return False
-        return len(self._serializer(self._request) if self._serializer else self._request) > LIMIT
+        return self._replay is None and too_large(self._serializer, self._request)
 
     def _overflowed(self) -> None:
         for number in tuple(self.running):
@@ -740,13 +744,13 @@ class FinishedCall(grpc.Call):
         return repr(self._core)
 
 
-def _outcome(error: Any, pool: Pool, address: str, *, too_large: bool = False) -> Outcome:
+def _outcome(error: Any, pool: Pool, address: str, *, large: bool = False) -> Outcome:
     """The outcome of an attempt that grpc says has failed."""
     initial = error.initial_metadata()
     outcome = failed(error.code().value[0], error.details(), initial, error.trailing_metadata(), error)
     if outcome.never_sent:
         pool.lost(address)
-    outcome.committed |= too_large
+    outcome.committed |= large
     return outcome
 
 
