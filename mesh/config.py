@@ -46,7 +46,7 @@ class HedgingPolicy:
     percentile: float = 0.0
 
 
-NEVER_RETRY = RetryPolicy(1)
+NEVER_RETRY = RetryPolicy(1, codes=frozenset())
 NEVER_HEDGE = HedgingPolicy(1)
 
 # What a method may have without a config, by its descriptor; 25 ms and 250 ms are A44's.
@@ -148,14 +148,15 @@ def for_core(text: str) -> str:
 def _read(text: str) -> _Object:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"service config: not JSON: {error}") from None
     return _Field("", value).object()
 
 
 # -- reading JSON with the path at hand
 
-_DURATION = re.compile(r"-?\d{1,12}(\.\d{1,9})?s")
+_DURATION = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,9})?s")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 class _Field:
@@ -193,11 +194,8 @@ class _Field:
     def number(self) -> float:
         # JSON as Python reads it also has NaN and Infinity; proto3 JSON lets numbers be strings.
         value = self.value
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise self.fail("expected a number") from None
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_as_float(value)):
             raise self.fail("expected a number")
         return float(value)
@@ -219,6 +217,20 @@ class _Field:
         if number < 2 or not number.is_integer():
             raise self.fail("expected a whole number of 2 or more")
         return int(min(number, MAX_ATTEMPTS))
+
+    def tokens(self) -> float:
+        number = self.number()
+        if not 1 <= number <= 1000 or not number.is_integer():
+            raise self.fail("expected a whole number from 1 to 1000")
+        return number
+
+    def token_ratio(self) -> float:
+        # "if token_ratio is specified with more than three decimals, the rest is ignored" - A6. Rounded first, or
+        # 1.001 × 1000 would be a little less than 1001.
+        ratio = math.floor(round(min(self.number(), 1000.0) * 1000, 6)) / 1000
+        if ratio <= 0:
+            raise self.fail("expected a number of 0.001 or more")
+        return ratio
 
     def duration(self) -> float:
         if not isinstance(self.value, str) or not _DURATION.fullmatch(self.value):
@@ -383,11 +395,7 @@ def _budget(budget: _Object | None) -> BudgetConfig:
 def _throttle(throttle: _Object | None) -> ThrottleConfig | None:
     if throttle is None:
         return None
-    max_tokens = throttle.need("maxTokens", _Field.positive)
-    if max_tokens > 1000:
-        raise throttle.field("maxTokens").fail("expected at most 1000")
-    # "if token_ratio is specified with more than three decimals, the rest is ignored" - A6
-    token_ratio = math.floor(throttle.need("tokenRatio", _Field.positive) * 1000) / 1000
-    if token_ratio == 0:
-        raise throttle.field("tokenRatio").fail("expected at least 0.001")
-    return ThrottleConfig(max_tokens, token_ratio)
+    return ThrottleConfig(
+        max_tokens=throttle.need("maxTokens", _Field.tokens),
+        token_ratio=throttle.need("tokenRatio", _Field.token_ratio),
+    )

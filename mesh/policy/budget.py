@@ -42,10 +42,10 @@ class Budget:
             # Reading the count advances it, so the reads are taken off.
             calls = next(self._calls) - self._reads
             self._reads += 1
-            elapsed = now - self._stamp
+            elapsed = max(0.0, now - self._stamp)  # threads may come in another order than their instants
             earned = (calls - self._seen) * self._config.ratio + elapsed * self._config.min_per_second
             self._seen = calls
-            self._stamp = now
+            self._stamp += elapsed
             # What is not used leaks away over TTL, so a long quiet time leaves TTL seconds' worth and no more.
             if elapsed > TTL:
                 self._balance, earned = 0.0, earned * TTL / elapsed

@@ -51,7 +51,7 @@ class Cluster:
         self._new_lock = new_lock
         self._resolved = False
         self._refused = False
-        self.picker = Picker()
+        self.picker = Picker(error=f"{name}: not resolved yet")
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
@@ -61,8 +61,8 @@ class Cluster:
     def state(self) -> Connectivity:
         """The state of the whole."""
         states = set(self.states.values())
-        if not states and self._refused:
-            return Connectivity.TRANSIENT_FAILURE
+        if not states and not self.picker.queue:
+            return Connectivity.TRANSIENT_FAILURE  # it is known that there are none
         return next((state for state in AGGREGATION if state in states), Connectivity.CONNECTING)
 
     def update(self, endpoints: Iterable[Endpoint]) -> tuple[list[Endpoint], list[str]]:
@@ -94,6 +94,8 @@ class Cluster:
         self._resolved, self._refused = True, False
         if not wanted:
             self.error = "the service has no instances"
+        elif len(new) == len(wanted):
+            self.error = ""  # it was about those before, or about finding any
         self._swap()
         return new, gone
 

@@ -15,8 +15,3 @@ def deadline_of(now: float, timeout: float | None, inherited: float | None, poli
     deadline."""
     own = policy.default_timeout if timeout is None else timeout
     return min(now + own, now + policy.timeout, math.inf if inherited is None else inherited)
-
-
-def span(now: float, deadline: float) -> float | None:
-    """What is left until ``deadline`` in seconds, not below 0; None without one."""
-    return None if deadline == math.inf else max(0.0, deadline - now)

@@ -13,14 +13,13 @@ Rule 5: any wake-up may come at any time, also for attempts that are over; the f
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Generator
+from math import inf
 
-from mesh.config import NEVER_HEDGE, NEVER_RETRY
+from mesh.config import NEVER_RETRY
 from mesh.model import Attempt, CallSpec, Code, Commit, Ended, Headers, Outcome, Step, Verdict, Wait, Wake
 from mesh.policy.cluster import Cluster
-from mesh.policy.deadline import span
 from mesh.policy.hedge import Hedges
 from mesh.policy.load import Node
 from mesh.policy.pick import Picker
@@ -28,59 +27,70 @@ from mesh.policy.retry import Retries
 
 Flow = Generator[Step, Wake, Verdict]
 
+PAUSE = 0.01  # seconds; no endpoint could send it, though each is said to be READY: until that is found out
+
 
 def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) -> Flow:
     """Decide everything about ``call``, from ``now`` until its verdict. Closing the generator abandons the call."""
     deadline = call.deadline
     policy = call.policy
-    retry, hedge = (policy.retry or NEVER_RETRY, policy.hedge) if call.may_retry else (NEVER_RETRY, NEVER_HEDGE)
-    budget, throttle = cluster.budget, cluster.throttle
-    hedges = Hedges(hedge, budget, throttle, cluster.latencies(call.method)) if hedge.max_attempts > 1 else None
+    hedges: Hedges | None = None
+    if policy.hedge.max_attempts > 1 and call.may_retry:
+        hedges = Hedges(policy.hedge, cluster.budget, cluster.throttle, cluster.latencies(call.method))
     retries: Retries | None = None  # made at the first failure
-    running: dict[int, tuple[Attempt, Node]] = {}
-    tried: list[Node] = []
+    running: dict[int, Attempt] = {}
+    tried: list[Node] = []  # the node of each attempt
     sent = 0  # attempts that left, or may have
-    due = now  # when the next attempt is to start; math.inf: none is planned
+    due = now  # when the next attempt is to start; inf: none is planned
     paid = True  # whether that attempt is paid for; the first is free
     last: Verdict | None = None  # the latest failure, in case nothing better comes
+    committed = False
     committing = 0  # the attempt to hand over next
     step: Step
     call.started = now
-    budget.call()
+    cluster.budget.call()
     try:
         while True:
             # What to do now.
-            if committing:
-                step, committing = Commit(committing), 0
-            elif due <= now:
+            if due <= now:
                 if now >= deadline:
+                    if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
+                        due = inf
+                        continue
                     return last or _expired(cluster.picker)
-                if not paid and not (hedges and hedges.withdraw(now)):
-                    due = math.inf
+                if not (paid or (hedges and hedges.withdraw(now))):
+                    due = inf
                     continue
                 paid = True
                 picker = cluster.picker
                 node = picker.pick(now, rng, tried)
                 if node is not None:
                     number = len(call.attempts) + 1
-                    timeout = span(now, min(deadline, now + policy.attempt_timeout))
-                    due, paid = now + hedges.delay() if hedges else math.inf, False
-                    attempt = Attempt(number, node.endpoint, timeout, call.metadata, _before(due, deadline), sent, now)
+                    left = deadline - now
+                    timeout = min(left, policy.attempt_timeout)
+                    due = inf if hedges is None else now + hedges.delay()
+                    paid = False
+                    until = due if due < deadline else None
+                    attempt = Attempt(
+                        number, node.endpoint, None if timeout == inf else timeout, call.metadata, until, sent, now
+                    )
                     call.attempts.append(attempt)
-                    running[number] = attempt, node
                     tried.append(node)
+                    running[number] = attempt
                     node.start()
                     sent += 1
                     step = attempt
                 elif running:  # a hedge that nobody can take
-                    due = math.inf
+                    due = inf
                     continue
                 elif picker.queue or call.wait_for_ready:
-                    step = Wait(_before(deadline, math.inf), picker)
+                    step = Wait(deadline if deadline < inf else None, picker)
                 else:
                     return last or Verdict(Outcome(Code.UNAVAILABLE, picker.error))
+            elif committing:
+                step, committing = Commit(committing), 0
             elif running:
-                step = Wait(_before(due, deadline))
+                step = Wait(due if due < deadline else None)
             elif due < deadline:
                 step = Wait(due)
             else:
@@ -90,49 +100,55 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             wake = yield step
             now = wake.now
             if isinstance(wake, Ended):
-                found = running.pop(wake.number, None)
-                if found is None:
+                number, outcome = wake.number, wake.outcome
+                if number not in running:
                     continue
-                attempt, node = found
-                outcome = wake.outcome
-                seconds = now - attempt.started
-                attempt.ended, attempt.outcome = now, outcome
-                node.end(now, seconds, outcome)
-                if outcome.code == Code.OK:
-                    throttle.succeeded()
-                    if policy.hedge.percentile:
-                        cluster.latencies(call.method).record(seconds)
-                    return Verdict(outcome, attempt)
+                attempt = running.pop(number)
+                attempt.ended = now
+                attempt.outcome = outcome
+                tried[number - 1].end(now, now - attempt.started, outcome)
+                verdict = Verdict(outcome, attempt)
+                if outcome.code == 0:
+                    cluster.throttle.succeeded()
+                    # The first attempt's time is the method's, also when another won by then: leaving out what was
+                    # too slow would teach ever shorter delays.
+                    if policy.hedge.percentile and (number == 1 or 1 in running):
+                        cluster.latencies(call.method).record(now - call.attempts[0].started)
+                    return verdict
                 if outcome.cancelled:
-                    return Verdict(outcome, attempt)
-                if outcome.never_sent:
+                    return verdict
+                if outcome.never_sent and not (committed or outcome.committed):
                     sent -= 1
                     due, paid = now, True
+                    nodes = cluster.picker.nodes
+                    if nodes and all(node in tried for node in nodes):
+                        due += PAUSE
                     continue
-                last = Verdict(outcome, attempt)
+                last = verdict
+                # An attempt that its own timeout ended left the call time for another.
+                timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout
                 if hedges:
-                    delay = hedges.after(outcome)
+                    delay = hedges.after(outcome, timed_out=timed_out, final=committed)
                 else:
-                    retries = retries or Retries(retry, budget, throttle)
-                    # An attempt that its own timeout ended left the call time for another.
-                    timed_out = outcome.code == Code.DEADLINE_EXCEEDED and policy.attempt_timeout <= seconds
-                    delay = retries.after(outcome, now, deadline, rng, timed_out=timed_out)
+                    if retries is None:
+                        retries = Retries(policy.retry or NEVER_RETRY, cluster.budget, cluster.throttle)
+                    final = committed or not call.may_retry
+                    delay = retries.after(outcome, now, deadline, rng, timed_out=timed_out, final=final)
                     paid = True
-                if delay is None or (delay == math.inf and not running):
+                if delay is None or (delay == inf and not running):
                     return last
                 due = now + delay
-            elif isinstance(wake, Headers) and wake.number in running:
-                for number in [number for number in running if number != wake.number]:
-                    _abandon(*running.pop(number), now)
-                retry, retries, hedges, due, committing = NEVER_RETRY, None, None, math.inf, wake.number
+            elif isinstance(wake, Headers) and wake.number in running and not committed:
+                committed, committing, due = True, wake.number, inf
+                attempt = running.pop(committing)
+                _abandon(running, tried, BEATEN, now)
+                running[committing] = attempt
+    except GeneratorExit:
+        _abandon(running, tried, CANCELLED, None)  # when, only the driver knows
+        raise
     finally:
-        for attempt, node in running.values():
-            _abandon(attempt, node, now)
-
-
-def _before(instant: float, deadline: float) -> float | None:
-    """``instant`` as a step's ``until``: None when the deadline comes first, as that ends the attempts that run."""
-    return instant if instant < deadline else None
+        if running:
+            _abandon(running, tried, BEATEN, now)
 
 
 def _expired(picker: Picker) -> Verdict:
@@ -142,10 +158,13 @@ def _expired(picker: Picker) -> Verdict:
     return Verdict(Outcome(Code.DEADLINE_EXCEEDED, picker.error or "the deadline had passed before the call was sent"))
 
 
-def _abandon(attempt: Attempt, node: Node, now: float) -> None:
-    """The attempt is no longer wanted; the driver cancels it."""
-    node.ignore()
-    attempt.ended, attempt.outcome = now, ABANDONED
+def _abandon(running: dict[int, Attempt], tried: list[Node], outcome: Outcome, now: float | None) -> None:
+    """What runs is no longer wanted; the driver cancels it."""
+    while running:
+        number, attempt = running.popitem()
+        attempt.ended, attempt.outcome = now, outcome
+        tried[number - 1].ignore()
 
 
-ABANDONED = Outcome(Code.CANCELLED, "another attempt was the call", cancelled=True)
+BEATEN = Outcome(Code.CANCELLED, "another attempt was the call", cancelled=True)
+CANCELLED = Outcome(Code.CANCELLED, "the call was cancelled", cancelled=True)

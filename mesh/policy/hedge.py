@@ -88,18 +88,19 @@ class Hedges:
         self._left = 0
         return False
 
-    def after(self, outcome: Outcome) -> float | None:
+    def after(self, outcome: Outcome, *, timed_out: bool, final: bool) -> float | None:
         """Seconds until the next hedge after a failure, math.inf when none is left; None when ``outcome`` is the
         call's.
 
         A non-fatal status sends the next hedge at once, or after the server's pushback; a negative pushback means no
-        more hedges; any other status is fatal (FIELD 6.4).
+        more hedges; any other status is fatal (FIELD 6.4). ``timed_out``: the attempt's own timeout ended it, which is
+        never fatal to the others. ``final``: the attempt was the call already.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
-        non_fatal = outcome.code in self._policy.non_fatal
+        non_fatal = timed_out or outcome.code in self._policy.non_fatal
         if non_fatal or forbidden:
             self._throttle.failed()
-        if not non_fatal or outcome.committed:
+        if not non_fatal or final or outcome.committed:
             return None
         if forbidden or self._left <= 0:
             self._left = 0

@@ -8,7 +8,7 @@ Rule 3: a failure that speaks of the endpoint counts as slow, so that failing fa
 
 from __future__ import annotations
 
-import math
+from math import exp
 
 from mesh.model import Code, Endpoint, Lock, Outcome
 
@@ -54,17 +54,20 @@ class Node:
 
     def end(self, now: float, seconds: float, outcome: Outcome) -> None:
         """An attempt has ended after ``seconds``."""
-        if outcome.never_sent or outcome.cancelled:
-            return self.ignore()
-        if outcome.code in SLOW_CODES:
-            seconds = max(seconds, self.penalty)
+        if outcome.code:
+            if outcome.never_sent or outcome.cancelled:
+                self.ignore()
+                return
+            if outcome.code in SLOW_CODES and seconds < self.penalty:
+                seconds = self.penalty
         with self._lock:
             self.in_flight -= 1
-            weight = math.exp((self.stamp - now) / self.decay)
+            weight = 1.0
+            if now > self.stamp:  # else: threads may come in another order than their instants
+                weight = exp((self.stamp - now) / self.decay)
+                self.stamp = now
             decayed = self.cost * weight
             self.cost = seconds if seconds > decayed else decayed + (1 - weight) * seconds
-            self.stamp = now
-        return None
 
     def ignore(self) -> None:
         """An attempt was cancelled or never left: neither success nor failure."""
@@ -75,13 +78,19 @@ class Node:
         return f"<Node {self.endpoint.address} in_flight={self.in_flight} cost={self.cost * 1000:.1f}ms>"
 
 
-def busier(a: Node, b: Node, now: float) -> bool:
+def busier(a: Node, b: Node) -> bool:
     """Whether ``a`` is busier than ``b`` by peak EWMA: latency × (in flight + 1), latencies alike taken as equal.
 
-    Without the allowance for noise one unlucky answer would starve an endpoint for as long as ``decay``.
+    Without the allowance for noise one unlucky answer would starve an endpoint for as long as ``decay``. The older of
+    the two averages is decayed to the instant of the younger one, which under load is the present.
     """
-    cost_a = a.cost * math.exp((a.stamp - now) / a.decay) + NOISE_FLOOR
-    cost_b = b.cost * math.exp((b.stamp - now) / b.decay) + NOISE_FLOOR
+    cost_a, cost_b = a.cost, b.cost
+    if a.stamp < b.stamp:
+        cost_a *= exp((a.stamp - b.stamp) / a.decay)
+    else:
+        cost_b *= exp((b.stamp - a.stamp) / b.decay)
+    cost_a += NOISE_FLOOR
+    cost_b += NOISE_FLOOR
     if cost_a > cost_b * NOISE_FACTOR or cost_b > cost_a * NOISE_FACTOR:
         return cost_a * (a.in_flight + 1) > cost_b * (b.in_flight + 1)
     return a.in_flight > b.in_flight

@@ -2,14 +2,15 @@
 (gRPC's).
 
 A picker's grammar: ``pick(now, rng, tried)`` returns a node, one that is not in ``tried`` if there is one; None only
-when the picker has no node at all. O(1) in endpoints: ``tried`` holds at most a call's few attempts.
+when the picker has no node at all. ``tried`` has the nodes of the call's attempts so far, in their order. The first
+pick of a call is O(1) in endpoints.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 from mesh.config import BalancerConfig
 from mesh.policy.load import Node, busier
@@ -33,7 +34,7 @@ class Picker:
         self.error = error
         self.unresolved = unresolved
 
-    def pick(self, now: float, rng: random.Random, tried: Container[Node] = ()) -> Node | None:  # noqa: ARG002
+    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:  # noqa: ARG002
         """The node that takes the next attempt."""
         return None
 
@@ -54,7 +55,7 @@ class RoundRobin(Picker):
         # next() of a count is atomic: threads share the turn without a lock.
         self._turn = itertools.count(rng.randrange(len(nodes)))
 
-    def pick(self, now: float, rng: random.Random, tried: Container[Node] = ()) -> Node:  # noqa: ARG002
+    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         node = nodes[next(self._turn) % len(nodes)]
         return node if node not in tried else _another(nodes, rng, tried)
@@ -68,7 +69,7 @@ class PowerOfTwo(Picker):
 
     __slots__ = ()
 
-    def pick(self, now: float, rng: random.Random, tried: Container[Node] = ()) -> Node:
+    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         count = len(nodes)
         draw = rng.random  # int(draw() * n) costs a quarter of randrange(n), and is as even for any n here
@@ -78,20 +79,16 @@ class PowerOfTwo(Picker):
             second = nodes[int(draw() * (count - 1))]
             if second is first:
                 second = nodes[-1]
-            if second not in tried and (first in tried or busier(first, second, now)):
+            if second not in tried and (first in tried or busier(first, second)):
                 first = second
         return first if first not in tried else _another(nodes, rng, tried)
 
 
-def _another(nodes: Sequence[Node], rng: random.Random, tried: Container[Node]) -> Node:
-    """The first from a random start that was not tried; a tried one when all were (FIELD 6.9: the set is reset, not
+def _another(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
+    """One at random that was not tried; when all were, the one tried longest ago (FIELD 6.9: begin anew, don't get
     stuck)."""
-    start = rng.randrange(len(nodes))
-    for offset in range(len(nodes)):
-        node = nodes[(start + offset) % len(nodes)]
-        if node not in tried:
-            return node
-    return nodes[start]
+    fresh = [node for node in nodes if node not in tried]
+    return rng.choice(fresh) if fresh else max(nodes, key=tried[::-1].index)
 
 
 def picker_for(config: BalancerConfig, nodes: Sequence[Node], rng: random.Random) -> Picker:

@@ -28,18 +28,19 @@ class Retries:
         self._left = policy.max_attempts - 1
 
     def after(
-        self, outcome: Outcome, now: float, deadline: float, rng: random.Random, *, timed_out: bool
+        self, outcome: Outcome, now: float, deadline: float, rng: random.Random, *, timed_out: bool, final: bool
     ) -> float | None:
         """Seconds until the next attempt, or None when ``outcome`` is the call's.
 
-        ``timed_out``: the attempt's own timeout ended it, which a retry is for whatever the codes say. A delay that
-        doesn't end before ``deadline`` is no retry: nothing sleeps past a deadline.
+        ``timed_out``: the attempt's own timeout ended it, which a retry is for whatever the codes say. ``final``: the
+        call may not be tried again; its failure counts for the throttle all the same. A delay that doesn't end before
+        ``deadline`` is no retry: nothing sleeps past a deadline.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
         wanted = timed_out or outcome.code in self._policy.codes
         if wanted or forbidden:
             self._throttle.failed()
-        if not wanted or forbidden or outcome.committed or self._left <= 0 or not self._throttle.allows():
+        if not wanted or forbidden or final or outcome.committed or self._left <= 0 or not self._throttle.allows():
             return None
         if outcome.pushback is not None:
             delay = outcome.pushback
