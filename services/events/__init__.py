@@ -13,8 +13,20 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
+
+from services.errors import ExhaustedError, UnavailableError
+
+log = structlog.stdlib.get_logger()
+
 CONTENT_TYPE = "application/protobuf"
 """What ``Event.data`` is: the message that the event's type names, serialised."""
+
+MAX_ATTEMPTS = 6
+"""How often an event is handed to a handler that raises, before it goes to the dead letters."""
+
+FIRST_BACKOFF, MAX_BACKOFF = 0.2, 5.0
+"""Seconds before an event is handed out again, doubled with each attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +48,16 @@ class Event:
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An event that a consumer could not act on; None when what came was no event. ``reason`` says why, ``attempts``
+    how often it was tried."""
+
+    event: Event | None
+    reason: str
+    attempts: int
+
+
 class BusAwayError(Exception):
     """The bus can't be reached, or didn't say that it kept the event; the same event may be published again."""
 
@@ -55,27 +77,73 @@ class Publisher(Protocol):
 
 
 Handler = Callable[[Event], Awaitable[None]]
-"""Acts on an event. Returning says that it is done, RejectedError that it can't be, any other exception that it may
-come again."""
+"""Acts on an event. What it raises says what becomes of the event; see ``handle``."""
 
 
 class Subscriber(Protocol):
     """Hands out events."""
 
     def consume(self, consumer: str, types: str, handler: Handler) -> AbstractAsyncContextManager[None]:
-        """Have ``handler`` act on the events, also those of before, until the block is left.
+        """Have ``handler`` act on the events, also on those of before, until the block is left.
 
         ``consumer``: a name that is kept: those who consume under one name share the events between them, and go on
-        where they ended. ``types``: the beginning of the types to consume, ``weft.order.v1`` say. An event whose
-        handler raised comes again, later each time; after MAX_ATTEMPTS, or RejectedError, it goes to the dead letters
-        with the reason. Leaving the block waits for the handlers that run.
+        where they ended. ``types``: the beginning of the types to consume, ``weft.order.v1`` say. Leaving the block
+        waits for the handlers that run.
         """
 
+    async def dead_letters(self, consumer: str) -> list[DeadLetter]:
+        """What the consumer could not act on, the oldest first. Raises BusAwayError."""
 
-MAX_ATTEMPTS = 6
-"""How often an event is handed to a handler that raises, before it goes to the dead letters."""
+
+class Bus(Publisher, Subscriber, Protocol):
+    """Takes events, and hands them out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The event is acted on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The event is to come again, after ``delay`` seconds."""
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The event goes to the dead letters."""
+
+    reason: str
 
 
 def backoff(attempt: int) -> float:
-    """Seconds until an event whose handler raised at its ``attempt``-th time (from 1) comes again: 0.2 to 3.2."""
-    return 0.2 * 2.0 ** (attempt - 1)
+    """Seconds until an event whose handler raised at its ``attempt``-th time (from 1) comes again."""
+    return float(min(FIRST_BACKOFF * 2.0 ** min(attempt - 1, 10), MAX_BACKOFF))
+
+
+async def handle(
+    handler: Handler, event: Event, attempt: int, backoff: Callable[[int], float] = backoff
+) -> Done | Again | Dead:
+    """Have ``handler`` act on the event for the ``attempt``-th time (from 1), and say what becomes of it.
+
+    It is dead when the handler raised RejectedError, or anything else at its MAX_ATTEMPTS-th time. UnavailableError and
+    ExhaustedError say that the handler lacks something that is no fault of the event: it comes again without end.
+    """
+    with structlog.contextvars.bound_contextvars(
+        event_id=event.id, event_type=event.type, subject=event.subject, **event.trace
+    ):
+        try:
+            await handler(event)
+        except RejectedError as error:
+            log.error("event rejected", error=str(error))
+            return Dead(str(error))
+        except (UnavailableError, ExhaustedError) as error:
+            log.warning("event comes again", attempt=attempt, error=str(error))
+            return Again(backoff(attempt))
+        except Exception as error:
+            dead = attempt >= MAX_ATTEMPTS
+            log.exception("handler raised", attempt=attempt, dead=dead)
+            return Dead(f"{type(error).__name__}: {error}") if dead else Again(backoff(attempt))
+        return Done()

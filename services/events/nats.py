@@ -1,0 +1,330 @@
+"""The bus on NATS JetStream: CloudEvents in binary mode, kept in a stream until each durable consumer acted on them.
+
+Streams: ``events`` keeps what is published, under subjects that are the events' types; ``dead-letters`` keeps what a
+consumer could not act on, under ``dead-letter.<consumer>.<type>``. Headers follow CloudEvents' NATS binding: each
+attribute is ``ce-`` and its name, ``ce-datacontenttype`` too, with values percent-encoded as in HTTP. The broker drops
+an event that it was given within the last DUPLICATES_WITHIN seconds, by ``Nats-Msg-Id``.
+
+The broker may be away at any time, also at the start: what is published then is refused at once, and consumers go on
+when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import nats
+import nats.errors
+import nats.js.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, StorageType, StreamConfig
+
+from services import events
+from services.events import CONTENT_TYPE, Again, BusAwayError, Dead, DeadLetter, Done, Event, Handler, RejectedError
+
+log = structlog.stdlib.get_logger()
+
+KEPT_FOR = 7 * 24 * 3600.0
+"""Seconds that the broker keeps an event, for consumers that come late or go back to the start."""
+
+DUPLICATES_WITHIN = 600.0
+"""Seconds in which the broker knows an event that it is given again. Longer than a relay takes to try again."""
+
+PUBLISH_TIMEOUT = 2.0
+"""Seconds that the broker has to say that it kept an event."""
+
+ACK_WAIT = 10.0
+"""Seconds after which the broker takes a consumer for dead and hands its event to another. Longer than a handler runs:
+a unit of work may wait ``services.database.BUSY_TIMEOUT`` for its lock."""
+
+WORKERS = 8
+"""Events that are acted on at a time, under one ``consume``."""
+
+RECONNECT = 0.2
+"""Seconds between two attempts to reach the broker."""
+
+_FETCH = 1.0
+"""Seconds that one request for an event lasts; so long may leaving ``consume`` take while nothing comes."""
+
+_STREAMS = (
+    StreamConfig(
+        name="events",
+        subjects=["weft.>"],
+        storage=StorageType.FILE,
+        max_age=KEPT_FOR,
+        duplicate_window=DUPLICATES_WITHIN,
+    ),
+    StreamConfig(
+        name="dead-letters",
+        subjects=["dead-letter.>"],
+        storage=StorageType.FILE,
+        duplicate_window=DUPLICATES_WITHIN,
+    ),
+)
+
+_AWAY = (nats.errors.Error, OSError, asyncio.TimeoutError)
+"""What nats-py raises when the broker is away, goes away, or doesn't answer."""
+
+_PLAIN = "!#$&'()*+,/:;<=>?@[\\]^`{|}~"
+"""What a header's value holds as it is, besides letters, digits and ``_.-``. The rest of ASCII (space, double quote,
+percent, control characters) and all beyond it is percent-encoded (CloudEvents' HTTP binding, 3.1.3.2)."""
+
+
+class NatsBus:
+    """A ``Bus``. ``url``: the broker's (``nats://127.0.0.1:4222``), several with commas between. ``backoff``: seconds
+    before an event comes again after its n-th attempt.
+
+    ::
+
+        async with NatsBus("nats://127.0.0.1:4222") as bus:  # reaches for the broker from here on
+            await bus.publish(event)
+    """
+
+    def __init__(self, url: str, backoff: Callable[[int], float] = events.backoff) -> None:
+        self._url = url
+        self._backoff = backoff
+        self._client: Client | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._up = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker can be reached right now."""
+        return self._client is not None and self._client.is_connected
+
+    async def __aenter__(self) -> NatsBus:
+        self._keeper = asyncio.create_task(self._keep(), name="nats-bus")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._keeper is not None
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def publish(self, event: Event) -> None:
+        await self._publish(event.type, event.data, {**to_headers(event), "Nats-Msg-Id": event.id})
+
+    @contextlib.asynccontextmanager
+    async def consume(self, consumer: str, types: str, handler: Handler) -> AsyncIterator[None]:
+        stop = asyncio.Event()
+        workers = [asyncio.create_task(self._work(consumer, types, handler, stop)) for _ in range(WORKERS)]
+        try:
+            yield
+        finally:
+            stop.set()
+            await asyncio.gather(*workers)
+
+    async def dead_letters(self, consumer: str) -> list[DeadLetter]:
+        letters = []
+        event: Event | None
+        try:
+            js = self._jetstream()
+            found = await js.stream_info("dead-letters", subjects_filter=f"dead-letter.{consumer}.>")
+            left = sum((found.state.subjects or {}).values())
+            if left:
+                subscription = await js.subscribe(
+                    f"dead-letter.{consumer}.>", stream="dead-letters", ordered_consumer=True
+                )
+                for _ in range(left):
+                    message = await subscription.next_msg(timeout=PUBLISH_TIMEOUT)
+                    headers = message.headers or {}
+                    try:
+                        event = from_headers(headers, message.data)
+                    except RejectedError:
+                        event = None
+                    reason = urllib.parse.unquote(headers["weft-reason"])
+                    letters.append(DeadLetter(event, reason, int(headers["weft-attempts"])))
+                await subscription.unsubscribe()
+        except _AWAY as error:
+            raise BusAwayError(f"the broker's dead letters can't be read: {error}") from error
+        return letters
+
+    async def _keep(self) -> None:
+        """Keep a connection. nats-py mends one that broke, but gives up on one that the broker ended with an error."""
+        while True:
+            ended = asyncio.Event()
+
+            async def closed(ended: asyncio.Event = ended) -> None:
+                ended.set()
+
+            client = Client()
+            try:
+                await client.connect(
+                    self._url.split(","),
+                    connect_timeout=2,
+                    reconnect_time_wait=RECONNECT,  # type: ignore[arg-type]  # it is slept for, and may be a float
+                    max_reconnect_attempts=-1,
+                    ping_interval=2,
+                    max_outstanding_pings=2,
+                    # What is sent while the broker is away is refused, and not kept for its return: who sent it will
+                    # have tried again by then, in the right order.
+                    pending_size=0,
+                    error_cb=_quiet,
+                    disconnected_cb=_disconnected,
+                    reconnected_cb=_reconnected,
+                    closed_cb=closed,
+                )
+                await _declare(client.jetstream())
+                self._client = client
+                self._up.set()
+                log.info("broker connected")
+                await ended.wait()
+            except _AWAY as error:
+                log.warning("broker not ready", error=str(error))
+            finally:
+                self._client = None
+                self._up.clear()
+                with contextlib.suppress(*_AWAY):
+                    await client.close()
+            await asyncio.sleep(RECONNECT)
+
+    def _jetstream(self) -> JetStreamContext:
+        if self._client is None or not self._client.is_connected:
+            raise BusAwayError("the broker is away")
+        return self._client.jetstream()
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> None:
+        js = self._jetstream()
+        try:
+            await js.publish(subject, data, timeout=PUBLISH_TIMEOUT, headers=headers)
+        except nats.js.errors.NoStreamResponseError as error:
+            # A broker that lost its store, or still reads it.
+            with contextlib.suppress(*_AWAY):
+                await _declare(js)
+            raise BusAwayError("the broker had no stream for the event") from error
+        except _AWAY as error:
+            raise BusAwayError(f"the broker didn't keep the event: {str(error) or type(error).__name__}") from error
+
+    async def _work(self, consumer: str, types: str, handler: Handler, stop: asyncio.Event) -> None:
+        """Act on one event after the other."""
+        while not stop.is_set():
+            try:
+                js = self._jetstream()
+                await js.add_consumer(
+                    "events",
+                    ConsumerConfig(
+                        durable_name=consumer,
+                        filter_subject=f"{types}.>",
+                        ack_policy=AckPolicy.EXPLICIT,
+                        ack_wait=ACK_WAIT,
+                        max_deliver=-1,  # it is ours to count, so that the reason of the last failure is kept
+                    ),
+                )
+                subscription = await js.pull_subscribe_bind(consumer, "events")
+                try:
+                    while not stop.is_set():
+                        try:
+                            (message,) = await subscription.fetch(1, timeout=_FETCH)
+                        except TimeoutError:
+                            self._jetstream()
+                        else:
+                            await self._act(message, consumer, handler)
+                finally:
+                    with contextlib.suppress(*_AWAY):
+                        await subscription.unsubscribe()
+            except (BusAwayError, *_AWAY):
+                # Whatever is the matter: the connection's own log says what it is.
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stop.wait(), RECONNECT)
+
+    async def _act(self, message: Msg, consumer: str, handler: Handler) -> None:
+        attempt = message.metadata.num_delivered
+        ending: Done | Again | Dead
+        try:
+            event = from_headers(message.headers or {}, message.data)
+        except RejectedError as error:
+            ending = Dead(str(error))
+        else:
+            ending = await events.handle(handler, event, attempt, self._backoff)
+        if isinstance(ending, Again):
+            await message.nak(ending.delay)
+            return
+        if isinstance(ending, Dead):
+            sequence = message.metadata.sequence.stream
+            await self._publish(
+                f"dead-letter.{consumer}.{message.subject}",
+                message.data,
+                {
+                    **(message.headers or {}),
+                    "Nats-Msg-Id": f"{consumer}.{sequence}",
+                    "weft-reason": _quote(ending.reason),
+                    "weft-attempts": str(attempt),
+                },
+            )
+        await message.ack()
+
+
+async def _declare(js: JetStreamContext) -> None:
+    """Have the broker keep the streams as they are meant to be."""
+    for stream in _STREAMS:
+        try:
+            await js.add_stream(stream)
+        except nats.js.errors.BadRequestError:  # it is there, in the shape of another release
+            await js.update_stream(stream)
+
+
+async def _quiet(error: Exception) -> None:
+    log.debug("broker connection", error=str(error))
+
+
+async def _disconnected() -> None:
+    log.warning("broker away")
+
+
+async def _reconnected() -> None:
+    log.info("broker back")
+
+
+def to_headers(event: Event) -> dict[str, str]:
+    """The event without its data, as headers."""
+    attributes = {
+        "specversion": "1.0",
+        "id": event.id,
+        "source": event.source,
+        "type": event.type,
+        "subject": event.subject,
+        "time": event.time.astimezone(dt.UTC).isoformat().replace("+00:00", "Z"),
+        "datacontenttype": CONTENT_TYPE,
+        **event.trace,
+    }
+    return {f"ce-{name}": _quote(value) for name, value in attributes.items()}
+
+
+def from_headers(headers: Mapping[str, str], data: bytes) -> Event:
+    """The event that came. Raises RejectedError for what is no CloudEvent with protobuf data."""
+    attributes: dict[str, Any] = {
+        name.lower().removeprefix("ce-"): urllib.parse.unquote(value)
+        for name, value in headers.items()
+        if name.lower().startswith("ce-")
+    }
+    try:
+        if attributes["specversion"] != "1.0" or attributes["datacontenttype"] != CONTENT_TYPE:
+            raise RejectedError(f"is not a CloudEvent 1.0 with {CONTENT_TYPE}")
+        return Event(
+            id=attributes["id"],
+            source=attributes["source"],
+            type=attributes["type"],
+            subject=attributes["subject"],
+            time=dt.datetime.fromisoformat(attributes["time"]),
+            data=data,
+            trace={name: attributes[name] for name in ("traceparent", "tracestate") if name in attributes},
+        )
+    except KeyError as error:
+        raise RejectedError(f"is not a CloudEvent with protobuf data: it has no {error.args[0]}") from None
+    except ValueError as error:
+        raise RejectedError(f"is not a CloudEvent: {error}") from None
+
+
+def _quote(value: str) -> str:
+    return urllib.parse.quote(value, safe=_PLAIN)

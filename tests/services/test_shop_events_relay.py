@@ -1,0 +1,238 @@
+"""What the outbox and its relay promise: no event without its change, none lost or out of order, whoever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import random
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import structlog
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from google.protobuf.wrappers_pb2 import Int64Value
+
+from services.database import Database
+from services.events import BusAwayError, Event
+from services.events.memory import MemoryBus
+from services.events.relay import LATE, Relay
+from services.outbox import Outbox
+from tests.services.conftest import Open
+from tests.services.test_shop_events import until
+
+LEASE = 0.4
+"""Seconds: short, so that a killed relay is followed soon."""
+
+metadata = sa.MetaData()
+outbox = Outbox(metadata, "/weft/test")
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Path:
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    (folder / "v0001.py").write_text(
+        "from services import outbox\nrevision, down_revision = '1', None\ndef upgrade():\n    outbox.create_tables()\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def database(open_database: Open, versions: Path) -> Database:
+    return open_database("test", versions)
+
+
+class Bus(MemoryBus):
+    """A bus that can be away, and that can lose its word that it kept an event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.loses_words = False
+        self.given: list[Event] = []
+        self.silent = False
+
+    async def publish(self, event: Event) -> None:
+        if self.silent:
+            await asyncio.Event().wait()
+        if self.away:
+            raise BusAwayError("away")
+        self.given.append(event)
+        await super().publish(event)
+        if self.loses_words:
+            raise BusAwayError("no word")
+
+    def numbers(self, subject: str) -> list[int]:
+        """The numbers of a subject's events, in the order in which the bus kept them."""
+        return [Int64Value.FromString(event.data).value for event in self.kept if event.subject == subject]
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus()
+
+
+async def write(database: Database, subject: str, *numbers: int) -> None:
+    def work(connection: sa.Connection) -> None:
+        for number in numbers:
+            outbox.add(connection, "weft.test.v1.Happened", subject, Int64Value(value=number))
+
+    await database.write(work)
+
+
+async def waiting(database: Database) -> int:
+    return await database.read(outbox.count)
+
+
+def relay(database: Database, bus: Bus, name: str = "relay") -> Relay:
+    return Relay(database, outbox, bus, name, lease=LEASE)
+
+
+async def kill(relay: Relay) -> None:
+    """End a relay as SIGKILL would: nothing is finished, the lease is kept."""
+    assert relay._task is not None
+    relay._task.cancel()
+    await asyncio.wait([relay._task])
+
+
+async def test_the_migration_makes_what_the_code_expects(database: Database) -> None:
+    assert await database.read(lambda c: compare_metadata(MigrationContext.configure(c), metadata)) == []
+
+
+async def test_an_event_is_kept_with_its_transaction_or_not_at_all(database: Database) -> None:
+    def work(connection: sa.Connection) -> None:
+        outbox.add(connection, "weft.test.v1.Happened", "a", Int64Value(value=1))
+        raise RuntimeError("rolled back")
+
+    with pytest.raises(RuntimeError):
+        await database.write(work)
+    assert await waiting(database) == 0
+
+
+async def test_an_event_carries_what_it_was_given(database: Database, bus: Bus) -> None:
+    time = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+    trace = {"traceparent": "00-1-2-01"}
+    await database.write(lambda c: outbox.add(c, "weft.test.v1.Happened", "a", Int64Value(value=7), trace, time=time))
+    async with relay(database, bus):
+        await until(lambda: bool(bus.kept))
+    (event,) = bus.kept
+    assert (event.source, event.type, event.subject) == ("/weft/test", "weft.test.v1.Happened", "a")
+    assert (event.time, event.trace, Int64Value.FromString(event.data).value) == (time, trace, 7)
+
+
+@pytest.mark.slow
+async def test_events_of_a_subject_keep_their_order(database: Database, bus: Bus) -> None:
+    async with relay(database, bus) as working:
+        for number in range(50):
+            await write(database, "a", number)
+            await write(database, "b", number)
+        await until(lambda: working.published == 100)
+    assert bus.numbers("a") == bus.numbers("b") == list(range(50))
+    assert await waiting(database) == 0
+
+
+@pytest.mark.slow
+async def test_events_wait_while_the_bus_is_away_and_the_lag_is_told(database: Database, bus: Bus) -> None:
+    bus.away = True
+    long_ago = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=2 * LATE)
+    with structlog.testing.capture_logs() as logs:
+        await database.write(lambda c: outbox.add(c, "weft.test.v1.Happened", "a", Int64Value(value=0), time=long_ago))
+        async with relay(database, bus) as working:
+            await until(lambda: working.lag > LATE)
+            await until(lambda: any(line["event"] == "outbox lags" for line in logs))
+            await write(database, "a", 1, 2)
+            bus.away = False
+            await until(lambda: len(bus.kept) == 3 and working.lag == 0)
+    assert bus.numbers("a") == [0, 1, 2]
+    assert logs[-1]["event"] == "outbox caught up"
+
+
+@pytest.mark.slow
+async def test_what_the_bus_kept_without_a_word_is_given_again_and_kept_once(database: Database, bus: Bus) -> None:
+    bus.loses_words = True
+    await write(database, "a", 1, 2)
+    async with relay(database, bus):
+        await until(lambda: len(bus.given) >= 2)
+        bus.loses_words = False
+        await until(lambda: len(bus.kept) == 2)
+    assert bus.numbers("a") == [1, 2]
+    assert await waiting(database) == 0
+
+
+@pytest.mark.slow
+async def test_one_of_several_relays_works_and_another_follows_the_killed(
+    open_database: Open, versions: Path, bus: Bus
+) -> None:
+    databases = [open_database("test", versions) for _ in range(3)]
+    relays = [relay(database, bus, f"relay-{n}") for n, database in enumerate(databases)]
+    for each in relays:
+        await each.__aenter__()
+    await until(lambda: any(each.holds for each in relays))
+    number = 0
+    while relays:
+        assert sum(each.holds for each in relays) <= 1
+        await write(databases[0], "a", *range(number, number + 20))
+        number += 20
+        await until(lambda: any(each.holds for each in relays))
+        holder = next(each for each in relays if each.holds)
+        relays.remove(holder)
+        if relays:
+            await kill(holder)
+        else:
+            await holder.__aexit__(None, None, None)
+    assert bus.numbers("a") == list(range(number))
+    assert await waiting(databases[0]) == 0
+
+
+@pytest.mark.slow
+async def test_a_relay_whose_lease_may_be_taken_publishes_no_more(
+    open_database: Open, versions: Path, bus: Bus
+) -> None:
+    stuck, lively = (open_database("test", versions) for _ in range(2))
+    await write(stuck, "a", 1)
+    bus.silent = True
+    async with relay(stuck, bus, "stuck") as first:
+        await until(lambda: first.holds)
+        await until(lambda: not first.holds)  # it waits for a bus that doesn't answer
+        bus.silent = False
+        async with relay(lively, bus, "lively"):
+            await until(lambda: bus.numbers("a") == [1])
+
+
+async def test_leaving_publishes_what_is_written_and_gives_the_lease_back(database: Database, bus: Bus) -> None:
+    async with relay(database, bus) as working:
+        await until(lambda: working.holds)
+        await write(database, "a", 1, 2, 3)
+    assert bus.numbers("a") == [1, 2, 3]
+    assert (await database.read(outbox.lease)).free
+
+
+@pytest.mark.slow
+async def test_any_course_of_kills_and_absences_ends_with_every_event_once_in_order(
+    open_database: Open, versions: Path, bus: Bus
+) -> None:
+    """The law of the relay, on 25 random courses of what may happen."""
+    rng = random.Random(6)
+    databases = [open_database("test", versions) for _ in range(2)]
+    relays: dict[int, Relay] = {}
+    written = {"a": 0, "b": 0}
+    for _ in range(25):
+        for n, database in enumerate(databases):
+            if n not in relays:
+                relays[n] = await relay(database, bus, f"relay-{n}").__aenter__()
+        for subject in written:
+            count = rng.randrange(4)
+            await write(databases[0], subject, *range(written[subject], written[subject] + count))
+            written[subject] += count
+        bus.away = rng.random() < 0.3
+        bus.loses_words = rng.random() < 0.3
+        if rng.random() < 0.3:
+            await kill(relays.pop(rng.randrange(2)))
+    bus.away = bus.loses_words = False
+    await until(lambda: bus.numbers("a") == list(range(written["a"])) and len(bus.kept) == sum(written.values()))
+    for each in relays.values():
+        await each.__aexit__(None, None, None)
+    assert bus.numbers("b") == list(range(written["b"]))
+    assert await waiting(databases[0]) == 0
