@@ -2,6 +2,7 @@
 
 A unit of work is a plain function of a SQLAlchemy connection, run in one transaction in one thread hop. SQLite is the
 default: several replicas on one machine share a file, in WAL mode, where readers and writers don't wait for each other.
+PostgreSQL is for replicas on several machines.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -22,10 +23,13 @@ from services.errors import ExhaustedError, RefusedError, UnavailableError
 Result = TypeVar("Result")
 
 BUSY_TIMEOUT = 5.0
-"""Seconds that a SQLite writer waits for the writers of other processes before it gives up."""
+"""Seconds that a writer waits for those who hold what it needs, before it gives up."""
+
+CONNECT_TIMEOUT = 5
+"""Seconds that PostgreSQL has to accept a connection."""
 
 WORKERS = 4
-"""Units of work that may read at a time, and as many that may write, on databases other than SQLite."""
+"""Units of work that may read at a time, and as many that may write, on PostgreSQL."""
 
 # SQLite's primary result codes, and what they mean to a caller. Others are bugs, and stay what they are.
 _SQLITE_REFUSALS: Mapping[int, tuple[type[RefusedError], str, str]] = {
@@ -35,6 +39,19 @@ _SQLITE_REFUSALS: Mapping[int, tuple[type[RefusedError], str, str]] = {
     sqlite3.SQLITE_CANTOPEN: (UnavailableError, "DATABASE_AWAY", "the database can't be opened"),
     sqlite3.SQLITE_IOERR: (UnavailableError, "DATABASE_AWAY", "the database can't be read or written"),
     sqlite3.SQLITE_FULL: (ExhaustedError, "DATABASE_FULL", "the database, or the disk under it, is full"),
+}
+
+# PostgreSQL's SQLSTATEs, by their longest prefix that is here.
+_POSTGRESQL_REFUSALS: Mapping[str, tuple[type[RefusedError], str, str]] = {
+    "08": (UnavailableError, "DATABASE_AWAY", "the connection to the database is lost"),
+    "57P": (UnavailableError, "DATABASE_AWAY", "the database is shutting down or starting"),
+    "25006": (UnavailableError, "DATABASE_READ_ONLY", "the database is read-only"),
+    "40": (UnavailableError, "DATABASE_LOCKED", "another transaction was in the way"),
+    "55P03": (UnavailableError, "DATABASE_LOCKED", "another transaction holds what this one needs"),
+    "57014": (UnavailableError, "DATABASE_SLOW", "the database took too long"),
+    "53": (ExhaustedError, "DATABASE_FULL", "the database has no room for it"),
+    "53300": (UnavailableError, "DATABASE_BUSY", "the database takes no more connections"),
+    "58": (UnavailableError, "DATABASE_AWAY", "the database can't read or write its files"),
 }
 
 
@@ -53,40 +70,54 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
         return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+"""The type of a string that is listed in order, or by prefix: by code points, in both databases."""
+
 SEQUENCE = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 """The type of an auto-incremented key (SQLite increments INTEGER alone)."""
 
 
 class Database:
-    """One service's database.
+    """One service's database: SQLite, or PostgreSQL by psycopg.
 
-    ``url``: a SQLAlchemy URL; SQLite needs a file. ``busy_timeout``: seconds that a SQLite writer waits for the
-    writers of other processes. ``file``: the SQLite database; None on others.
+    ``url``: a SQLAlchemy URL; SQLite needs a file. ``busy_timeout``: seconds that a writer waits for those who hold
+    what it needs (SQLite's one writer, PostgreSQL's locks). ``file``: the SQLite database; None on PostgreSQL.
 
     Reads and writes have threads of their own, so that writers which wait for a lock don't hold up reads. SQLite gets
     one of each: it has one writer at a time whatever we do, and its reads are CPU, which a second thread would only
     slow down (the two pass the GIL to and fro: 380 µs a read instead of 260).
 
-    Raises ValueError for a URL that can't be used.
+    Raises ValueError for a URL that can't be used, ImportError for one whose driver isn't installed.
     """
 
     def __init__(self, url: str | sa.URL, *, busy_timeout: float = BUSY_TIMEOUT) -> None:
         self._url = sa.make_url(url)
-        sqlite = self._url.get_backend_name() == "sqlite"
-        if sqlite and self._url.database in {None, "", ":memory:"}:
-            raise ValueError("a SQLite database needs a file: sqlite:///path/to/file.db")
-        self.file = Path(str(self._url.database)) if sqlite else None
-        workers = 1 if sqlite else WORKERS
-        self.engine = sa.create_engine(
-            self._url,
-            pool_size=2 * workers,
-            max_overflow=0,
-            connect_args={"timeout": busy_timeout} if sqlite else {},
-        )
-        if sqlite:
+        kind = self._url.get_backend_name()
+        if kind not in {"sqlite", "postgresql"}:
+            raise ValueError(f"a database is SQLite or PostgreSQL: sqlite:///..., postgresql://...; this is {kind}")
+        if kind == "sqlite":
+            if self._url.database in {None, "", ":memory:"}:
+                raise ValueError("a SQLite database needs a file: sqlite:///path/to/file.db")
+            self.file: Path | None = Path(str(self._url.database))
+            workers = 1
+            connect_args: dict[str, Any] = {"timeout": busy_timeout}
+        else:
+            self.file = None
+            workers = WORKERS
+            connect_args = {
+                "connect_timeout": CONNECT_TIMEOUT,
+                "options": f"{self._url.query.get('options', '')} -c lock_timeout={round(busy_timeout * 1000)}",
+            }
+        self.engine = sa.create_engine(self._url, pool_size=2 * workers, max_overflow=0, connect_args=connect_args)
+        if kind == "sqlite":
             sa.event.listen(self.engine, "connect", _leave_transactions_to_us)
             sa.event.listen(self.engine, "begin", _begin)
-        self._for_writes = self.engine.execution_options(begin="BEGIN IMMEDIATE")
+            self._for_reads: sa.Engine = self.engine
+            self._for_writes: sa.Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")
+        else:
+            # One state for all that a unit of work reads, as a transaction of SQLite has by itself.
+            self._for_reads = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            self._for_writes = self.engine
         self._readers = ThreadPoolExecutor(workers, "database-read")
         self._writers = ThreadPoolExecutor(workers, "database-write")
 
@@ -98,7 +129,7 @@ class Database:
 
         Raises what ``work`` raises; UnavailableError or ExhaustedError when the database can't serve it now.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._readers, _perform, self.engine, work)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, _perform, self._for_reads, work)
 
     async def write(self, work: Callable[[sa.Connection], Result]) -> Result:
         """Run ``work`` in a transaction that is kept whole, or not at all if it raises.
@@ -151,9 +182,14 @@ def _refusal(error: sa.exc.DBAPIError | sqlite3.Error) -> RefusedError | None:
     if isinstance(cause, sqlite3.Error):
         # Raised by the sqlite3 module itself, an error has no code.
         found = _SQLITE_REFUSALS.get(getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF)
-        if found is not None:
-            kind, reason, message = found
-            return kind(reason, message)
+    else:
+        # A connection that failed before the database said anything has no state.
+        state = getattr(cause, "sqlstate", None) or ("08" if isinstance(error, sa.exc.OperationalError) else "")
+        prefixes = (state[:length] for length in range(len(state), 0, -1))
+        found = next((_POSTGRESQL_REFUSALS[prefix] for prefix in prefixes if prefix in _POSTGRESQL_REFUSALS), None)
+    if found is not None:
+        kind, reason, message = found
+        return kind(reason, message)
     if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
         return UnavailableError("DATABASE_AWAY", "the connection to the database is lost")
     return None

@@ -27,6 +27,14 @@ class AlreadyExistsError(RefusedError):
     """What the request would make exists."""
 
 
+class FailedPreconditionError(RefusedError):
+    """What the request is about is not in a state for it; the same request fails until that changes."""
+
+
+class AbortedError(RefusedError):
+    """What the request is about has changed since its caller looked at it, who should look again."""
+
+
 class UnavailableError(RefusedError):
     """Something that the service needs is away; the same request may succeed later."""
 
@@ -51,3 +59,10 @@ class RequestIdReusedError(AlreadyExistsError):
         super().__init__(
             "REQUEST_ID_REUSED", f"request_id {request_id} came before with other content", request_id=request_id
         )
+
+
+class EtagMismatchError(AbortedError):
+    """The request's etag is not that of now (AIP-154)."""
+
+    def __init__(self, etag: str) -> None:
+        super().__init__("ETAG_MISMATCH", f"it has changed since it had the etag {etag}", etag=etag)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 import protovalidate
 import structlog
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from services.errors import (
+    AbortedError,
     AlreadyExistsError,
     ExhaustedError,
+    FailedPreconditionError,
     InvalidFieldError,
     NotFoundError,
     RefusedError,
@@ -32,6 +37,8 @@ log = structlog.stdlib.get_logger()
 CODES: Sequence[tuple[type[RefusedError], grpc.StatusCode]] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
+    (FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (AbortedError, grpc.StatusCode.ABORTED),
     (ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
@@ -47,7 +54,62 @@ class Servicer(Protocol):
     """The ``domain`` of its google.rpc.ErrorInfo, ``user.weft`` say: with the reason it names an error (AIP-193)."""
 
 
+AddToServer = Callable[[Any, Any], None]
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Message]])
+Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Message]])
+Context = grpc.aio.ServicerContext[Any, Any]
+
+NAMED = ("request_id", "id", "user_id")
+"""Fields of a request that its line in the log has, too."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in for a request whose bytes are no message of its type."""
+
+    wanted: str
+
+
+def readable(add_to_server: AddToServer) -> AddToServer:
+    """The generated ``add_XServicer_to_server``, for servicers whose methods are ``answered``.
+
+    Bytes that are no request then end as INVALID_ARGUMENT and in the log, like everything else that is wrong with a
+    request; gRPC itself answers UNKNOWN or INTERNAL, as if the service were broken.
+    """
+
+    def add(servicer: Any, server: Any) -> None:
+        add_to_server(servicer, _Readable(server))
+
+    return add
+
+
+class _Readable:
+    """Stands in for the server while a servicer is added."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Nothing: the same methods come by name."""
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        handlers = {
+            name: handler._replace(request_deserializer=_reader(handler.request_deserializer))
+            for name, handler in method_handlers.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
+        self._server.add_registered_method_handlers(service_name, handlers)
+
+
+def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
+    def read(data: bytes) -> Message | Unreadable:
+        try:
+            return parse(data)
+        except DecodeError:
+            # ``parse`` is the FromString of a generated class.
+            return Unreadable(getattr(parse, "__self__", Message).DESCRIPTOR.full_name)
+
+    return read
 
 
 def answered(method: Method) -> Method:
@@ -60,35 +122,100 @@ def answered(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    async def answer(self: Servicer, request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+    async def answer(self: Servicer, request: Message | Unreadable, context: Context) -> Message:
         started = time.monotonic()
-        violations = protovalidate.collect_violations(request)
-        if violations:
-            status = _invalid(map(_field_violation, violations))
-        else:
+        status = _checked(request)
+        if status is None:
             try:
                 return await method(self, request, context)
-            except InvalidFieldError as error:
-                status = _invalid([_violation(error.field, error.description, error.reason)])
-            except RefusedError as error:
-                status = _refused(error, self.error_domain)
-            except Exception:
-                log.exception("handler raised", method=method.__qualname__)
-                status = _status(grpc.StatusCode.INTERNAL, "internal error; the service's log has the details")
-        code = rpc_status.to_status(status).code
-        log.log(
-            logging.WARNING if code in OURS else logging.INFO,
-            "request failed",
-            method=method.__qualname__,
-            code=code.name,
-            error=status.message,
-            seconds=round(time.monotonic() - started, 4),
-            peer=context.peer(),
-        )
-        await context.abort_with_status(rpc_status.to_status(status))
+            except Exception as error:
+                status = _status_of(error, method.__qualname__, self.error_domain)
+        await _abort(status, method.__qualname__, request, context, started)
         raise AssertionError("unreachable: abort_with_status raises")
 
     return cast("Method", answer)
+
+
+def answered_stream(method: Stream) -> Stream:
+    """A method of a servicer that answers with a stream: otherwise as ``answered``."""
+
+    @functools.wraps(method)
+    async def answer(self: Servicer, request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
+        started = time.monotonic()
+        status = _checked(request)
+        if status is None:
+            try:
+                async with contextlib.aclosing(cast("AsyncGenerator[Message]", method(self, request, context))) as it:
+                    async for response in it:
+                        yield response
+                return
+            except Exception as error:
+                status = _status_of(error, method.__qualname__, self.error_domain)
+        await _abort(status, method.__qualname__, request, context, started)
+
+    return cast("Stream", answer)
+
+
+def trace(context: Context) -> dict[str, str]:
+    """The W3C trace context of a call; empty without one."""
+    metadata = context.invocation_metadata() or ()
+    return {key: str(value) for key, value in metadata if key in {"traceparent", "tracestate"}}
+
+
+def _checked(request: Message | Unreadable) -> status_pb2.Status | None:
+    """What a request that breaks its contract is answered with; None for one that doesn't."""
+    if isinstance(request, Unreadable):
+        return _status(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {request.wanted}")
+    violations = protovalidate.collect_violations(request)
+    return _invalid(map(_field_violation, violations)) if violations else None
+
+
+def _status_of(error: Exception, method: str, domain: str) -> status_pb2.Status:
+    if isinstance(error, InvalidFieldError):
+        return _invalid([_violation(error.field, error.description, error.reason)])
+    if isinstance(error, RefusedError):
+        return _refused(error, domain)
+    log.error("handler raised", method=method, exc_info=error)
+    return _status(grpc.StatusCode.INTERNAL, "internal error; the service's log has the details")
+
+
+async def _abort(
+    status: status_pb2.Status, method: str, request: Message | Unreadable, context: Context, started: float
+) -> None:
+    code = rpc_status.to_status(status).code
+    log.log(
+        logging.WARNING if code in OURS else logging.INFO,
+        "request failed",
+        method=method,
+        code=code.name,
+        error=status.message,
+        seconds=round(time.monotonic() - started, 4),
+        peer=context.peer(),
+        **trace(context),
+        **{name: value for name in NAMED if (value := getattr(request, name, ""))},
+    )
+    await context.abort_with_status(rpc_status.to_status(status))
+
+
+def masked(mask: FieldMask, message: Message, fields: Collection[str], ignored: Collection[str]) -> set[str]:
+    """Which of ``fields`` an update is to change (AIP-134): those that ``mask`` names; without one, those that
+    ``message`` fills; all for ``*``. ``ignored``: fields that are only ever given by the service (AIP-203).
+
+    Raises InvalidFieldError for a path that is in neither.
+    """
+    paths = set(mask.paths)
+    if not paths:
+        return {field for field in fields if "." not in field and getattr(message, field) != _unset(message, field)}
+    if paths == {"*"}:
+        return {field for field in fields if "." not in field}
+    for path in mask.paths:
+        if path not in fields and path not in ignored:
+            raise InvalidFieldError("update_mask", "UNKNOWN_FIELD", f"{path!r} should be one of {', '.join(fields)}")
+    return paths - set(ignored)
+
+
+def _unset(message: Message, field: str) -> object:
+    return getattr(type(message)(), field)
 
 
 def timestamp(instant: dt.datetime) -> Timestamp:

@@ -1,13 +1,14 @@
-"""What a service is told by its environment, beside what ``mesh.server.settings`` reads there."""
+"""What a service is told by its environment and then by a file, beside what ``mesh.server.settings`` reads there."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
 import sqlalchemy as sa
@@ -18,9 +19,18 @@ from mesh.server.settings import ServerSettings
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
 """Where the shop's services differ from the defaults of ``ServerSettings``: grpcurl and its like can look at them."""
 
+FILE = "MESH_CONFIG"
+"""The variable that names the file."""
+
+_PREFIXES = ("MESH_", "OTEL_", "GRPC_")
+_WIDTH = 28
+
 
 class Settings(BaseSettings):
-    """A service's own settings, each from the variable ``MESH_`` and its name. An empty variable counts as not set."""
+    """A service's own settings, each from the variable ``MESH_`` and its name. An empty variable counts as not set.
+
+    What one service alone is told stands in a subclass of its own.
+    """
 
     model_config = SettingsConfigDict(env_prefix="MESH_", env_ignore_empty=True)
 
@@ -28,14 +38,16 @@ class Settings(BaseSettings):
         default=Path("data"), description="the folder for what the service keeps; made if need be"
     )
     database_url: str = pydantic.Field(
-        default="", description="the database, as a SQLAlchemy URL; without one, SQLite in the data folder"
+        default="",
+        description="the database, sqlite:///path or postgresql://user:password@host/name; without one, SQLite in the "
+        "data folder",
     )
     log_level: Literal["debug", "info", "warning", "error"] = pydantic.Field(
         default="info", description="what is logged: debug, info, warning or error, and all above"
     )
 
     @classmethod
-    def from_env(cls) -> Settings:
+    def from_env(cls) -> Self:
         """The settings that the environment asks for. Raises ValueError, naming each wrong variable."""
         try:
             return cls()
@@ -55,15 +67,43 @@ class Settings(BaseSettings):
             ) from None
 
 
+def read_file() -> None:
+    """Add to the environment what the file that ``MESH_CONFIG`` names sets and the environment doesn't.
+
+    The file is TOML, with the variables' own names as keys: ``MESH_LOG_LEVEL = "warning"``. Raises ValueError, naming
+    what is wrong with it.
+    """
+    name = os.environ.get(FILE, "")
+    if not name:
+        return
+    try:
+        found = tomllib.loads(Path(name).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
+    for key, value in found.items():
+        if not key.startswith(_PREFIXES):
+            raise ValueError(f"{FILE}={name!r}: {key} is no variable: these begin with {', '.join(_PREFIXES)}")
+        if isinstance(value, bool):
+            value = int(value)
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{FILE}={name!r}: {key} should be a string, a number, true or false")
+        os.environ.setdefault(key, str(value))
+
+
 def server_settings() -> ServerSettings:
     """How the service serves, as the environment asks for. Raises ValueError, naming the wrong variable."""
     return ServerSettings.from_env({**SERVER_DEFAULTS, **os.environ})
 
 
-def describe() -> str:
-    """Every variable that a service reads, with what it sets and its default."""
-    lines = ["The service:"]
-    for name, field in Settings.model_fields.items():
+def describe(settings: type[Settings] = Settings) -> str:
+    """Every variable that a service with ``settings`` reads, with what it sets and its default."""
+    lines = [
+        "The service:",
+        f"  {FILE:<{_WIDTH}}a TOML file that sets those of these variables which the environment doesn't",
+    ]
+    for name, field in settings.model_fields.items():
         default = f" (default: {field.default})" if str(field.default) else ""
         lines.append(f"  {'MESH_' + name.upper():<{_WIDTH}}{field.description}{default}")
     lines += ["", "Its server:"]
@@ -73,6 +113,3 @@ def describe() -> str:
             default = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
             lines.append(f"  {variable:<{_WIDTH}}{default}".rstrip())
     return "\n".join([*lines, "", (inspect.getdoc(ServerSettings) or "").replace("``", "")])
-
-
-_WIDTH = 28

@@ -3,30 +3,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 import grpc
+import structlog
 
 from services import paging
 from services.errors import UnavailableError
-from services.order.domain import Item, Order, UserNotFoundError
-from services.order.store import OrderStore
-from services.rpc import answered, timestamp
-from weft.order.v1 import order_pb2, order_pb2_grpc
+from services.order.domain import Order, State, UserDeletedError, UserNotFoundError
+from services.order.messages import items, order_message
+from services.order.settings import OrderSettings
+from services.order.store import Listing, OrderStore
+from services.order.watch import Watches
+from services.rpc import Context, answered, answered_stream, trace
+from weft.order.v1 import order_pb2 as pb
+from weft.order.v1 import order_pb2_grpc
 from weft.user.v1 import user_pb2
 
 if TYPE_CHECKING:
     from weft.user.v1.user_pb2_grpc import UserServiceAsyncStub
 
-USER_TIMEOUT = 5.0
-"""Seconds that CreateOrder waits for the user service at the most; less, when its caller gives it less."""
-
 _AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED})
 
-Context = grpc.aio.ServicerContext[Any, Any]
+log = structlog.stdlib.get_logger()
 
 
 def _now() -> dt.datetime:
@@ -38,63 +41,103 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
 
     error_domain = "order.weft"
 
-    def __init__(self, store: OrderStore, users: UserServiceAsyncStub, now: Callable[[], dt.datetime] = _now) -> None:
+    def __init__(
+        self,
+        store: OrderStore,
+        users: UserServiceAsyncStub,
+        settings: OrderSettings | None = None,
+        now: Callable[[], dt.datetime] = _now,
+    ) -> None:
         self._store = store
         self._users = users
+        self._settings = settings if settings is not None else OrderSettings()
         self._now = now
+        self._watches = Watches(store.versions, self._settings.watch_interval)
 
     @answered
-    async def CreateOrder(
-        self, request: order_pb2.CreateOrderRequest, context: Context
-    ) -> order_pb2.CreateOrderResponse:
+    async def CreateOrder(self, request: pb.CreateOrderRequest, context: Context) -> pb.CreateOrderResponse:
         request_id = request.request_id.lower()
-        order = Order.new(
-            str(uuid.uuid4()),
-            user_id=request.user_id.lower(),
-            items=tuple(Item(item.sku, item.quantity) for item in request.items),
-            now=self._now(),
-        )
+        order = Order.new(str(uuid.uuid4()), user_id=request.user_id.lower(), items=items(request), now=self._now())
         # Above the user check, because a repeated request gets its order even while the user service is away.
         taken = await self._store.find(order, request_id)
         if taken is None:
-            await self._require_user(order.user_id)
-            taken = await self._store.create(order, request_id)
-        return order_pb2.CreateOrderResponse(order=_message(taken))
+            stale = await self._is_stale(order.user_id)
+            traced = trace(context)
+            taken = await self._store.create(dataclasses.replace(order, user_stale=stale), request_id, traced)
+            log.info("order taken", order_id=taken.id, request_id=request_id, user_stale=stale, **traced)
+        return pb.CreateOrderResponse(order=order_message(taken))
 
     @answered
-    async def GetOrder(self, request: order_pb2.GetOrderRequest, context: Context) -> order_pb2.GetOrderResponse:
-        return order_pb2.GetOrderResponse(order=_message(await self._store.get(request.id.lower())))
+    async def GetOrder(self, request: pb.GetOrderRequest, context: Context) -> pb.GetOrderResponse:
+        return pb.GetOrderResponse(order=order_message(await self._store.get(request.id.lower())))
 
     @answered
-    async def ListOrders(self, request: order_pb2.ListOrdersRequest, context: Context) -> order_pb2.ListOrdersResponse:
-        user_id = request.user_id.lower()
-        listing = f"weft.order.v1.OrderService/ListOrders?user_id={user_id}"
-        page = await self._store.list(
-            paging.size(request.page_size), paging.after(listing, request.page_token), user_id
-        )
-        return order_pb2.ListOrdersResponse(
-            orders=map(_message, page.items), next_page_token=paging.token(listing, page.last) if page.more else ""
+    async def ListOrders(self, request: pb.ListOrdersRequest, context: Context) -> pb.ListOrdersResponse:
+        listing = Listing(request.user_id.lower(), request.filter)
+        key = f"weft.order.v1.OrderService/ListOrders?{listing}"
+        page = await self._store.list(paging.size(request.page_size), paging.after(key, request.page_token), listing)
+        return pb.ListOrdersResponse(
+            orders=map(order_message, page.items), next_page_token=paging.token(key, page.last) if page.more else ""
         )
 
-    async def _require_user(self, user_id: str) -> None:
+    @answered
+    async def ConfirmOrder(self, request: pb.ConfirmOrderRequest, context: Context) -> pb.ConfirmOrderResponse:
+        return pb.ConfirmOrderResponse(order=await self._move(request.id, State.CONFIRMED, context))
+
+    @answered
+    async def ShipOrder(self, request: pb.ShipOrderRequest, context: Context) -> pb.ShipOrderResponse:
+        return pb.ShipOrderResponse(order=await self._move(request.id, State.SHIPPED, context))
+
+    @answered
+    async def DeliverOrder(self, request: pb.DeliverOrderRequest, context: Context) -> pb.DeliverOrderResponse:
+        return pb.DeliverOrderResponse(order=await self._move(request.id, State.DELIVERED, context))
+
+    @answered
+    async def CancelOrder(self, request: pb.CancelOrderRequest, context: Context) -> pb.CancelOrderResponse:
+        return pb.CancelOrderResponse(order=await self._move(request.id, State.CANCELLED, context))
+
+    @answered_stream
+    async def WatchOrder(self, request: pb.WatchOrderRequest, context: Context) -> AsyncIterator[pb.WatchOrderResponse]:
+        order_id = request.id.lower()
+        key = f"weft.order.v1.OrderService/WatchOrder?{order_id}"
+        if request.resume_token:
+            seen = paging.after(key, request.resume_token, field="resume_token")
+        else:
+            seen = (await self._store.get(order_id)).version - 1
+        while True:
+            for order in await self._store.history(order_id, seen):
+                yield pb.WatchOrderResponse(order=order_message(order), resume_token=paging.token(key, order.version))
+                seen = order.version
+            if (await self._store.get(order_id)).state.last:
+                return
+            await self._watches.wait(order_id, seen)
+
+    async def _move(self, order_id: str, state: State, context: Context) -> pb.Order:
+        traced = trace(context)
+        order = await self._store.move(order_id.lower(), state, self._now(), traced)
+        self._watches.changed(order.id, order.version)
+        log.info("order moved", order_id=order.id, state=state.value, **traced)
+        return order_message(order)
+
+    async def _is_stale(self, user_id: str) -> bool:
+        """Whether the user is only known from before, the user service being away.
+
+        Raises UserNotFoundError and UserDeletedError, and UnavailableError when nothing is known.
+        """
         try:
-            await self._users.GetUser(user_pb2.GetUserRequest(id=user_id), timeout=USER_TIMEOUT)
+            found = await self._users.GetUser(user_pb2.GetUserRequest(id=user_id), timeout=self._settings.user_timeout)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 raise UserNotFoundError(user_id) from error
-            if error.code() in _AWAY:
-                raise UnavailableError(
-                    "USER_SERVICE_UNAVAILABLE",
-                    f"the user service could not be asked: {error.code().name}: {error.details()}",
-                ) from error
-            raise
-
-
-def _message(order: Order) -> order_pb2.Order:
-    return order_pb2.Order(
-        id=order.id,
-        user_id=order.user_id,
-        items=[order_pb2.OrderItem(sku=item.sku, quantity=item.quantity) for item in order.items],
-        create_time=timestamp(order.create_time),
-        update_time=timestamp(order.update_time),
-    )
+            if error.code() not in _AWAY:
+                raise
+            if self._settings.user_away == "accept" and await self._store.knows(user_id):
+                return True
+            raise UnavailableError(
+                "USER_SERVICE_UNAVAILABLE",
+                f"the user service could not be asked: {error.code().name}: {error.details()}",
+            ) from error
+        if found.user.HasField("delete_time"):
+            await self._store.forget(user_id)
+            raise UserDeletedError(user_id)
+        return False

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import dataclasses
+import datetime as dt
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from services import filters
 from services.database import SEQUENCE, Database, UtcDateTime
 from services.idempotency import Requests
-from services.order.domain import Item, Order, OrderNotFoundError
+from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
+from services.order.messages import event_message
+from services.outbox import Outbox
 from services.paging import Page
 
 VERSIONS = Path(__file__).parent / "versions"
@@ -27,7 +33,11 @@ orders = sa.Table(
     sa.Column("user_id", sa.String(36), nullable=False),
     sa.Column("create_time", UtcDateTime, nullable=False),
     sa.Column("update_time", UtcDateTime, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, server_default=State.PENDING.value),
+    sa.Column("version", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("user_stale", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("orders_of_user", "user_id", "sequence"),
+    sa.Index("orders_in_state", "state", "sequence"),
     sqlite_autoincrement=True,  # no number is given twice, so a page token never points into the past
 )
 
@@ -38,28 +48,75 @@ items = sa.Table(
     sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("sku", sa.Text, nullable=False),
     sa.Column("quantity", sa.Integer, nullable=False),
+    # The price of one: all three, or none.
+    sa.Column("currency", sa.String(3)),
+    sa.Column("units", sa.BigInteger),
+    sa.Column("nanos", sa.Integer),
 )
 
+# How each order came to its state: a row for each version after the first, which is how it was created.
+changes = sa.Table(
+    "changes",
+    metadata,
+    sa.Column("order_id", sa.String(36), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
+)
+
+# The users that the user service has answered for, for the time when it doesn't answer.
+known_users = sa.Table("known_users", metadata, sa.Column("user_id", sa.String(36), primary_key=True))
+
 requests = Requests(metadata)
+outbox = Outbox(metadata, "/weft/order")
+
+_ITEMS = (items.c.order_id, items.c.sku, items.c.quantity, items.c.currency, items.c.units, items.c.nanos)
+_GET = sa.select(orders).where(orders.c.id == sa.bindparam("id"))
+_GET_TO_CHANGE = _GET.with_for_update()
+
+_COMPARED = {
+    "state": filters.choice(orders.c.state, [state.value for state in State]),
+    "create_time": filters.instant(orders.c.create_time),
+    "update_time": filters.instant(orders.c.update_time),
+}
+_MOST_REMEMBERED = 100_000  # users, at 100 bytes each
+_MOST_AT_A_TIME = 1_000  # ids in a query; SQLite takes 32,766
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Which orders, in the words of a request. ``user_id``: whose; everybody's, when empty."""
+
+    user_id: str = ""
+    filter: str = ""
 
 
 class OrderStore:
-    """Keeps the orders. Each method is one transaction, and may raise what ``Database`` does besides what it says."""
+    """Keeps the orders, and writes their events into the outbox, in one transaction with what they tell of.
+
+    Each method is one transaction, and may raise what ``Database`` does besides what it says.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._remembered: set[str] = set()  # of known_users; saves looking there again
 
     async def find(self, order: Order, request_id: str) -> Order | None:
         """The order that the same request made before; None when it is new. Raises RequestIdReusedError."""
         return await self._database.read(lambda connection: _find(connection, order, request_id))
 
-    async def create(self, order: Order, request_id: str) -> Order:
-        """Take an order; give back the one that the same request made before. Raises RequestIdReusedError."""
+    async def create(self, order: Order, request_id: str, trace: Mapping[str, str] = {}) -> Order:
+        """Take an order; give back the one that the same request made before. ``trace``: goes with its event.
+
+        Raises RequestIdReusedError.
+        """
+        remember = not order.user_stale and order.user_id not in self._remembered
 
         def work(connection: sa.Connection) -> Order:
             earlier = _find(connection, order, request_id)
             if earlier is not None:
                 return earlier
+            # Above the rest, because replicas that get the same request at once then wait here for the first.
             requests.add(connection, request_id, order.fingerprint, order.id, order.create_time)
             connection.execute(
                 sa.insert(orders).values(
@@ -67,31 +124,40 @@ class OrderStore:
                     user_id=order.user_id,
                     create_time=order.create_time,
                     update_time=order.update_time,
+                    state=order.state.value,
+                    version=order.version,
+                    user_stale=order.user_stale,
                 )
             )
             connection.execute(
                 sa.insert(items),
-                [
-                    {"order_id": order.id, "position": position, "sku": item.sku, "quantity": item.quantity}
-                    for position, item in enumerate(order.items)
-                ],
+                [_item_values(order.id, position, item) for position, item in enumerate(order.items)],
             )
+            if remember and not _knows(connection, order.user_id):
+                connection.execute(sa.insert(known_users).values(user_id=order.user_id))
+            _add_event(connection, order, trace)
             return order
 
-        return await self._database.write(work)
+        taken = await self._database.write(work)
+        if remember:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered.add(order.user_id)
+        return taken
 
     async def get(self, order_id: str) -> Order:
         """One order. Raises OrderNotFoundError."""
         return await self._database.read(lambda connection: _get(connection, order_id))
 
-    async def list(self, size: int, after: int = 0, user_id: str = "") -> Page[Order]:
+    async def list(self, size: int, after: int = 0, listing: Listing = Listing()) -> Page[Order]:
         """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``.
 
-        ``user_id``: only this user's; everybody's when empty.
+        Raises InvalidFieldError when ``listing`` can't be read.
         """
-        query = sa.select(orders).where(orders.c.sequence > after).order_by(orders.c.sequence).limit(size + 1)
-        if user_id:
-            query = query.where(orders.c.user_id == user_id)
+        query = sa.select(orders).where(orders.c.sequence > after, *filters.conditions(listing.filter, _COMPARED))
+        if listing.user_id:
+            query = query.where(orders.c.user_id == listing.user_id)
+        query = query.order_by(orders.c.sequence).limit(size + 1)
 
         def work(connection: sa.Connection) -> Page[Order]:
             rows = connection.execute(query).all()
@@ -100,14 +166,95 @@ class OrderStore:
 
         return await self._database.read(work)
 
+    async def move(self, order_id: str, state: State, now: dt.datetime, trace: Mapping[str, str] = {}) -> Order:
+        """Bring an order to ``state``, unless it stands there. ``trace``: goes with its event.
+
+        Raises OrderNotFoundError and WrongStateError.
+        """
+
+        def work(connection: sa.Connection) -> Order:
+            order = _get(connection, order_id, _GET_TO_CHANGE)
+            moved = order.moved(state, now)
+            if moved is order:
+                return order
+            connection.execute(
+                sa.update(orders)
+                .where(orders.c.id == order_id)
+                .values(state=moved.state.value, version=moved.version, update_time=moved.update_time)
+            )
+            connection.execute(
+                sa.insert(changes).values(
+                    order_id=order_id, version=moved.version, state=moved.state.value, time=moved.update_time
+                )
+            )
+            _add_event(connection, moved, trace)
+            return moved
+
+        return await self._database.write(work)
+
+    async def history(self, order_id: str, after: int) -> Sequence[Order]:
+        """The order as each of its changes left it, from after the version ``after``. Raises OrderNotFoundError."""
+
+        def work(connection: sa.Connection) -> list[Order]:
+            order = _get(connection, order_id)
+            created = dataclasses.replace(order, state=State.PENDING, version=1, update_time=order.create_time)
+            rows = connection.execute(
+                sa.select(changes.c.version, changes.c.state, changes.c.time)
+                .where(changes.c.order_id == order_id, changes.c.version > after)
+                .order_by(changes.c.version)
+            ).all()
+            later = [
+                dataclasses.replace(order, state=State(state), version=version, update_time=time)
+                for version, state, time in rows
+            ]
+            return later if after else [created, *later]
+
+        return await self._database.read(work)
+
+    async def versions(self, order_ids: Collection[str]) -> Mapping[str, int]:
+        """The versions of several orders."""
+        ids = list(order_ids)
+        query = sa.select(orders.c.id, orders.c.version)
+
+        def work(connection: sa.Connection) -> dict[str, int]:
+            found: dict[str, int] = {}
+            for begin in range(0, len(ids), _MOST_AT_A_TIME):
+                some = orders.c.id.in_(ids[begin : begin + _MOST_AT_A_TIME])
+                found.update((row.id, row.version) for row in connection.execute(query.where(some)))
+            return found
+
+        return await self._database.read(work)
+
+    async def knows(self, user_id: str) -> bool:
+        """Whether the user service has answered for the user, and has not since said that it is gone."""
+        return await self._database.read(lambda connection: _knows(connection, user_id))
+
+    async def forget(self, user_id: str) -> None:
+        """Know the user no longer."""
+        if await self.knows(user_id):
+            self._remembered.discard(user_id)
+            await self._database.write(
+                lambda connection: connection.execute(sa.delete(known_users).where(known_users.c.user_id == user_id))
+            )
+
+
+def _add_event(connection: sa.Connection, order: Order, trace: Mapping[str, str]) -> None:
+    message = event_message(order)
+    outbox.add(connection, message.DESCRIPTOR.full_name, order.id, message, trace, time=order.update_time)
+
+
+def _knows(connection: sa.Connection, user_id: str) -> bool:
+    found = connection.execute(sa.select(known_users.c.user_id).where(known_users.c.user_id == user_id))
+    return found.first() is not None
+
 
 def _find(connection: sa.Connection, order: Order, request_id: str) -> Order | None:
     earlier = requests.find(connection, request_id, order.fingerprint)
     return None if earlier is None else _get(connection, earlier)
 
 
-def _get(connection: sa.Connection, order_id: str) -> Order:
-    rows = connection.execute(sa.select(orders).where(orders.c.id == order_id)).all()
+def _get(connection: sa.Connection, order_id: str, query: sa.Select[Any] = _GET) -> Order:
+    rows = connection.execute(query, {"id": order_id}).all()
     if not rows:
         raise OrderNotFoundError(order_id)
     return _with_items(connection, rows)[0]
@@ -116,10 +263,36 @@ def _get(connection: sa.Connection, order_id: str) -> Order:
 def _with_items(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[Order]:
     lines: dict[str, list[Item]] = collections.defaultdict(list)
     found = connection.execute(
-        sa.select(items.c.order_id, items.c.sku, items.c.quantity)
+        sa.select(*_ITEMS)
         .where(items.c.order_id.in_([row.id for row in rows]))
         .order_by(items.c.order_id, items.c.position)
     )
-    for order_id, sku, quantity in found:
-        lines[order_id].append(Item(sku, quantity))
-    return [Order(row.id, row.user_id, tuple(lines[row.id]), row.create_time, row.update_time) for row in rows]
+    for order_id, sku, quantity, currency, units, nanos in found:
+        price = None if currency is None else Money(currency, units * NANOS + nanos)
+        lines[order_id].append(Item(sku, quantity, price))
+    return [
+        Order(
+            row.id,
+            row.user_id,
+            tuple(lines[row.id]),
+            row.create_time,
+            row.update_time,
+            State(row.state),
+            row.version,
+            row.user_stale,
+        )
+        for row in rows
+    ]
+
+
+def _item_values(order_id: str, position: int, item: Item) -> dict[str, Any]:
+    price = item.price
+    return {
+        "order_id": order_id,
+        "position": position,
+        "sku": item.sku,
+        "quantity": item.quantity,
+        "currency": None if price is None else price.currency,
+        "units": None if price is None else price.units,
+        "nanos": None if price is None else price.rest,
+    }

@@ -6,16 +6,26 @@ import mesh.aio
 from mesh.server.settings import ServerSettings
 from services import process
 from services.database import Database
+from services.rpc import readable
+from services.settings import Settings
 from services.user.servicer import UserServicer
+from services.user.servicer_v2 import UserServicerV2
 from services.user.store import VERSIONS, UserStore
 from weft.user.v1 import user_pb2_grpc
+from weft.user.v2 import user_pb2_grpc as user_v2_pb2_grpc
 
 
-async def serve(database: Database, settings: ServerSettings) -> int:
-    """Serve the users in ``database`` until told to stop; returns the exit code."""
-    servicer = UserServicer(UserStore(database))
-    return await mesh.aio.serve([(user_pb2_grpc.add_UserServiceServicer_to_server, servicer)], settings)
+async def serve(database: Database, own: Settings, server: ServerSettings) -> int:  # noqa: ARG001 - it has none
+    """Serve the users in ``database``, in both versions, until told to stop; returns the exit code."""
+    store = UserStore(database)
+    return await mesh.aio.serve(
+        [
+            (readable(user_pb2_grpc.add_UserServiceServicer_to_server), UserServicer(store)),
+            (readable(user_v2_pb2_grpc.add_UserServiceServicer_to_server), UserServicerV2(store)),
+        ],
+        server,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(process.main("user", VERSIONS, serve))
+    sys.exit(process.main("user", VERSIONS, serve, Settings))

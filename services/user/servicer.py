@@ -1,4 +1,4 @@
-"""The user service's gRPC surface, v1."""
+"""The user service's gRPC surface, v1. v2 (``servicer_v2``) differs in its names alone, and serves the same users."""
 # ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
 
 from __future__ import annotations
@@ -6,22 +6,20 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Callable
-from typing import Any
-
-import grpc
 
 from services import paging
-from services.rpc import answered, timestamp
-from services.user.domain import User
-from services.user.store import UserStore
-from weft.user.v1 import user_pb2, user_pb2_grpc
+from services.rpc import Context, answered, masked, timestamp
+from services.user.domain import Name, User
+from services.user.store import Listing, UserStore
+from weft.user.v1 import user_pb2 as pb
+from weft.user.v1 import user_pb2_grpc
 
-_LISTING = "weft.user.v1.UserService/ListUsers"
+CHANGEABLE = ("name", "email")
+GIVEN_BY_US = ("id", "etag", "create_time", "update_time", "delete_time")
 
-Context = grpc.aio.ServicerContext[Any, Any]
 
-
-def _now() -> dt.datetime:
+def utc_now() -> dt.datetime:
+    """The wall clock, in UTC."""
     return dt.datetime.now(dt.UTC)
 
 
@@ -30,32 +28,68 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
 
     error_domain = "user.weft"
 
-    def __init__(self, store: UserStore, now: Callable[[], dt.datetime] = _now) -> None:
+    def __init__(self, store: UserStore, now: Callable[[], dt.datetime] = utc_now) -> None:
         self._store = store
         self._now = now
 
     @answered
-    async def CreateUser(self, request: user_pb2.CreateUserRequest, context: Context) -> user_pb2.CreateUserResponse:
-        user = User.new(str(uuid.uuid4()), name=request.name, email=request.email, now=self._now())
-        return user_pb2.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
+    async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
+        name = Name.of_whole(request.name)
+        user = User.new(str(uuid.uuid4()), name=name, email=request.email, now=self._now())
+        return pb.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
 
     @answered
-    async def GetUser(self, request: user_pb2.GetUserRequest, context: Context) -> user_pb2.GetUserResponse:
-        return user_pb2.GetUserResponse(user=_message(await self._store.get(request.id.lower())))
+    async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
+        return pb.GetUserResponse(user=_message(await self._store.get(request.id.lower())))
 
     @answered
-    async def ListUsers(self, request: user_pb2.ListUsersRequest, context: Context) -> user_pb2.ListUsersResponse:
-        page = await self._store.list(paging.size(request.page_size), paging.after(_LISTING, request.page_token))
-        return user_pb2.ListUsersResponse(
-            users=map(_message, page.items), next_page_token=paging.token(_LISTING, page.last) if page.more else ""
+    async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> pb.BatchGetUsersResponse:
+        users = await self._store.get_all([user_id.lower() for user_id in request.ids])
+        return pb.BatchGetUsersResponse(users=map(_message, users))
+
+    @answered
+    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
+        listing = Listing(request.filter, request.order_by, request.show_deleted)
+        key = f"weft.user.v1.UserService/ListUsers?{listing}"
+        after = paging.position(key, request.page_token)
+        page = await self._store.list(paging.size(request.page_size), after, listing)
+        token = paging.token(key, *page.last) if page.more else ""
+        return pb.ListUsersResponse(users=map(_message, page.items), next_page_token=token)
+
+    @answered
+    async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> pb.UpdateUserResponse:
+        given = request.user
+        mask = masked(request.update_mask, given, CHANGEABLE, GIVEN_BY_US)
+        name = Name.of_whole(given.name) if "name" in mask else None
+        email = given.email if "email" in mask else None
+        now = self._now()
+        user = await self._store.change(
+            given.id.lower(), given.etag, lambda user: user.changed(now, name=name, email=email)
         )
+        return pb.UpdateUserResponse(user=_message(user))
+
+    @answered
+    async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
+        now = self._now()
+        user = await self._store.change(
+            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+        )
+        return pb.DeleteUserResponse(user=_message(user))
+
+    @answered
+    async def UndeleteUser(self, request: pb.UndeleteUserRequest, context: Context) -> pb.UndeleteUserResponse:
+        now = self._now()
+        user = await self._store.change(request.id.lower(), request.etag, lambda user: user.undeleted(now))
+        return pb.UndeleteUserResponse(user=_message(user))
 
 
-def _message(user: User) -> user_pb2.User:
-    return user_pb2.User(
+def _message(user: User) -> pb.User:
+    return pb.User(
         id=user.id,
-        name=user.name,
+        name=user.name.whole,
         email=user.email,
         create_time=timestamp(user.create_time),
         update_time=timestamp(user.update_time),
+        etag=user.etag,
+        delete_time=None if user.delete_time is None else timestamp(user.delete_time),
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
-from services.database import SEQUENCE, Database, UtcDateTime
+from services import filters
+from services.database import SEQUENCE, TEXT, Database, UtcDateTime
+from services.errors import EtagMismatchError
 from services.idempotency import Requests
-from services.paging import Page
-from services.user.domain import EmailTakenError, User, UserNotFoundError, email_key
+from services.paging import Page, Position
+from services.user.domain import EmailTakenError, Name, User, UserNotFoundError, email_key
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -21,24 +26,55 @@ users = sa.Table(
     metadata,
     sa.Column("sequence", SEQUENCE, primary_key=True),  # the order of creation
     sa.Column("id", sa.String(36), nullable=False, unique=True),
-    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("name", TEXT, nullable=False),
     sa.Column("email", sa.Text, nullable=False),
-    sa.Column("email_key", sa.Text, nullable=False, unique=True),
+    sa.Column("email_key", TEXT, nullable=False, unique=True),
     sa.Column("create_time", UtcDateTime, nullable=False),
     sa.Column("update_time", UtcDateTime, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("delete_time", UtcDateTime),
+    # Both or neither: neither for a name that was given whole.
+    sa.Column("given_name", sa.Text),
+    sa.Column("family_name", sa.Text),
+    sa.Index("users_by_name", "name", "sequence"),
+    sa.Index("users_by_create_time", "create_time", "sequence"),
     sqlite_autoincrement=True,  # no number is given twice, so a page token never points into the past
 )
 
 requests = Requests(metadata)
 
-_USER = (users.c.id, users.c.name, users.c.email, users.c.create_time, users.c.update_time)  # as User's fields are
-_GET = sa.select(*_USER).where(users.c.id == sa.bindparam("id"))
-_PAGE = (
-    sa.select(users.c.sequence, *_USER)
-    .where(users.c.sequence > sa.bindparam("after"))
-    .order_by(users.c.sequence)
-    .limit(sa.bindparam("rows", type_=sa.Integer))
+_USER = (
+    users.c.id,
+    users.c.email,
+    users.c.create_time,
+    users.c.update_time,
+    users.c.version,
+    users.c.delete_time,
+    users.c.name,
+    users.c.given_name,
+    users.c.family_name,
 )
+_GET = sa.select(*_USER).where(users.c.id == sa.bindparam("id"))
+_GET_TO_CHANGE = _GET.with_for_update()
+
+ORDERS = {"name": users.c.name, "email": users.c.email_key, "create_time": users.c.create_time}
+"""What users may be listed by; each has an index that ends with the sequence number, or is unique."""
+
+_COMPARED = {
+    "name": filters.text(users.c.name),
+    "email": filters.text(users.c.email_key, email_key),
+    "create_time": filters.instant(users.c.create_time),
+    "update_time": filters.instant(users.c.update_time),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Which users, and in which order, in the words of a request."""
+
+    filter: str = ""
+    order_by: str = ""
+    show_deleted: bool = False
 
 
 class UserStore:
@@ -58,19 +94,8 @@ class UserStore:
                 earlier = requests.find(connection, request_id, user.fingerprint)
                 if earlier is not None:
                     return _get(connection, earlier)
-            key = email_key(user.email)
-            if connection.execute(sa.select(users.c.id).where(users.c.email_key == key)).first() is not None:
-                raise EmailTakenError(user.email)
-            connection.execute(
-                sa.insert(users).values(
-                    id=user.id,
-                    name=user.name,
-                    email=user.email,
-                    email_key=key,
-                    create_time=user.create_time,
-                    update_time=user.update_time,
-                )
-            )
+            _require_free(connection, user)
+            connection.execute(sa.insert(users).values(id=user.id, create_time=user.create_time, **_changing(user)))
             if request_id:
                 requests.add(connection, request_id, user.fingerprint, user.id, user.create_time)
             return user
@@ -81,18 +106,89 @@ class UserStore:
         """One user. Raises UserNotFoundError."""
         return await self._database.read(lambda connection: _get(connection, user_id))
 
-    async def list(self, size: int, after: int = 0) -> Page[User]:
-        """At most ``size`` users, in the order of their creation, from after the sequence number ``after``."""
+    async def get_all(self, user_ids: Sequence[str]) -> list[User]:
+        """Several users, in the order of ``user_ids``. Raises UserNotFoundError when one of them is not there."""
+        query = sa.select(*_USER).where(users.c.id.in_(user_ids))
+        rows = await self._database.read(lambda connection: connection.execute(query).all())
+        found = {row.id: _user(row) for row in rows}
+        missing = next((user_id for user_id in user_ids if user_id not in found), None)
+        if missing is not None:
+            raise UserNotFoundError(missing)
+        return [found[user_id] for user_id in user_ids]
 
-        def work(connection: sa.Connection) -> Page[User]:
-            rows = connection.execute(_PAGE, {"after": after, "rows": size + 1}).all()
-            return Page.cut([(sequence, User(*fields)) for sequence, *fields in rows], size)
+    async def list(
+        self, size: int, after: Position | None = None, listing: Listing = Listing()
+    ) -> Page[User, Position]:
+        """At most ``size`` users, from after the position ``after``; from the first, without one.
+
+        Raises InvalidFieldError when ``listing`` can't be read, or ``after`` is no position in it.
+        """
+        order = filters.order(listing.order_by, ORDERS, users.c.sequence)
+        query = sa.select(*order.columns, *_USER).where(*filters.conditions(listing.filter, _COMPARED))
+        if not listing.show_deleted:
+            query = query.where(users.c.delete_time.is_(None))
+        if after is not None:
+            query = query.where(order.after(after))
+        query = query.order_by(*order.clauses).limit(size + 1)
+        keys = len(order.columns)
+
+        def work(connection: sa.Connection) -> Page[User, Position]:
+            rows = connection.execute(query).all()
+            return Page.cut([(order.position(row[:keys]), _user(row[keys:])) for row in rows], size, ())
 
         return await self._database.read(work)
 
+    async def change(self, user_id: str, etag: str, change: Callable[[User], User]) -> User:
+        """What ``change`` makes of a user, kept. ``etag``: of the state that may be changed; empty: of any.
 
-def _get(connection: sa.Connection, user_id: str) -> User:
-    row = connection.execute(_GET, {"id": user_id}).one_or_none()
+        Raises UserNotFoundError, EtagMismatchError, EmailTakenError, and what ``change`` does.
+        """
+
+        def work(connection: sa.Connection) -> User:
+            user = _get(connection, user_id, _GET_TO_CHANGE)
+            if etag and etag != user.etag:
+                raise EtagMismatchError(etag)
+            changed = change(user)
+            if changed == user:
+                return user
+            if email_key(changed.email) != email_key(user.email):
+                _require_free(connection, changed)
+            connection.execute(sa.update(users).where(users.c.id == user_id).values(**_changing(changed)))
+            return changed
+
+        return await self._database.write(work)
+
+
+def _get(connection: sa.Connection, user_id: str, query: sa.Select[Any] = _GET) -> User:
+    row = connection.execute(query, {"id": user_id}).one_or_none()
     if row is None:
         raise UserNotFoundError(user_id)
-    return User(*row)
+    return _user(row)
+
+
+def _user(row: Iterable[Any]) -> User:
+    """The user in a row of the columns _USER."""
+    user_id, email, create_time, update_time, version, delete_time, name, given, family = row
+    parts = None if given is None else (given, family or "")
+    return User(user_id, Name(name, parts), email, create_time, update_time, version, delete_time)
+
+
+def _changing(user: User) -> dict[str, Any]:
+    """The values of the columns that may change."""
+    given, family = user.name.parts or (None, None)
+    return {
+        "name": user.name.whole,
+        "given_name": given,
+        "family_name": family,
+        "email": user.email,
+        "email_key": email_key(user.email),
+        "update_time": user.update_time,
+        "version": user.version,
+        "delete_time": user.delete_time,
+    }
+
+
+def _require_free(connection: sa.Connection, user: User) -> None:
+    """Raises EmailTakenError when another has the user's email: a deleted one, too, who may come back."""
+    if connection.execute(sa.select(users.c.id).where(users.c.email_key == email_key(user.email))).first() is not None:
+        raise EmailTakenError(user.email)

@@ -22,6 +22,7 @@ from services import logs
 from services.database import Database
 from services.order import store as order_store
 from services.order.servicer import OrderServicer
+from services.order.settings import OrderSettings
 from services.order.store import OrderStore
 from services.user import store as user_store
 from services.user.servicer import UserServicer
@@ -245,11 +246,10 @@ class AilingUsers(user_pb2_grpc.UserServiceServicer):
             await asyncio.Event().wait()
         await context.abort(self.code or grpc.StatusCode.UNKNOWN, "on purpose")
 
-    async def CreateUser(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def _not_asked(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    async def ListUsers(self, request: Any, context: Any) -> Any:  # noqa: N802
-        raise NotImplementedError
+    CreateUser = BatchGetUsers = ListUsers = UpdateUser = DeleteUser = UndeleteUser = _not_asked
 
 
 @pytest.mark.parametrize(
@@ -264,16 +264,14 @@ class AilingUsers(user_pb2_grpc.UserServiceServicer):
 )
 async def test_no_order_is_taken_while_the_user_service_ails(
     open_database: Open,
-    monkeypatch: pytest.MonkeyPatch,
     code: grpc.StatusCode | None,
     answer: grpc.StatusCode,
     details: str,
 ) -> None:
-    monkeypatch.setattr("services.order.servicer.USER_TIMEOUT", 0.1)
     store = OrderStore(open_database("order", order_store.VERSIONS))
     ailing = AilingUsers(code)
     async with serving(lambda server: user_pb2_grpc.add_UserServiceServicer_to_server(ailing, server)) as channel:
-        orders = OrderServicer(store, user_pb2_grpc.UserServiceStub(channel))
+        orders = OrderServicer(store, user_pb2_grpc.UserServiceStub(channel), OrderSettings(user_timeout=0.1))
         async with serving(lambda server: order_pb2_grpc.add_OrderServiceServicer_to_server(orders, server)) as front:
             error = await failure(order_pb2_grpc.OrderServiceStub(front).CreateOrder(tea(NOBODY)))
     assert error.code() is answer

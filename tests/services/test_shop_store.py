@@ -26,9 +26,9 @@ from services.errors import ExhaustedError, RequestIdReusedError, UnavailableErr
 from services.migrations import migrate
 from services.order import store as order_store
 from services.order.domain import Item, Order, OrderNotFoundError
-from services.order.store import OrderStore
+from services.order.store import Listing, OrderStore
 from services.user import store as user_store
-from services.user.domain import EmailTakenError, User, UserNotFoundError
+from services.user.domain import EmailTakenError, Name, User, UserNotFoundError
 from services.user.store import UserStore
 from tests.processes import eventually
 from tests.services.conftest import Open
@@ -37,7 +37,7 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
 def user(email: str = "ann@example.com", name: str = "Ann") -> User:
-    return User.new(str(uuid.uuid4()), name=name, email=email, now=NOW)
+    return User.new(str(uuid.uuid4()), name=Name.of_whole(name), email=email, now=NOW)
 
 
 def order(user_id: str = "ann", *items: Item) -> Order:
@@ -69,7 +69,7 @@ async def test_a_user_comes_back_as_it_went_in(users: UserStore) -> None:
 
 async def test_instants_of_other_zones_are_kept_in_utc(users: UserStore) -> None:
     tokyo = NOW.astimezone(dt.timezone(dt.timedelta(hours=9)))
-    ann = await users.create(User.new(str(uuid.uuid4()), name="Ann", email="ann@example.com", now=tokyo))
+    ann = await users.create(User.new(str(uuid.uuid4()), name=Name.of_whole("Ann"), email="ann@example.com", now=tokyo))
     assert (await users.get(ann.id)).create_time.isoformat() == NOW.isoformat()
 
 
@@ -120,10 +120,10 @@ async def test_an_order_comes_back_with_its_items_in_their_order(orders: OrderSt
 async def test_orders_are_listed_for_everybody_and_for_one_user(orders: OrderStore) -> None:
     taken = [await orders.create(order(user_id), f"r{n}") for n, user_id in enumerate(["ann", "bob", "ann", "bob"])]
     assert list((await orders.list(10)).items) == taken
-    page = await orders.list(1, user_id="bob")
+    page = await orders.list(1, listing=Listing("bob"))
     assert list(page.items) == [taken[1]]
     assert page.more
-    assert list((await orders.list(1, page.last, "bob")).items) == [taken[3]]
+    assert list((await orders.list(1, page.last, Listing("bob"))).items) == [taken[3]]
 
 
 async def test_the_same_request_makes_one_order(orders: OrderStore) -> None:

@@ -270,8 +270,7 @@ class ListOrdersRequest(_message.Message):
     """The next_page_token of the page before; empty for the first page."""
     filter: _builtins.str
     """Only orders for which this is true (AIP-160): comparisons of state, create_time and update_time, joined by AND.
-    `state = SHIPPED AND create_time >= "2026-01-01T00:00:00Z"`. A page looks at no more than 10,000 orders, so it may hold
-    fewer than page_size, or none, and still name a next page.
+    `state = SHIPPED AND create_time >= "2026-01-01T00:00:00Z"`.
     """
     def __init__(
         self,

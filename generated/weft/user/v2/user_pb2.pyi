@@ -268,10 +268,9 @@ class ListUsersRequest(_message.Message):
     page_token: _builtins.str
     """The next_page_token of the page before; empty for the first page."""
     filter: _builtins.str
-    """Only users for whom this is true (AIP-160): comparisons of name (as v1 shows it), email, create_time and
-    update_time, joined by AND. Values are in double quotes; a name or email that ends with * stands for all that begin so; emails are compared
-    without regard to case. `name = "Ann*" AND create_time >= "2026-01-01T00:00:00Z"`. A page looks at no more than 10,000
-    users, so it may hold fewer than page_size, or none, and still name a next page.
+    """Only users for whom this is true (AIP-160): comparisons of name (as v1 shows it), email, create_time and update_time,
+    joined by AND. Values are in double quotes; a name or email that ends with * stands for all that begin so; emails are
+    compared without regard to case. `name = "Ann*" AND create_time >= "2026-01-01T00:00:00Z"`.
     """
     order_by: _builtins.str
     """In which order (AIP-132): name, email or create_time, followed by desc for the other way round. In the order in which

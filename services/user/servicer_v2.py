@@ -1,0 +1,102 @@
+"""The user service's gRPC surface, v2: the users of v1, with names in their parts."""
+# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Callable
+
+from services import paging
+from services.rpc import Context, answered, masked, timestamp
+from services.user.domain import Name, User
+from services.user.servicer import GIVEN_BY_US, utc_now
+from services.user.store import Listing, UserStore
+from weft.user.v2 import user_pb2 as pb
+from weft.user.v2 import user_pb2_grpc
+
+CHANGEABLE = ("name", "name.given", "name.family", "email")
+
+
+class UserServicerV2(user_pb2_grpc.UserServiceServicer):
+    """Serves the users of ``store``. ``now``: the wall clock, in UTC."""
+
+    error_domain = "user.weft"
+
+    def __init__(self, store: UserStore, now: Callable[[], dt.datetime] = utc_now) -> None:
+        self._store = store
+        self._now = now
+
+    @answered
+    async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
+        name = Name.of_parts(request.name.given, request.name.family)
+        user = User.new(str(uuid.uuid4()), name=name, email=request.email, now=self._now())
+        return pb.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
+
+    @answered
+    async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
+        return pb.GetUserResponse(user=_message(await self._store.get(request.id.lower())))
+
+    @answered
+    async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> pb.BatchGetUsersResponse:
+        users = await self._store.get_all([user_id.lower() for user_id in request.ids])
+        return pb.BatchGetUsersResponse(users=map(_message, users))
+
+    @answered
+    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
+        listing = Listing(request.filter, request.order_by, request.show_deleted)
+        key = f"weft.user.v2.UserService/ListUsers?{listing}"
+        after = paging.position(key, request.page_token)
+        page = await self._store.list(paging.size(request.page_size), after, listing)
+        token = paging.token(key, *page.last) if page.more else ""
+        return pb.ListUsersResponse(users=map(_message, page.items), next_page_token=token)
+
+    @answered
+    async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> pb.UpdateUserResponse:
+        given = request.user
+        mask = masked(request.update_mask, given, CHANGEABLE, GIVEN_BY_US)
+        email = given.email if "email" in mask else None
+        now = self._now()
+        user = await self._store.change(
+            given.id.lower(),
+            given.etag,
+            lambda user: user.changed(now, name=_changed(user.name, given.name, mask), email=email),
+        )
+        return pb.UpdateUserResponse(user=_message(user))
+
+    @answered
+    async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
+        now = self._now()
+        user = await self._store.change(
+            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+        )
+        return pb.DeleteUserResponse(user=_message(user))
+
+    @answered
+    async def UndeleteUser(self, request: pb.UndeleteUserRequest, context: Context) -> pb.UndeleteUserResponse:
+        now = self._now()
+        user = await self._store.change(request.id.lower(), request.etag, lambda user: user.undeleted(now))
+        return pb.UndeleteUserResponse(user=_message(user))
+
+
+def _changed(name: Name, given: pb.UserName, mask: set[str]) -> Name | None:
+    """The name with those parts of ``given`` that ``mask`` names; None when it names none."""
+    parts = {"name", "name.given", "name.family"} & mask
+    if not parts:
+        return None
+    return Name.of_parts(
+        given.given if parts & {"name", "name.given"} else name.given,
+        given.family if parts & {"name", "name.family"} else name.family,
+    )
+
+
+def _message(user: User) -> pb.User:
+    return pb.User(
+        id=user.id,
+        name=pb.UserName(given=user.name.given, family=user.name.family),
+        email=user.email,
+        create_time=timestamp(user.create_time),
+        update_time=timestamp(user.update_time),
+        etag=user.etag,
+        delete_time=None if user.delete_time is None else timestamp(user.delete_time),
+    )
