@@ -1,0 +1,32 @@
+"""``python -m services.notification``: one replica of the notification service."""
+
+import contextlib
+import sys
+
+import mesh.aio
+from mesh.server.settings import ServerSettings
+from services import process
+from services.database import Database
+from services.events.nats import NatsBus
+from services.events.settings import EventSettings
+from services.notification.consumer import NAME, TYPES, OrderEvents
+from services.notification.servicer import NotificationServicer
+from services.notification.store import VERSIONS, NotificationStore
+from services.rpc import readable
+from weft.notification.v1 import notification_pb2_grpc
+
+
+async def serve(database: Database, settings: EventSettings, server: ServerSettings) -> int:
+    """Serve the notifications in ``database``, and act on events, until told to stop; returns the exit code."""
+    store = NotificationStore(database)
+    add = readable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.nats_url:
+            bus = await stack.enter_async_context(NatsBus(settings.nats_url))
+            # Left after the server has ended, and before the bus and the database go: what has begun is finished.
+            await stack.enter_async_context(bus.consume(NAME, TYPES, OrderEvents(store)))
+        return await mesh.aio.serve([(add, NotificationServicer(store))], server)
+
+
+if __name__ == "__main__":
+    sys.exit(process.main("notification", VERSIONS, serve, EventSettings))

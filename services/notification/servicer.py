@@ -1,0 +1,124 @@
+"""The notification service's gRPC surface, v1."""
+# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from services import paging
+from services.errors import InvalidFieldError, UnavailableError
+from services.notification.domain import Notification
+from services.notification.store import NotificationStore
+from services.paging import InvalidTokenError
+from services.rpc import answered, answered_stream, timestamp
+from weft.notification.v1 import notification_pb2 as pb
+from weft.notification.v1 import notification_pb2_grpc
+
+POLL = 0.1
+"""Seconds between two looks for new notifications, which another replica may have made; only while someone watches."""
+
+AT_A_TIME = 100
+"""Notifications that a watch reads at a time."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
+    """Serves the notifications of ``store``."""
+
+    error_domain = "notification.weft"
+
+    def __init__(self, store: NotificationStore) -> None:
+        self._store = store
+        self._news = _News(store)
+
+    def close(self) -> None:
+        """End the watches: they would otherwise take up all of the grace that a server has to stop."""
+        self._news.close()
+
+    @answered
+    async def ListNotifications(
+        self, request: pb.ListNotificationsRequest, context: Context
+    ) -> pb.ListNotificationsResponse:
+        user_id, order_id = request.user_id.lower(), request.order_id.lower()
+        listing = f"weft.notification.v1.NotificationService/ListNotifications?user_id={user_id}&order_id={order_id}"
+        page = await self._store.list(
+            paging.size(request.page_size),
+            paging.after(listing, request.page_token),
+            user_id=user_id,
+            order_id=order_id,
+        )
+        return pb.ListNotificationsResponse(
+            notifications=map(_message, page.items),
+            next_page_token=paging.token(listing, page.last) if page.more else "",
+        )
+
+    @answered_stream
+    async def WatchNotifications(
+        self, request: pb.WatchNotificationsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchNotificationsResponse]:
+        user_id = request.user_id.lower()
+        watch = f"weft.notification.v1.NotificationService/WatchNotifications?user_id={user_id}"
+        if request.resume_token:
+            try:
+                last = paging.after(watch, request.resume_token)
+            except InvalidTokenError:
+                raise InvalidFieldError(
+                    "resume_token", "INVALID_RESUME_TOKEN", "was not made by this method for the same user_id"
+                ) from None
+        else:
+            last = await self._store.last()
+            yield pb.WatchNotificationsResponse(resume_token=paging.token(watch, last))
+        while True:
+            # Looked at before the rows are read: what comes in between is then read twice rather than never.
+            newest = self._news.newest
+            rows = await self._store.rows(AT_A_TIME, last, user_id=user_id)
+            for last, notification in rows:
+                yield pb.WatchNotificationsResponse(
+                    notification=_message(notification), resume_token=paging.token(watch, last)
+                )
+            if len(rows) < AT_A_TIME:
+                await self._news.after(max(newest, last))
+
+
+class _News:
+    """Waits for new notifications: whoever waits looks for all the others too, one at a time."""
+
+    def __init__(self, store: NotificationStore) -> None:
+        self.newest = 0
+        """The sequence number of the newest notification that was seen."""
+        self._store = store
+        self._looking = asyncio.Lock()
+        self._closed = asyncio.Event()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    async def after(self, sequence: int) -> None:
+        """Return when there is a notification after ``sequence``. Raises UnavailableError once closed."""
+        while self.newest <= sequence:
+            async with self._looking:
+                if self.newest > sequence:
+                    return
+                try:
+                    await asyncio.wait_for(self._closed.wait(), POLL)
+                except TimeoutError:
+                    self.newest = max(self.newest, await self._store.last())
+                else:
+                    raise UnavailableError("SHUTTING_DOWN", "the server is shutting down; resume at another")
+
+
+def _message(notification: Notification) -> pb.Notification:
+    return pb.Notification(
+        id=notification.id,
+        user_id=notification.user_id,
+        order_id=notification.order_id,
+        kind=pb.Notification.Kind.Value(f"KIND_{notification.kind.value}"),
+        text=notification.text,
+        event_time=timestamp(notification.event_time),
+        create_time=timestamp(notification.create_time),
+    )
