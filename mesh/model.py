@@ -199,6 +199,8 @@ class Commit:
 
     __slots__ = ("number",)
 
+    until = None  # as the other steps have it
+
     def __init__(self, number: int) -> None:
         self.number = number
 

@@ -79,7 +79,7 @@ class Channel(grpc.aio.Channel):
             weakref.finalize(self, _stop, self.loop, self._running)
 
     async def close(self, grace: float | None = None) -> None:
-        """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close every connection."""
+        """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
         if grace is not None and grace < 0:
             raise ValueError(f"grace must be non-negative, got {grace}.")
         if self.closed:
@@ -274,7 +274,7 @@ class _Multicallable:
         driver.start()
         return _CALLS[method.kind](driver)
 
-    def _start(
+    def _intercepted(
         self,
         requests: Any,
         timeout: float | None,
@@ -283,8 +283,7 @@ class _Multicallable:
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> Any:
-        if not self._interceptors:
-            return self.call(requests, timeout, metadata, credentials, wait_for_ready, compression)
+        """Start a call that goes through interceptors first."""
         self._channel.start()
         kind, serializer, deserializer, _ = self._arguments
         if not isinstance(metadata, grpc.aio.Metadata):
@@ -317,7 +316,8 @@ class UnaryUnary(_Multicallable, grpc.aio.UnaryUnaryMultiCallable):  # type: ign
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        return self._start(request, timeout, metadata, credentials, wait_for_ready, compression)
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class UnaryStream(_Multicallable, grpc.aio.UnaryStreamMultiCallable):  # type: ignore[type-arg]
@@ -333,7 +333,8 @@ class UnaryStream(_Multicallable, grpc.aio.UnaryStreamMultiCallable):  # type: i
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        return self._start(request, timeout, metadata, credentials, wait_for_ready, compression)
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class StreamUnary(_Multicallable, grpc.aio.StreamUnaryMultiCallable):  # type: ignore[type-arg]
@@ -348,7 +349,8 @@ class StreamUnary(_Multicallable, grpc.aio.StreamUnaryMultiCallable):  # type: i
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        return self._start(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class StreamStream(_Multicallable, grpc.aio.StreamStreamMultiCallable):  # type: ignore[type-arg]
@@ -363,7 +365,8 @@ class StreamStream(_Multicallable, grpc.aio.StreamStreamMultiCallable):  # type:
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        return self._start(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 # -- driving by events
@@ -394,6 +397,7 @@ class _Driver(EventDriver):
         self._serializer = serializer
         self._request = requests
         self._streams = method.kind.endswith("stream")
+        self._timer: asyncio.TimerHandle | None = None
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
         self._waiting: list[asyncio.Future[None]] = []
@@ -416,14 +420,18 @@ class _Driver(EventDriver):
             compression=self._compression,
         )
         self.running[number] = inner
-        inner.add_done_callback(functools.partial(self._over, number, address))
+        inner.add_done_callback(_End(self, number, address))
         if self._streams:
             self._background(self._await_headers(number, inner))
         if self.hedged and self.replay is None and too_large(self._serializer, self._request):
             self.overflow(number)
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(delay, callback)
+    def wake_at(self, until: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if until is not None:
+            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.elapsed)
 
     def changed(self) -> None:
         if self.committed is not None and self.replay is not None:
@@ -487,7 +495,8 @@ class _Driver(EventDriver):
         self._watching.add(task)
         task.add_done_callback(self._watching.discard)
 
-    def _over(self, number: int, address: str, inner: Any) -> None:
+    def over(self, number: int, address: str, inner: Any) -> None:
+        """Core's call of attempt ``number`` has ended."""
         code = _ready(inner.code())
         if code is grpc.StatusCode.OK:
             self.ended(number, Outcome(0, result=inner))
@@ -523,6 +532,23 @@ class _Driver(EventDriver):
             self.cancel()
         elif not loop.is_closed():
             loop.call_soon_threadsafe(self.cancel)
+
+
+class _End:
+    """Tells a driver that core's call has ended. Core's call keeps it, the driver core's call: so it lets go of the
+    driver, or every call would be left to the garbage collector."""
+
+    __slots__ = ("_address", "_driver", "_number")
+
+    def __init__(self, driver: _Driver, number: int, address: str) -> None:
+        self._driver: _Driver | None = driver
+        self._number = number
+        self._address = address
+
+    def __call__(self, inner: Any) -> None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.over(self._number, self._address, inner)
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
@@ -81,16 +81,10 @@ def _wait(step: Step, pool: Pool) -> None:
         pool.forget(happened.set)
 
 
-class Timer(Protocol):
-    """Something that will happen unless it is cancelled."""
-
-    def cancel(self) -> object: ...
-
-
 class EventDriver:
-    """Runs a flow by events.
+    """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
 
-    A world gives it ``begin`` and ``call_later``, and hears of ``changed``. ``committed`` is the inner call that is
+    A world gives it ``begin`` and ``wake_at``, and hears of ``changed``. ``committed`` is the inner call that is
     the call now; ``verdict`` is set once, when the call is over.
     """
 
@@ -103,9 +97,9 @@ class EventDriver:
         self.finished_at = 0.0
         self._flow = flow
         self._wakes: deque[Wake | None] = deque()
-        self._lock = threading.Lock()
         self._advancing = False
-        self._timer: Timer | None = None
+        self._until: float | None = None
+        self._queued = False
 
     # -- what a world gives
 
@@ -113,8 +107,8 @@ class EventDriver:
         """Start ``attempt``: put its inner call into ``running``, or report at once how it ended. Doesn't block."""
         raise NotImplementedError
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
-        """Call ``callback`` in ``delay`` seconds."""
+    def wake_at(self, until: float | None) -> None:
+        """Have ``elapsed`` called at ``until`` and not before; None: not at all."""
         raise NotImplementedError
 
     def changed(self) -> None:
@@ -125,7 +119,7 @@ class EventDriver:
 
     def start(self) -> None:
         """Run the flow's first step, in this thread."""
-        self._send(_START)
+        self._send(START)
 
     def ended(self, number: int, outcome: Outcome) -> None:
         """Attempt ``number`` has ended."""
@@ -151,37 +145,37 @@ class EventDriver:
         return True
 
     def _send(self, wake: Wake | None) -> None:
-        """Have the flow advanced with ``wake``: by this thread, or by the one that is at it already."""
-        self._wakes.append(wake)
-        with self._lock:
-            if self._advancing:
-                return
-            self._advancing = True
-        while True:
-            try:
-                while self._wakes:
-                    self._advance(self._wakes.popleft())
-            except BaseException as error:
-                self._conclude(Verdict(Outcome(Code.INTERNAL, f"{type(error).__name__}: {error}")))
-                self._clean_up()
-                self._advancing = False
-                raise
-            with self._lock:
-                if not self._wakes:
-                    self._advancing = False
-                    return
+        """Have the flow advanced with ``wake``, now or by whoever is at it. None: the call was concluded."""
+        if self._advancing:
+            self._wakes.append(wake)
+            return
+        self._advancing = True
+        try:
+            self._drain(wake)
+        finally:
+            self._advancing = False
+
+    def _drain(self, wake: Wake | None) -> None:
+        try:
+            self._advance(wake)
+            while self._wakes:
+                self._advance(self._wakes.popleft())
+        except BaseException as error:
+            self._conclude(Verdict(Outcome(Code.INTERNAL, f"{type(error).__name__}: {error}")))
+            self._clean_up()
+            raise
 
     # -- by one thread at a time
 
     def _advance(self, wake: Wake | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if isinstance(wake, Ended):
-            self.running.pop(wake.number, None)
+        kind = type(wake)
+        if kind is Ended:
+            self.running.pop(wake.number, None)  # type: ignore[union-attr]
+        elif kind is Elapsed:
+            self._until = None  # the alarm has rung, perhaps a little early: it is set again where it is needed
         if self.verdict is None:
             try:
-                step = self._flow.send(None if wake is _START else wake)  # type: ignore[arg-type]
+                step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
             except StopIteration as stop:
                 self._conclude(stop.value)
             else:
@@ -190,32 +184,38 @@ class EventDriver:
         self._clean_up()
 
     def _perform(self, step: Step) -> None:
-        if isinstance(step, Commit):
+        if type(step) is Attempt:
+            self.begin(step)
+            self.changed()
+        elif type(step) is Commit:
             self.committed = self.running.pop(step.number)
             self._cancel_running()
             self.running[step.number] = self.committed
             self.changed()
-            return
-        if isinstance(step, Attempt):
-            self.begin(step)
-            self.changed()
-        elif step.picker is not None:
+        elif type(step) is Wait and step.picker is not None:
+            self._queued = True
             self.pool.when_replaced(step.picker, self.elapsed)
-        if step.until is not None:
-            self._timer = self.call_later(max(0.0, step.until - time.monotonic()), self.elapsed)
+        until = step.until
+        if until != self._until:
+            self._until = until
+            self.wake_at(until)
 
     def _conclude(self, verdict: Verdict) -> bool:
-        with self._lock:
-            if self.verdict is not None:
-                return False
-            self.finished_at = time.monotonic()
-            self.verdict = verdict
-            return True
+        if self.verdict is not None:
+            return False
+        self.finished_at = time.monotonic()
+        self.verdict = verdict
+        return True
 
     def _clean_up(self) -> None:
         self._flow.close()
-        self._cancel_running()
-        self.pool.forget(self.elapsed)
+        if self.running:
+            self._cancel_running()
+        if self._until is not None:
+            self._until = None
+            self.wake_at(None)
+        if self._queued:
+            self.pool.forget(self.elapsed)
         self.changed()
 
     def _cancel_running(self) -> None:
@@ -223,7 +223,38 @@ class EventDriver:
             self.running.popitem()[1].cancel()
 
 
-_START = Elapsed(0.0)
+class LockedDriver(EventDriver):
+    """Takes events from any thread; one at a time advances the flow."""
+
+    def __init__(self, call: CallSpec, flow: Flow, pool: Pool) -> None:
+        super().__init__(call, flow, pool)
+        self._lock = threading.Lock()
+
+    def _send(self, wake: Wake | None) -> None:
+        with self._lock:
+            if self._advancing:
+                self._wakes.append(wake)
+                return
+            self._advancing = True
+        while True:
+            try:
+                self._drain(wake)
+            except BaseException:
+                self._advancing = False
+                raise
+            with self._lock:
+                if not self._wakes:
+                    self._advancing = False
+                    return
+                wake = self._wakes.popleft()
+
+    def _conclude(self, verdict: Verdict) -> bool:
+        with self._lock:
+            return super()._conclude(verdict)
+
+
+START = Elapsed(0.0)
+"""Runs a flow's first step."""
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 STATES = {state.value[0]: state for state in grpc.ChannelConnectivity}

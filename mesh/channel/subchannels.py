@@ -33,6 +33,11 @@ from mesh.policy.pick import Picker
 
 _LOG = logging.getLogger("mesh.channel")
 
+# gRPC's own, bound here: a program that puts the mesh's in their place (as instrumentation does with its own) must not
+# have the endpoints' channels made by the mesh, too.
+_insecure_channel, _secure_channel = grpc.insecure_channel, grpc.secure_channel
+_aio_insecure_channel, _aio_secure_channel = grpc.aio.insecure_channel, grpc.aio.secure_channel
+
 ChannelOptions = Sequence[tuple[str, Any]]
 
 BUSY_TICK = 0.005  # seconds between two looks at the states while connections are being made
@@ -177,8 +182,8 @@ class SyncSubchannel(Subchannel):
 
     def _open(self, options: ChannelOptions) -> grpc.Channel:
         if self._credentials is None:
-            return grpc.insecure_channel(self.address, options, self._compression)
-        return grpc.secure_channel(self.address, self._credentials, options, self._compression)
+            return _insecure_channel(self.address, options, self._compression)
+        return _secure_channel(self.address, self._credentials, options, self._compression)
 
     async def _close(self, channel: grpc.Channel) -> None:
         channel.close()
@@ -206,8 +211,8 @@ class AioSubchannel(Subchannel):
 
     def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
         if self._credentials is None:
-            return grpc.aio.insecure_channel(self.address, options, self._compression)
-        return grpc.aio.secure_channel(self.address, self._credentials, options, self._compression)
+            return _aio_insecure_channel(self.address, options, self._compression)
+        return _aio_secure_channel(self.address, self._credentials, options, self._compression)
 
     async def _close(self, channel: grpc.aio.Channel) -> None:
         await channel.close()

@@ -15,8 +15,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -26,8 +27,9 @@ from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CODES,
     NEVER_SENT,
+    START,
     STATES,
-    EventDriver,
+    LockedDriver,
     failed,
     retry_metadata,
     run_blocking,
@@ -36,11 +38,13 @@ from mesh.channel.drive import (
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
 from mesh.errors import RpcError, terminated
-from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome, Verdict
+from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow, call_flow
 
 _LOG = logging.getLogger("mesh.channel")
+
+D = TypeVar("D", bound="_Driver")
 
 Metadata = Sequence[Metadatum] | None
 
@@ -244,6 +248,26 @@ class _Multicallable:
         sent = Request.serialized if kind.startswith("stream") else serializer
         self._method = channel.assembly.method(kind, path, sent, deserializer, bool(registered))
 
+    def _driver(
+        self,
+        driver: type[D],
+        requests: Any,
+        timeout: float | None,
+        metadata: Metadata,
+        credentials: grpc.CallCredentials | None,
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
+    ) -> D:
+        """A driver for a new call, not yet started."""
+        channel, method = self._channel, self._method
+        channel.start()
+        now = time.monotonic()
+        call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
+        flow = call_flow(call, channel.assembly.cluster, channel.assembly.rng, now)
+        driven = driver(channel, method, call, flow, requests, self._serializer, credentials, compression)
+        channel.adopt(driven)
+        return driven
+
     def _drive(
         self,
         requests: Any,
@@ -254,18 +278,12 @@ class _Multicallable:
         compression: grpc.Compression | None,
     ) -> Call:
         """Start a call that is driven by events."""
-        channel, method = self._channel, self._method
-        channel.start()
-        now = time.monotonic()
-        call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
-        flow = call_flow(call, channel.assembly.cluster, channel.assembly.rng, now)
-        driver = _Driver(channel, method, call, flow, requests, self._serializer, credentials, compression)
-        channel.adopt(driver)
+        driver = self._driver(_Driver, requests, timeout, metadata, credentials, wait_for_ready, compression)
         driver.start()
         refused = driver.verdict.outcome.result if driver.verdict is not None else None
         if isinstance(refused, grpc.RpcError) and not isinstance(refused, grpc.RpcContext):
             raise refused  # grpc raises at once when the request can't be serialised
-        return (StreamCall if method.kind.endswith("stream") else Call)(driver)
+        return (StreamCall if self._method.kind.endswith("stream") else Call)(driver)
 
 
 class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
@@ -281,7 +299,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
         compression: grpc.Compression | None = None,
     ) -> Any:
         if self._method.policy.hedge.max_attempts > 1:
-            return self._drive(request, timeout, metadata, credentials, wait_for_ready, compression).result()
+            return self._hedge(request, timeout, metadata, credentials, wait_for_ready, compression).result()
         return self._block(False, request, timeout, metadata, credentials, wait_for_ready, compression)[0]
 
     def with_call(
@@ -294,7 +312,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
         compression: grpc.Compression | None = None,
     ) -> tuple[Any, grpc.Call]:
         if self._method.policy.hedge.max_attempts > 1:
-            call = self._drive(request, timeout, metadata, credentials, wait_for_ready, compression)
+            call = self._hedge(request, timeout, metadata, credentials, wait_for_ready, compression)
             return call.result(), call
         return self._block(True, request, timeout, metadata, credentials, wait_for_ready, compression)
 
@@ -308,6 +326,22 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
         compression: grpc.Compression | None = None,
     ) -> Call:
         return self._drive(request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def _hedge(
+        self,
+        request: Any,
+        timeout: float | None,
+        metadata: Metadata,
+        credentials: grpc.CallCredentials | None,
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
+    ) -> Call:
+        """Make a call that may be hedged, in this thread; it has ended well, or an error is raised."""
+        driver = self._driver(_BlockingDriver, request, timeout, metadata, credentials, wait_for_ready, compression)
+        verdict = driver.run()
+        if verdict.outcome.code:
+            raise _error(explain(driver.call, self._channel.assembly.target, verdict, time.monotonic()), verdict)
+        return Call(driver)
 
     def _block(
         self,
@@ -430,7 +464,7 @@ class StreamStream(_Multicallable, grpc.StreamStreamMultiCallable):  # type: ign
 # -- driving by events
 
 
-class _Driver(EventDriver):
+class _Driver(LockedDriver):
     """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
     holds."""
 
@@ -455,6 +489,7 @@ class _Driver(EventDriver):
         self._unary = method.kind.endswith("unary")
         self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._request = requests
+        self._timer: background.Timer | None = None
         self._condition = threading.Condition()
         self._callbacks: list[Callable[[], object]] | None = []
         self._scope = context.current()
@@ -494,8 +529,10 @@ class _Driver(EventDriver):
                 # The user's thread can wait for one attempt's headers; of several, each has a thread that does.
                 threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> background.Timer:
-        return background.Timer(delay, callback)
+    def wake_at(self, until: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.elapsed)
 
     def changed(self) -> None:
         if self.committed is not None and self._replay is not None:
@@ -568,6 +605,36 @@ class _Driver(EventDriver):
     def _overflowed(self) -> None:
         for number in tuple(self.running):
             self.overflow(number)
+
+
+class _BlockingDriver(_Driver):
+    """Drives a call over futures in the thread that waits for it: what happens elsewhere is put into its mailbox."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._mail: SimpleQueue[Wake | None] = SimpleQueue()
+        self._due: float | None = None
+
+    def run(self) -> Verdict:
+        """Run the call to its end."""
+        try:
+            self._drain(START)
+            while self.verdict is None:
+                try:
+                    wake = self._mail.get(timeout=None if self._due is None else max(0.0, self._due - time.monotonic()))
+                except Empty:
+                    wake = Elapsed(time.monotonic())
+                self._drain(wake)
+        finally:
+            if self._conclude(Verdict(Outcome(Code.CANCELLED, "interrupted", cancelled=True))):
+                self._clean_up()
+        return self.verdict
+
+    def _send(self, wake: Wake | None) -> None:
+        self._mail.put(wake)
+
+    def wake_at(self, until: float | None) -> None:
+        self._due = until
 
 
 class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]

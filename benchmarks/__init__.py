@@ -1,0 +1,1 @@
+"""Measurements: the same work, in the same run, against a peer that is tuned as well."""

@@ -1,0 +1,82 @@
+"""What the benchmarks share: replicas, interleaved rounds, and a table of what was reached."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+Work = Callable[[int], None]
+"""Does the measured thing so many times."""
+
+
+@contextlib.contextmanager
+def replicas(count: int, *arguments: str) -> Iterator[list[int]]:
+    """So many replicas, each a process; yields their ports."""
+    command = [sys.executable, "-m", "benchmarks.replica", *arguments]
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            assert process.stdout is not None
+            assert process.stdin is not None
+            stack.callback(process.stdin.close)
+            ports.append(int(process.stdout.readline()))
+        yield ports
+
+
+def cpu_seconds(work: Work, times: int) -> float:
+    """CPU seconds of this process for each of ``times``."""
+    begun = time.process_time()
+    work(times)
+    return (time.process_time() - begun) / times
+
+
+def interleaved(sides: Mapping[str, Work], times: int, rounds: int = 12) -> dict[str, list[float]]:
+    """CPU seconds a time of each side, round by round; the order turns with each round."""
+    for work in sides.values():
+        work(max(times // 4, 1))  # warm
+    results: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            results[name].append(cpu_seconds(sides[name], times))
+        print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return results
+
+
+def ratio(results: Mapping[str, list[float]], side: str, against: str) -> float:
+    """The median over the rounds of one side's cost against another's of the same round."""
+    return statistics.median(a / b for a, b in zip(results[side], results[against], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table: what was measured, and what was to be reached."""
+
+    what: str
+    against: str
+    measured: float
+    reach: float
+    unit: str = ""
+
+    def __str__(self) -> str:
+        verdict = "reached" if self.measured <= self.reach else "NOT reached"
+        return (
+            f"{self.what:<58} {self.against:<34} {self.measured:>8.3f}{self.unit:<3}"
+            f" {'≤ ' + format(self.reach, 'g') + self.unit:>9}  {verdict}"
+        )
+
+
+def table(title: str, rows: list[Row]) -> None:
+    """Print the rows."""
+    print(f"\n{title}\n{'what':<58} {'against':<34} {'measured':>11} {'reach':>9}")
+    for row in rows:
+        print(row)
