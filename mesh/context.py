@@ -11,21 +11,40 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 
+CRITICALITY = "weft-criticality"
+"""The metadata key that says how much a call matters: CRITICAL_PLUS, CRITICAL, SHEDDABLE_PLUS or SHEDDABLE."""
+
+
 class Scope:
     """The inbound call being handled.
 
     ``deadline``: when it ends, in monotonic seconds; None without one. ``is_retry``: the inbound attempt was itself a
     retry or a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was
     allowed to retry and failed, so that the server can tell the caller above not to retry. ``criticality``: the
-    inbound call's, for the calls below it.
+    inbound call's ("CRITICAL", "SHEDDABLE", ...; empty when it said nothing), for the calls below it: they send it
+    as ``CRITICALITY``. ``arrived``: when this process first saw it. ``begun``: its handler runs.
     """
 
-    __slots__ = ("_children", "cancelled", "closed", "criticality", "deadline", "exhausted", "is_retry")
+    __slots__ = (
+        "_children",
+        "arrived",
+        "begun",
+        "cancelled",
+        "closed",
+        "criticality",
+        "deadline",
+        "exhausted",
+        "is_retry",
+    )
 
-    def __init__(self, deadline: float | None = None, *, is_retry: bool = False, criticality: str = "") -> None:
+    def __init__(
+        self, deadline: float | None = None, *, is_retry: bool = False, criticality: str = "", arrived: float = 0.0
+    ) -> None:
         self.deadline = deadline
         self.is_retry = is_retry
         self.criticality = criticality
+        self.arrived = arrived
+        self.begun = False
         self.exhausted = False
         self.cancelled = False
         self.closed = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
@@ -13,8 +14,23 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from mesh.server.assembly import BAD_START, SIGNALS, Recorder, Servicers, add_reflection, advertised, bind, instances
-from mesh.server.deadlines import LOG, wrap_aio
+from mesh import context as mesh_context
+from mesh.policy.admission import Reason
+from mesh.server import load
+from mesh.server.assembly import (
+    BAD_START,
+    SIGNALS,
+    Recorder,
+    Servicers,
+    add_channelz,
+    add_reflection,
+    advertised,
+    bind,
+    instances,
+)
+from mesh.server.deadlines import LOG, arriving, wrap_aio
+from mesh.server.gate import AioGate
+from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
@@ -47,7 +63,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines and a graceful end.
+    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
 
     ::
 
@@ -55,7 +71,7 @@ class Server:
             ...  # server.port
 
     Leaving the block drains. ``services``: their full names; ``port`` and ``address`` (advertised) are known once
-    it is started.
+    it is started. ``gate`` tells of its load and of what was refused.
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
@@ -67,32 +83,62 @@ class Server:
         self._server: grpc.aio.Server | None = None
         self._health: _Health | None = None
         self._registration: Registration | None = None
+        self.gate = AioGate(self.settings.admission(), load_reports=self.settings.load_reports)
         self._pool = ThreadPool(self.settings.max_workers)
+        self._starting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen and serve; then register, in the background.
+        """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
         Raises OSError when it can't listen there.
         """
         settings = self.settings
+        readiness = Readiness(settings.ready)
         server = grpc.aio.server(
             migration_thread_pool=self._pool,
             interceptors=list(settings.interceptors),
             options=settings.server_options(),
         )
-        recorder = Recorder(server, lambda handler: wrap_aio(handler, self._pool))
+        recorder = Recorder(server, lambda handler: wrap_aio(handler, self._pool, self.gate), self._arrived)
         recorder.add(self._servicers)
         self.services = recorder.services
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
+        add_channelz(server, settings)
+        load.add_to_server(self.gate.load, server)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
+        if readiness.given:
+            self.gate.admission.close(Reason.STARTING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         self._server = server
-        for service in self.services:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if readiness.given:
+            self._starting = asyncio.get_running_loop().create_task(self._when_ready(readiness))
+        else:
+            await self._serve()
+
+    def _arrived(self, call: grpc.HandlerCallDetails) -> None:
+        self.gate.arrivals += 1
+        mesh_context.enter(arriving(call.invocation_metadata))
+
+    async def _when_ready(self, readiness: Readiness) -> None:
+        rng = random.Random()
+        while not await readiness.ask(self._pool):  # noqa: ASYNC110 - nothing tells when that changes
+            await asyncio.sleep(readiness.pace.delay(rng))
+        self.gate.admission.open()
+        await self._serve()
+
+    async def _set_health(self, status: Any) -> None:
+        assert self._health is not None
+        for name in ("", *self.services):
+            await self._health.set(name, status)
+
+    async def _serve(self) -> None:
+        settings = self.settings
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         LOG.info("serving %s on %s", ", ".join(self.services), self.address)
         if settings.registry:
             self._registration = Registration(
@@ -112,25 +158,35 @@ class Server:
     async def _drain(self) -> None:
         if self._server is None or self._health is None:
             return
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
         await self._health.enter_graceful_shutdown()
         if self._registration is not None:
             await self._registration.close(self.settings.deregister_timeout)
         await asyncio.sleep(self.settings.drain_wait)
+        self.gate.admission.close(Reason.DRAINING)
         self._health.end_watches()
         await self._stop(self.settings.grace)
 
     async def _stop(self, grace: float) -> None:
         assert self._server is not None
+        stopping = asyncio.get_running_loop().create_task(self._server.stop(grace))
+        for_streams = min(self.settings.stream_grace, grace)
+        await asyncio.wait([stopping], timeout=for_streams)
+        self.gate.end_streams()
         # A handler that won't be cancelled would hold this for ever.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._server.stop(grace), grace + _AT_ONCE)
+        await asyncio.wait([stopping], timeout=grace - for_streams + _AT_ONCE)
+        stopping.cancel()
+        await asyncio.wait([stopping])
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def kill(self) -> None:
         """End at once: calls in flight are cancelled."""
-        if self._draining is not None:
-            self._draining.cancel()
-            await asyncio.wait([self._draining])
+        for task in (self._starting, self._draining):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._registration is not None:
             await self._registration.close(0.0)
         if self._server is not None:

@@ -19,6 +19,9 @@ from weft.mesh.v1 import registry_pb2 as pb
 Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
 """Pairs of a generated ``add_XServicer_to_server`` and a servicer."""
 
+Arrived = Callable[[grpc.HandlerCallDetails], None]
+"""Told of each call that comes in, before its request is read."""
+
 WILDCARDS = ("0.0.0.0", "[::]")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,26 +32,33 @@ BAD_START = 2
 
 
 class _Wrapping(grpc.ServiceRpcHandler):
-    """A service's handlers, wrapped. gRPC looks here when a method wasn't registered by name."""
+    """A service's handlers, wrapped. gRPC looks here when a call comes in, in the context that its handler will have:
+    the call's scope begins here."""
 
-    def __init__(self, handler: grpc.GenericRpcHandler, name: str, wrapped: Wrapped) -> None:
+    def __init__(self, handler: grpc.GenericRpcHandler, name: str, wrapped: Wrapped, arrived: Arrived) -> None:
         self._handler = handler
         self._name = name
         self._wrapped = wrapped
+        self._arrived = arrived
 
     def service_name(self) -> str:
         return self._name
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return self._wrapped(handler_call_details.method, self._handler.service(handler_call_details))
+        handler = self._handler.service(handler_call_details)
+        if handler is None:
+            return None
+        self._arrived(handler_call_details)
+        return self._wrapped(handler_call_details.method, handler)
 
 
 class Recorder:
     """Stands in for the server while servicers are added: wraps their handlers, and notes their services' names."""
 
-    def __init__(self, server: Any, wrap: Callable[[Handler], Handler]) -> None:
+    def __init__(self, server: Any, wrap: Callable[[Handler], Handler], arrived: Arrived) -> None:
         self._server = server
         self._wrap = wrap
+        self._arrived = arrived
         # A dict for its order.
         self._services: dict[str, None] = {}
 
@@ -66,13 +76,14 @@ class Recorder:
             name = handler.service_name() if isinstance(handler, grpc.ServiceRpcHandler) else ""
             if name:
                 self._services[name] = None
-            wrapping.append(_Wrapping(handler, name, Wrapped(self._wrap)))
+            wrapping.append(_Wrapping(handler, name, Wrapped(self._wrap), self._arrived))
         self._server.add_generic_rpc_handlers(wrapping)
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: dict[str, Handler]) -> None:
+        """Note the name alone: generated code adds the same handlers both ways, and the generic way tells when a call
+        comes in (and costs an aio server less: it waits for a call of each registered method)."""
+        del method_handlers
         self._services[service_name] = None
-        wrapped = {method: self._wrap(handler) for method, handler in method_handlers.items()}
-        self._server.add_registered_method_handlers(service_name, wrapped)
 
 
 def add_reflection(services: Iterable[str], server: Any, settings: ServerSettings) -> None:
@@ -85,6 +96,17 @@ def add_reflection(services: Iterable[str], server: Any, settings: ServerSetting
         LOG.warning("reflection is asked for, but grpcio-reflection isn't installed; serving without it")
         return
     reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+
+
+def add_channelz(server: Any, settings: ServerSettings) -> None:
+    """Have the server tell of its connections and calls, where grpcio-channelz is there."""
+    if not settings.channelz:
+        return
+    try:
+        from grpc_channelz.v1 import channelz  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    channelz.add_channelz_servicer(server)
 
 
 def bind(server: Any, listen: str) -> int:

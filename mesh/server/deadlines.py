@@ -30,11 +30,14 @@ import grpc
 from mesh import context as mesh_context
 from mesh.context import Scope
 from mesh.model import Metadatum
-from mesh.server.threads import async_behavior
+from mesh.policy.admission import BY_NAME
+from mesh.server.gate import PUSHBACK, UNGATED, AioGate, Gate, ThreadGate
+from mesh.server.gated import aio_gated, aio_gated_stream, sync_gated, sync_gated_responses
+from mesh.server.requests import UnparsableError, aio_parsed, kept, raised, sync_parsed
+from mesh.server.threads import async_behavior, begun
 
 LOG = logging.getLogger("mesh.server")
 
-PUSHBACK = "grpc-retry-pushback-ms"
 _DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
 _ATTEMPTS = ("grpc-previous-rpc-attempts", "weft-attempt")
 # grpc says about 9.2e18 s, or None, for "no deadline"; nothing that has one has a century.
@@ -44,23 +47,39 @@ Handler = Any  # an RpcMethodHandler; grpc's is generic over messages that nothi
 Behavior = Callable[..., Any]
 
 
-def scope_of(context: Any) -> Scope:
-    """The scope of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
-    left = context.time_remaining()
-    is_retry = False
-    for key, value in context.invocation_metadata():
+def arriving(metadata: Iterable[Metadatum]) -> Scope:
+    """The scope of an inbound call that has just been seen; it gets its deadline when its handler begins."""
+    is_retry, criticality = False, ""
+    for key, value in metadata:
         if key in _ATTEMPTS:
-            is_retry = value.isdecimal() and int(value) > 0
-    return Scope(
-        None if left is None or left > _NO_DEADLINE else time.monotonic() + left,
-        is_retry=is_retry,
-    )
+            is_retry = isinstance(value, str) and value.isdecimal() and int(value) > 0
+        elif key == mesh_context.CRITICALITY and value in BY_NAME:
+            criticality = str(value)
+    return Scope(is_retry=is_retry, criticality=criticality, arrived=time.monotonic())
 
 
-def _with_pushback(trailers: Iterable[Metadatum] | None) -> tuple[Metadatum, ...]:
-    """The handler's own trailers, and beside them "don't retry"; its own word on that stands."""
-    own = tuple(trailers or ())
-    return own if any(key == PUSHBACK for key, _ in own) else (*own, _DO_NOT_RETRY)
+def _begun(context: Any) -> Scope:
+    """The scope, entered, of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
+    scope = mesh_context.current()
+    if scope is None or scope.begun:  # its arrival wasn't seen here
+        scope = arriving(context.invocation_metadata())
+        mesh_context.enter(scope)
+    scope.begun = True
+    left = context.time_remaining()
+    if left is not None and left <= _NO_DEADLINE:
+        scope.deadline = time.monotonic() + left
+    return scope
+
+
+def _trailers(own: Iterable[Metadatum] | None, failed: bool, scope: Scope, gate: Gate | None) -> tuple[Metadatum, ...]:
+    """What goes out with a status: the handler's own trailers, and beside them "don't retry" after retries in vain
+    (the handler's own word on that stands), and the load."""
+    trailers = tuple(own or ())
+    if failed and scope.exhausted and not any(key == PUSHBACK for key, _ in trailers):
+        trailers = (*trailers, _DO_NOT_RETRY)
+    if gate is not None and gate.reports is not None:
+        trailers += gate.reports.trailers(time.monotonic())
+    return trailers
 
 
 def _status_for(behavior: Behavior, error: Exception, context: Any) -> tuple[grpc.StatusCode, str]:
@@ -87,25 +106,25 @@ def _failed(context: Any) -> bool:
 
 
 def _entered(context: grpc.ServicerContext) -> Scope:
-    scope = scope_of(context)
-    mesh_context.enter(scope)
+    begun()
+    scope = _begun(context)
     # Called however the call ends; a scope that is closed by then cancels nothing.
     if not context.add_callback(scope.cancel):
         scope.cancel()
     return scope
 
 
-def _sync_done(context: Any, scope: Scope) -> None:
+def _sync_done(context: Any, scope: Scope, gate: Gate | None) -> None:
     scope.close()
-    if scope.exhausted and _failed(context):
-        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
+    if scope.exhausted or gate is not None:
+        context.set_trailing_metadata(_trailers(context.trailing_metadata(), _failed(context), scope, gate))
 
 
-def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scope) -> None:
+def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scope, gate: Gate | None) -> None:
     """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
     scope.close()
-    if scope.exhausted:
-        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
+    if scope.exhausted or gate is not None:
+        context.set_trailing_metadata(_trailers(context.trailing_metadata(), True, scope, gate))
     if not context.is_active():  # what a handler raises because its client is gone is no fault of its own
         return
     # context.abort() raises a bare Exception after it has set the code: there is no other public sign of it.
@@ -115,29 +134,29 @@ def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scop
     context.abort(code, details)
 
 
-def _sync_unary(behavior: Behavior) -> Behavior:
+def _sync_unary(behavior: Behavior, gate: Gate | None) -> Behavior:
     def handle(request: Any, context: Any) -> Any:
         scope = _entered(context)
         try:
             response = behavior(request, context)
         except Exception as error:
-            _sync_raised(behavior, error, context, scope)
+            _sync_raised(behavior, error, context, scope, gate)
             raise
-        _sync_done(context, scope)
+        _sync_done(context, scope, gate)
         return response
 
     return handle
 
 
-def _sync_stream(behavior: Behavior) -> Behavior:
+def _sync_stream(behavior: Behavior, gate: Gate | None) -> Behavior:
     def handle(request: Any, context: Any) -> Iterator[Any]:
         scope = _entered(context)
         try:
             yield from behavior(request, context)
         except Exception as error:
-            _sync_raised(behavior, error, context, scope)
+            _sync_raised(behavior, error, context, scope, gate)
             raise
-        _sync_done(context, scope)
+        _sync_done(context, scope, gate)
 
     return handle
 
@@ -148,13 +167,14 @@ def _sync_stream(behavior: Behavior) -> Behavior:
 
 
 class AioContext:
-    """A handler's context on an aio server: grpc's own, whose ``abort`` adds the chain stop."""
+    """A handler's context on an aio server: grpc's own, whose ``abort`` adds the chain stop and the load."""
 
-    __slots__ = ("_context", "_scope")
+    __slots__ = ("_context", "_gate", "_scope")
 
-    def __init__(self, context: Any, scope: Scope) -> None:
+    def __init__(self, context: Any, scope: Scope, gate: Gate | None) -> None:
         self._context = context
         self._scope = scope
+        self._gate = gate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -169,8 +189,9 @@ class AioContext:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[Metadatum, ...] = ()
     ) -> None:
-        if self._scope.exhausted:
-            trailing_metadata = _with_pushback(trailing_metadata or self._context.trailing_metadata())
+        if self._scope.exhausted or self._gate is not None:
+            own = trailing_metadata or self._context.trailing_metadata()
+            trailing_metadata = _trailers(own, True, self._scope, self._gate)
         await self._context.abort(code, details, trailing_metadata)
 
     async def abort_with_status(self, status: Any) -> None:
@@ -181,32 +202,29 @@ async def _aio_raised(behavior: Behavior, error: Exception, context: AioContext,
     """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
     if context.done():  # aborted: the status is sent
         return
+    if isinstance(error, UnparsableError):
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
         scope.cancel()  # a message couldn't be sent or received: the client is gone
         return
     await context.abort(*_status_for(behavior, error, context))
 
 
-def _aio_done(context: AioContext, scope: Scope) -> None:
-    scope.close()
-    if scope.exhausted and _failed(context):
-        context.set_trailing_metadata(_with_pushback(context.trailing_metadata()))
-
-
-def _aio_coroutine(behavior: Behavior) -> Behavior:
+def _aio_coroutine(behavior: Behavior, gate: Gate | None) -> Behavior:
     async def handle(request: Any, context: Any) -> Any:
-        scope = scope_of(context)
-        mesh_context.enter(scope)
-        context = AioContext(context, scope)
+        scope = _begun(context)
+        wrapped = AioContext(context, scope, gate)
         try:
-            response = await behavior(request, context)
+            response = await behavior(request, wrapped)
         except asyncio.CancelledError:
             scope.cancel()
             raise
         except Exception as error:
-            await _aio_raised(behavior, error, context, scope)
+            await _aio_raised(behavior, error, wrapped, scope)
             raise
-        _aio_done(context, scope)
+        scope.close()
+        if scope.exhausted or gate is not None:
+            context.set_trailing_metadata(_trailers(context.trailing_metadata(), _failed(context), scope, gate))
         return response
 
     return handle
@@ -227,9 +245,9 @@ def _written(behavior: Behavior) -> Behavior:
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
-    """``handler`` with its behavior wrapped: the same kind, the same serializers."""
-    serializers = (handler.request_deserializer, handler.response_serializer)
+def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior], parse: Callable[..., Any]) -> Handler:
+    """``handler`` with its behavior and its parser wrapped: the same kind, the same serializer."""
+    serializers = (handler.request_deserializer and parse(handler.request_deserializer), handler.response_serializer)
     if handler.request_streaming:
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(wrap(handler.stream_stream), *serializers)
@@ -239,39 +257,55 @@ def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
     return grpc.unary_unary_rpc_method_handler(wrap(handler.unary_unary), *serializers)
 
 
-def wrap_sync(handler: Handler) -> Handler:
-    """``handler``, of a ``grpc.Server``, inside its inbound call's scope."""
+# Order, from the handler out: parsed, above nothing, because it only looks at what the handler reads; gated above it,
+# because a call that waits should still be told what is wrong with it; the scope above both, because the gate needs the
+# deadline, and what goes wrong anywhere below gets its plain end there.
+
+
+def wrap_sync(handler: Handler, gate: ThreadGate | None = None) -> Handler:
+    """``handler``, of a ``grpc.Server``, inside its inbound call's scope, behind ``gate``."""
 
     def wrap(behavior: Behavior) -> Behavior:
         if getattr(behavior, "experimental_non_blocking", False):
             return behavior
-        wrapped = (_sync_stream if handler.response_streaming else _sync_unary)(behavior)
+        parsed = behavior
+        if handler.request_deserializer is not None:
+            parsed = sync_parsed(behavior, request_streaming=handler.request_streaming)
+        if gate is not None:
+            gated = sync_gated_responses if handler.response_streaming else sync_gated
+            parsed = gated(parsed, gate, is_stream=handler.request_streaming or handler.response_streaming)
+        wrapped = (_sync_stream if handler.response_streaming else _sync_unary)(parsed, gate)
         pool = getattr(behavior, "experimental_thread_pool", None)
         if pool is not None:
             wrapped.experimental_thread_pool = pool  # type: ignore[attr-defined]
         return wrapped
 
-    return _rebuilt(handler, wrap)
+    return _rebuilt(handler, wrap, kept)
 
 
-def wrap_aio(handler: Handler, pool: Executor | None = None) -> Handler:
-    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope. One that isn't async runs in ``pool``."""
+def wrap_aio(handler: Handler, pool: Executor | None = None, gate: AioGate | None = None) -> Handler:
+    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope, behind ``gate``. One that isn't async
+    runs in ``pool``."""
 
     def wrap(behavior: Behavior) -> Behavior:
         if inspect.isasyncgenfunction(behavior):
-            return _aio_coroutine(_written(behavior))
-        if inspect.iscoroutinefunction(behavior):
-            return _aio_coroutine(behavior)
-        return _aio_coroutine(
-            async_behavior(
+            behavior = _written(behavior)
+        elif not inspect.iscoroutinefunction(behavior):
+            behavior = async_behavior(
                 behavior,
                 pool,
                 request_streaming=handler.request_streaming,
                 response_streaming=handler.response_streaming,
             )
-        )
+        if handler.request_deserializer is not None and not handler.request_streaming:
+            behavior = aio_parsed(behavior)
+        if gate is not None:
+            is_stream = handler.request_streaming or handler.response_streaming
+            behavior = (aio_gated_stream if is_stream else aio_gated)(behavior, gate)
+        return _aio_coroutine(behavior, gate)
 
-    return _rebuilt(handler, wrap)
+    # A stream's messages are parsed where its handler reads them, so there it may raise.
+    return _rebuilt(handler, wrap, raised if handler.request_streaming else kept)
 
 
 class Wrapped:
@@ -295,25 +329,37 @@ class Wrapped:
 class ServerInterceptor(grpc.ServerInterceptor):
     """What ``mesh.serve`` puts around handlers, for a ``grpc.Server`` of one's own.
 
-    Put it first, so that it stands around the other interceptors' handlers, too.
+    Put it first, so that it stands around the other interceptors' handlers, too. ``gate``: overload protection and load
+    reports; none without one.
     """
 
-    def __init__(self) -> None:
-        self._wrapped = Wrapped(wrap_sync)
+    def __init__(self, gate: ThreadGate | None = None) -> None:
+        self._gated = Wrapped(lambda handler: wrap_sync(handler, gate))
+        self._ungated = Wrapped(wrap_sync)
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return self._wrapped(handler_call_details.method, continuation(handler_call_details))
+        method = handler_call_details.method
+        mesh_context.enter(arriving(handler_call_details.invocation_metadata))
+        wrapped = self._ungated if method.startswith(UNGATED) else self._gated
+        return wrapped(method, continuation(handler_call_details))
 
 
 class AioServerInterceptor(grpc.aio.ServerInterceptor):
     """What ``mesh.aio.serve`` puts around handlers, for a ``grpc.aio.Server`` of one's own.
 
     ``pool`` runs the handlers that aren't async (the server's ``migration_thread_pool``; None for the loop's own
-    executor).
+    executor). ``gate``: overload protection and load reports; none without one.
     """
 
-    def __init__(self, pool: Executor | None = None) -> None:
-        self._wrapped = Wrapped(lambda handler: wrap_aio(handler, pool))
+    def __init__(self, pool: Executor | None = None, gate: AioGate | None = None) -> None:
+        self._gate = gate
+        self._gated = Wrapped(lambda handler: wrap_aio(handler, pool, gate))
+        self._ungated = Wrapped(lambda handler: wrap_aio(handler, pool))
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return self._wrapped(handler_call_details.method, await continuation(handler_call_details))
+        method = handler_call_details.method
+        mesh_context.enter(arriving(handler_call_details.invocation_metadata))
+        if self._gate is not None:
+            self._gate.arrivals += 1
+        wrapped = self._ungated if method.startswith(UNGATED) else self._gated
+        return wrapped(method, await continuation(handler_call_details))

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh.policy.admission import AdmissionConfig, Mode
+from mesh.server.threads import SPARE
+
 Option = tuple[str, str | int]
 
 
@@ -71,6 +74,13 @@ def _switch(value: str) -> bool:
     raise _RefusedError("1, true, yes, on, or 0, false, no, off")
 
 
+def _mode(value: str) -> Mode:
+    try:
+        return Mode(value.strip().lower())
+    except ValueError:
+        raise _RefusedError("on, dry-run or off") from None
+
+
 def _labels(value: str) -> dict[str, str]:
     labels = {}
     for label in filter(None, (part.strip() for part in value.split(","))):
@@ -99,9 +109,21 @@ class ServerSettings:
     ``lease_ttl``: how long the registry keeps it without a sign of life.
     ``drain_wait``: how long, after NOT_SERVING and deregistering, clients get to notice before new calls are refused.
     ``deregister_timeout``: how long deregistering may take before the drain goes on without it.
-    ``grace``: how long calls in flight may take to finish.
-    ``reflection``: whether the server describes its services (needs grpcio-reflection).
-    ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit.
+    ``grace``: how long calls in flight may take to finish. ``stream_grace``: how long streams may; those still open
+    then end with UNAVAILABLE, for their clients to resume elsewhere.
+    ``ready``: called, when the server listens, until it returns true: whether what the server depends on is there.
+    Until then it is NOT_SERVING, unregistered, and refuses calls. It may be async.
+    ``reflection``: whether the server describes its services (needs grpcio-reflection). ``channelz``: whether it tells
+    of its connections and calls, where grpcio-channelz is installed.
+    ``overload``: whether calls beyond what the server can do are refused, only counted (dry-run), or let in. ``late``:
+    the same for calls with less time left than their method takes, while the server is busy.
+    ``max_concurrency``: handlers at work at once, whatever the adaptive limit says (a threaded server has as many as
+    ``max_workers``). ``queue_size``: calls that may wait. ``max_streams``: streams open at once, of all clients.
+    ``load_reports``: whether answers carry the load, for clients that balance by it.
+    ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit. ``max_metadata_bytes``: the
+    largest metadata. ``max_connection_streams``: calls and streams at once on one connection.
+    ``connection_age``: how long a connection is used for new calls, give or take a tenth, so that clients which live
+    long find new replicas; 0 for as long as it lasts. ``connection_age_grace``: how long its calls may go on then.
     ``keepalive_time``, ``keepalive_timeout``: how often a quiet connection is pinged, and how long the answer may take,
     before its client counts as vanished.
     ``min_ping_interval``: clients that ping more often are told to go away.
@@ -124,9 +146,22 @@ class ServerSettings:
     drain_wait: float = _setting(0.5, "MESH_DRAIN_WAIT", _seconds(0, 300))
     deregister_timeout: float = _setting(1.0, "MESH_DEREGISTER_TIMEOUT", _seconds(0, 60))
     grace: float = _setting(10.0, "MESH_GRACE", _seconds(0, 3600))
+    stream_grace: float = _setting(5.0, "MESH_STREAM_GRACE", _seconds(0, 3600))
+    ready: Callable[[], Any] | None = None
     reflection: bool = _setting(False, "MESH_REFLECTION", _switch)
+    channelz: bool = _setting(True, "MESH_CHANNELZ", _switch)
+    overload: Mode = _setting(Mode.ON, "MESH_OVERLOAD", _mode)  # noqa: RUF009 - a field, as the others
+    late: Mode = _setting(Mode.ON, "MESH_LATE", _mode)  # noqa: RUF009
+    max_concurrency: int = _setting(1000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
+    queue_size: int = _setting(1000, "MESH_QUEUE_SIZE", _whole(0, 100_000))
+    max_streams: int = _setting(1000, "MESH_MAX_STREAMS", _whole(1, 100_000))
+    load_reports: bool = _setting(True, "MESH_LOAD_REPORTS", _switch)
     max_receive_bytes: int = _setting(4 << 20, "MESH_MAX_RECEIVE_BYTES", _whole(-1, 2**31 - 1))
     max_send_bytes: int = _setting(-1, "MESH_MAX_SEND_BYTES", _whole(-1, 2**31 - 1))
+    max_metadata_bytes: int = _setting(16 << 10, "MESH_MAX_METADATA_BYTES", _whole(1024, 2**31 - 1))
+    max_connection_streams: int = _setting(1000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
+    connection_age: float = _setting(300.0, "MESH_CONNECTION_AGE", _seconds(0, 86400))
+    connection_age_grace: float = _setting(3600.0, "MESH_CONNECTION_AGE_GRACE", _seconds(0, 86400))
     keepalive_time: float = _setting(2.0, "MESH_KEEPALIVE_TIME", _seconds(0.1, 86400))
     keepalive_timeout: float = _setting(2.0, "MESH_KEEPALIVE_TIMEOUT", _seconds(0.1, 86400))
     min_ping_interval: float = _setting(1.0, "MESH_MIN_PING_INTERVAL", _seconds(0, 86400))
@@ -155,14 +190,38 @@ class ServerSettings:
                 raise ValueError(f"{variable}={value!r}: should be {accepted}") from None
         return cls(**told)
 
+    def admission(self, threads: int | None = None) -> AdmissionConfig:
+        """What the gate before the handlers is told; ``threads``: how many of them there are for handlers."""
+        most, streams = self.max_concurrency, self.max_streams
+        if threads is not None:
+            # A stream holds a thread for as long as it lasts.
+            most, streams = min(most, threads), min(streams, SPARE // 2)
+        return AdmissionConfig(
+            most=most,
+            queue_size=self.queue_size,
+            max_streams=streams,
+            overload=self.overload,
+            late=self.late,
+        )
+
     def server_options(self) -> list[Option]:
         """The options of the ``grpc.Server``."""
+        age = [
+            # Core spreads it by a tenth up and down.
+            ("grpc.max_connection_age_ms", round(self.connection_age * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(self.connection_age_grace * 1000)),
+        ]
         timeout = round(self.keepalive_timeout * 1000)
         return [
             # Without it two processes may share a port, and each gets half of the other's calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self.max_receive_bytes),
             ("grpc.max_send_message_length", self.max_send_bytes),
+            # Soft and hard alike: between the two core refuses by chance.
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", self.max_connection_streams),
+            *(age if self.connection_age else ()),
             # All three are needed: with the first two alone a black hole goes unnoticed for three quarters of a minute.
             ("grpc.keepalive_time_ms", round(self.keepalive_time * 1000)),
             ("grpc.keepalive_timeout_ms", timeout),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
+import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -14,11 +17,26 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from mesh.server.assembly import BAD_START, SIGNALS, Recorder, Servicers, add_reflection, advertised, bind, instances
-from mesh.server.deadlines import LOG, wrap_sync
+from mesh import context as mesh_context
+from mesh.policy.admission import Reason
+from mesh.server import load
+from mesh.server.assembly import (
+    BAD_START,
+    SIGNALS,
+    Recorder,
+    Servicers,
+    add_channelz,
+    add_reflection,
+    advertised,
+    bind,
+    instances,
+)
+from mesh.server.deadlines import LOG, arriving, wrap_sync
+from mesh.server.gate import ThreadGate
+from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import ThreadPool
+from mesh.server.threads import SPARE, ThreadPool
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -42,7 +60,7 @@ class _Health(health.HealthServicer):  # type: ignore[misc]
 
 
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines and a graceful end.
+    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
 
     ::
 
@@ -50,7 +68,7 @@ class Server:
             ...  # server.port
 
     Leaving the block drains. ``services``: their full names; ``port`` and ``address`` (advertised) are known once
-    it is started.
+    it is started. ``gate`` tells of its load and of what was refused.
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
@@ -62,40 +80,70 @@ class Server:
         self._server: grpc.Server | None = None
         self._health = _Health()
         self._registration: RegistrationThread | None = None
-        self._pool = ThreadPool(self.settings.max_workers)
+        self.gate = ThreadGate(
+            self.settings.admission(self.settings.max_workers), load_reports=self.settings.load_reports
+        )
+        self._pool = ThreadPool(self.settings.max_workers + SPARE)
         self._lock = threading.Lock()
         self._killed = threading.Event()
         self._drained = threading.Event()
+        self._ending = threading.Event()
         self._draining = False
 
     def start(self) -> None:
-        """Listen and serve; then register, in the background.
+        """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
         Raises OSError when it can't listen there.
         """
         settings = self.settings
+        readiness = Readiness(settings.ready)
         server = grpc.server(
             self._pool,  # type: ignore[arg-type]  # any executor does
             interceptors=list(settings.interceptors),
             options=settings.server_options(),
         )
-        recorder = Recorder(server, wrap_sync)
+        recorder = Recorder(server, lambda handler: wrap_sync(handler, self.gate), _arrived)
         recorder.add(self._servicers)
         self.services = recorder.services
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
+        add_channelz(server, settings)
+        load.add_to_threaded_server(self.gate.load, server)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
+        if readiness.given:
+            self.gate.admission.close(Reason.STARTING)
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server.start()
         self._server = server
-        for service in self.services:
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if readiness.given:
+            threading.Thread(target=self._when_ready, args=(readiness,), name="mesh-ready", daemon=True).start()
+        else:
+            self._serve()
+
+    def _when_ready(self, readiness: Readiness) -> None:
+        rng = random.Random()
+        while not asyncio.run(readiness.ask()):
+            if self._ending.wait(readiness.pace.delay(rng)):
+                return
+        self._serve()
+
+    def _set_health(self, status: Any) -> None:
+        for name in ("", *self.services):
+            self._health.set(name, status)
+
+    def _serve(self) -> None:
+        settings = self.settings
+        with self._lock:
+            if self._draining:
+                return
+            self.gate.admission.open()
+            self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            if settings.registry:
+                told = instances(self.services, settings, self.address)
+                self._registration = RegistrationThread(Registration(settings.registry, told, settings.lease_ttl))
+                self._registration.start()
         LOG.info("serving %s on %s", ", ".join(self.services), self.address)
-        if settings.registry:
-            self._registration = RegistrationThread(
-                Registration(settings.registry, instances(self.services, settings, self.address), settings.lease_ttl)
-            )
-            self._registration.start()
 
     def drain(self) -> None:
         """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.
@@ -104,6 +152,7 @@ class Server:
         """
         with self._lock:
             first, self._draining = not self._draining, True
+        self._ending.set()
         if not first:
             self._drained.wait()
             return
@@ -114,6 +163,7 @@ class Server:
             if self._registration is not None:
                 self._registration.close(self.settings.deregister_timeout)
             self._killed.wait(self.settings.drain_wait)
+            self.gate.admission.close(Reason.DRAINING)
             self._health.end_watches()
             self._stop(0.0 if self._killed.is_set() else self.settings.grace)
         finally:
@@ -121,13 +171,23 @@ class Server:
 
     def _stop(self, grace: float) -> None:
         assert self._server is not None
-        # Waits for the calls, not for the handlers: one that doesn't end is left to the process's end.
-        self._server.stop(grace).wait(grace + _AT_ONCE)
+        end = time.monotonic() + grace
+        # Done when the calls are, not the handlers: one that doesn't end is left to the process's end.
+        stopped = self._server.stop(grace)
+        if not stopped.wait(min(self.settings.stream_grace, grace)):
+            # Streams that still send end at their next message; those that wait, when no call is left but them.
+            self.gate.ending = True
+            while not stopped.wait(0.05) and time.monotonic() < end:
+                if not self.gate.admission.in_flight:
+                    self._server.stop(0.0)
+                    break
+            stopped.wait(max(0.0, end - time.monotonic()) + _AT_ONCE)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
         """End at once: calls in flight are cancelled."""
         self._killed.set()
+        self._ending.set()
         if self._registration is not None:
             self._registration.close(0.0)
         if self._server is not None:
@@ -149,6 +209,10 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<mesh Server {', '.join(self.services) or 'not started'} on {self.address or self.settings.listen}>"
+
+
+def _arrived(call: grpc.HandlerCallDetails) -> None:
+    mesh_context.enter(arriving(call.invocation_metadata))
 
 
 def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import queue
 import threading
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextvars import copy_context
@@ -13,18 +15,65 @@ from typing import Any
 
 import grpc
 
-_Work = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+SPARE = 256
+"""Threads beyond those for handlers at work: for calls that wait, for their request or their turn, and for streams."""
+
+STALL = 1.0
+"""Seconds that a call may wait for its request when others wait for its thread."""
+
+
+class _Work:
+    """What a thread is given. ``begun``: a call's request is here, and its handler was called."""
+
+    __slots__ = ("args", "begun", "fn", "future", "kwargs", "since")
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.future: Future[Any] = Future()
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.since = math.inf
+        self.begun = False
+
+    def perform(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.fn(*self.args, **self.kwargs))
+            except BaseException as error:
+                self.future.set_exception(error)
+
+    def evict(self) -> None:
+        """Cancel the call that this is of: it is gone as if its client had cancelled it."""
+        # grpc waits for a unary call's request on the handler's thread, for as long as its client likes, and hands out
+        # nothing to end that with but this, private: a test pins it.
+        for argument in self.args:
+            call = getattr(argument, "call", None)
+            if call is not None:
+                call.cancel()
+
+
+_running = threading.local()
+
+
+def begun() -> None:
+    """The handler that this thread is for was called."""
+    work = getattr(_running, "work", None)
+    if work is not None:
+        work.begun = True
 
 
 class ThreadPool(Executor):
     """Up to ``max_workers`` threads, started as they are needed, that never keep the process from ending.
 
     The standard pool's are joined at exit, so that one handler that hangs would turn a finished drain into a process
-    that has to be killed.
+    that has to be killed. And when all threads of this one are taken, calls that stall (their clients never send the
+    request) make room for those that come, so that they can't hold a server up.
     """
 
     def __init__(self, max_workers: int, name: str = "mesh-handler") -> None:
         self._max_workers = max_workers
+        self._at_work: set[_Work] = set()
+        self._evicted = 0.0
         self._name = name
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -33,21 +82,38 @@ class ThreadPool(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+        work = _Work(fn, args, kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the thread pool is shut down")
-            self._work.put((future, fn, args, kwargs))
-            if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_workers:
+            self._work.put(work)
+            if self._idle.acquire(blocking=False):
+                return work.future
+            if len(self._threads) < self._max_workers:
                 thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        return future
+                return work.future
+        self._make_room(time.monotonic())
+        return work.future
+
+    def _make_room(self, now: float) -> None:
+        """Evict the calls that stall."""
+        if now - self._evicted < STALL / 10:
+            return
+        self._evicted = now
+        for work in tuple(self._at_work):
+            if not work.begun and now - work.since > STALL:
+                work.evict()
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            _perform(*work)
-            del work  # or a handler's request lives until the next one comes
+            work.since = time.monotonic()
+            _running.work = work
+            self._at_work.add(work)
+            work.perform()
+            self._at_work.discard(work)
+            del work, _running.work  # or a handler's request lives until the next one comes
             self._idle.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -59,20 +125,12 @@ class ThreadPool(Executor):
             except queue.Empty:
                 break
             if work is not None:
-                work[0].cancel()
+                work.future.cancel()
         for _ in self._threads:
             self._work.put(None)
         if wait:
             for thread in self._threads:
                 thread.join()
-
-
-def _perform(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
 
 
 class _ThreadContext:

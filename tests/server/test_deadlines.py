@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import grpc
@@ -558,7 +559,7 @@ class TestWrapping:
             wrapped = wrap(handler)
             assert wrapped.request_streaming == handler.request_streaming
             assert wrapped.response_streaming == handler.response_streaming
-            assert (wrapped.request_deserializer, wrapped.response_serializer) == (bytes.upper, bytes.lower)
+            assert (wrapped.request_deserializer(b"a"), wrapped.response_serializer) == (b"A", bytes.lower)
             assert [getattr(wrapped, other) is not None for other in KINDS] == [other == kind for other in KINDS]
 
     def test_a_handler_of_the_callback_kind_is_left_alone(self) -> None:
@@ -581,7 +582,11 @@ class TestWrapping:
     def test_a_method_is_wrapped_once(self) -> None:
         handler = One("unary_unary", sync_handlers("unary_unary")).handler
         interceptor = ServerInterceptor()
-        details: Any = type("Details", (), {"method": "/test/Method"})
-        first = interceptor.intercept_service(lambda _: handler, details)
-        assert interceptor.intercept_service(lambda _: handler, details) is first
-        assert interceptor.intercept_service(lambda _: None, details) is None
+        details: Any = type("Details", (), {"method": "/test/Method", "invocation_metadata": ()})
+
+        def found(handler: Any) -> Any:
+            # In a context of its own, as each call has.
+            return copy_context().run(interceptor.intercept_service, lambda _: handler, details)
+
+        assert found(handler) is found(handler)
+        assert found(None) is None

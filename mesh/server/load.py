@@ -1,0 +1,168 @@
+"""What a server tells of its load: ORCA's report, in the trailers of each answer and as a service.
+
+The report (``xds.data.orca.v3.OrcaLoadReport``) goes out as ``endpoint-load-metrics-bin``, which gRPC clients in other
+languages read (gRFC A51), and in the same bytes as ``weft-load-bin``, because gRPC's core keeps the former from Python
+clients. It is made anew every 100 ms at most, so a call pays for two trailers and nothing else. Clients that read no
+trailers of ours ask ORCA's out-of-band service.
+
+The messages live in a descriptor pool of their own: another package in the process may bring the same files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, message_factory
+
+from mesh.model import Metadatum
+from mesh.policy.admission import Admission
+
+PERIOD = 0.1
+"""Seconds that a report is good for."""
+
+LEAST_INTERVAL = 0.1
+"""Seconds between two reports of the out-of-band service, however few are asked for; ORCA's default is a minute."""
+
+SMOOTHING = 0.3
+"""The share of a new period in what is reported."""
+
+KEYS = ("endpoint-load-metrics-bin", "weft-load-bin")
+
+SERVICE = "xds.service.orca.v3.OpenRcaService"
+
+_Field = descriptor_pb2.FieldDescriptorProto
+
+
+def _messages() -> tuple[Any, Any]:
+    """The classes of the report and of the request for it, with the fields that are used here, numbered as in ORCA."""
+    report = descriptor_pb2.FileDescriptorProto(
+        name="xds/data/orca/v3/orca_load_report.proto", package="xds.data.orca.v3", syntax="proto3"
+    )
+    message = report.message_type.add(name="OrcaLoadReport")
+    for name, number in (("cpu_utilization", 1), ("rps_fractional", 6), ("eps", 7), ("application_utilization", 9)):
+        message.field.add(name=name, number=number, type=_Field.TYPE_DOUBLE, label=_Field.LABEL_OPTIONAL)
+    service = descriptor_pb2.FileDescriptorProto(
+        name="xds/service/orca/v3/orca.proto",
+        package="xds.service.orca.v3",
+        syntax="proto3",
+        dependency=["google/protobuf/duration.proto"],
+    )
+    request = service.message_type.add(name="OrcaLoadReportRequest")
+    interval = request.field.add(name="report_interval", number=1, label=_Field.LABEL_OPTIONAL)
+    interval.type, interval.type_name = _Field.TYPE_MESSAGE, ".google.protobuf.Duration"
+    pool = descriptor_pool.DescriptorPool()
+    for file in (duration_pb2.DESCRIPTOR.serialized_pb, report.SerializeToString(), service.SerializeToString()):
+        pool.AddSerializedFile(file)
+    return (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.data.orca.v3.OrcaLoadReport")),
+        message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.service.orca.v3.OrcaLoadReportRequest")),
+    )
+
+
+OrcaLoadReport, OrcaLoadReportRequest = _messages()
+
+
+class Load:
+    """The load of this process, as ORCA tells it.
+
+    ``cpu_utilization``: its CPU, of one core, which is what Python can use. ``application_utilization``: calls in
+    flight and waiting, of the limit on them. ``rps_fractional`` and ``eps``: calls that ended, and that failed, a
+    second. All are averages over about half a second.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._report = OrcaLoadReport()
+        self._trailers: tuple[Metadatum, ...] = ()
+        self._due = 0.0
+        self._cpu = time.process_time()
+        self._stamp = time.monotonic()
+        self._ended = self._failed = 0
+
+    def trailers(self, now: float) -> tuple[Metadatum, ...]:
+        """The trailers for an answer that goes out at ``now``."""
+        if now >= self._due:
+            self._measure(now)
+        return self._trailers
+
+    def report(self) -> Any:
+        """The report itself."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._measure(now)
+        return self._report
+
+    def _measure(self, now: float) -> None:
+        self._due = now + PERIOD  # first: threads that come here together need not all measure
+        span = now - self._stamp
+        if span > 0:
+            cpu, ended, failed = time.process_time(), self._admission.ended, self._admission.failed
+            busy = (self._admission.in_flight + self._admission.waiting) / max(1, self._admission.limit)
+            # After a quiet time the past says nothing.
+            weight = max(SMOOTHING, min(1.0, span))
+            for field, value in (
+                ("cpu_utilization", (cpu - self._cpu) / span),
+                ("rps_fractional", (ended - self._ended) / span),
+                ("eps", (failed - self._failed) / span),
+                ("application_utilization", busy),
+            ):
+                before = getattr(self._report, field)
+                setattr(self._report, field, round(before + (value - before) * weight, 4))
+            self._cpu, self._ended, self._failed, self._stamp = cpu, ended, failed, now
+        # Its bytes are never empty: a trailer that is, is none.
+        report = self._report.SerializeToString() or b"\x09" + bytes(8)
+        self._trailers = tuple((key, report) for key in KEYS)
+
+
+def _interval(request: Any) -> float:
+    return max(LEAST_INTERVAL, request.report_interval.ToTimedelta().total_seconds() or 60.0)
+
+
+def add_to_server(load: Load, server: Any) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.aio.Server``."""
+
+    async def stream(request: Any, _: Any) -> AsyncIterator[Any]:
+        while True:
+            yield load.report()
+            await asyncio.sleep(_interval(request))
+
+    _add(stream, server)
+
+
+def add_to_threaded_server(load: Load, server: Any) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads."""
+
+    def stream(request: Any, context: Any, send: Callable[[Any], None]) -> None:
+        over = threading.Event()
+
+        def report() -> None:
+            send(load.report())
+            if not over.is_set():
+                timer = threading.Timer(_interval(request), report)
+                timer.name, timer.daemon = "mesh-orca", True
+                timers[:] = [timer]
+                timer.start()
+
+        def end() -> None:
+            over.set()
+            for timer in timers:
+                timer.cancel()
+
+        timers: list[threading.Timer] = []
+        if context.add_callback(end):
+            report()
+
+    stream.experimental_non_blocking = True  # type: ignore[attr-defined]
+    _add(stream, server)
+
+
+def _add(stream: Callable[..., Any], server: Any) -> None:
+    handler = grpc.unary_stream_rpc_method_handler(
+        stream, OrcaLoadReportRequest.FromString, OrcaLoadReport.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"StreamCoreMetrics": handler}),))

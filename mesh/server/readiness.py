@@ -1,0 +1,49 @@
+"""Waiting until what a server depends on is there."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from mesh.config import RetryPolicy
+from mesh.policy.backoff import Backoff
+
+LOG = logging.getLogger("mesh.server")
+
+_PACE = RetryPolicy(max_attempts=2, initial_backoff=0.1, max_backoff=1.0)
+
+
+class Readiness:
+    """Asks ``ready``, and says how long to wait before it is asked again. What it raises means no."""
+
+    def __init__(self, ready: Callable[[], Any] | None) -> None:
+        self._ready = ready
+        self._told = ""
+        self.pace = Backoff(_PACE)
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to ask."""
+        return self._ready is not None
+
+    async def ask(self, pool: Executor | None = None) -> bool:
+        """Whether the server is ready. A hook that isn't async is called in ``pool``, or right here without one."""
+        if self._ready is None:
+            return True
+        try:
+            if pool is None or inspect.iscoroutinefunction(self._ready):
+                answer = self._ready()
+            else:
+                answer = await asyncio.get_running_loop().run_in_executor(pool, self._ready)
+            answer = bool(await answer if inspect.isawaitable(answer) else answer)
+            reason = "" if answer else "not yet"
+        except Exception as error:  # what it depends on is away, in whatever way
+            answer, reason = False, f"{type(error).__name__}: {error}"
+        if reason and reason != self._told:
+            LOG.warning("not ready, trying on: %s", reason)
+        self._told = reason
+        return answer
