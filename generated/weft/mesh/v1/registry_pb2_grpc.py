@@ -82,7 +82,7 @@ class RegistryServicer:
 
     def KeepAlive(self, request_iterator, context):
         """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_leases, and their
+        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
         holder registers again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

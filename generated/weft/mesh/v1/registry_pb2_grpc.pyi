@@ -44,7 +44,7 @@ class RegistryStub:
     """
     KeepAlive: _grpc.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]
     """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_leases, and their
+    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
     holder registers again.
     """
     Deregister: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]
@@ -73,7 +73,7 @@ class RegistryAsyncStub(RegistryStub):
     """
     KeepAlive: _aio.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]  # type: ignore[assignment]
     """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_leases, and their
+    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
     holder registers again.
     """
     Deregister: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]  # type: ignore[assignment]
@@ -111,7 +111,7 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.KeepAliveResponse], _abc.AsyncIterator[_registry_pb2.KeepAliveResponse]]:
         """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_leases, and their
+        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
         holder registers again.
         """
 

@@ -23,8 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ServiceConfig(_message.Message):
-    """How a client calls a service. The JSON form is gRPC's own service config, with the keys that the mesh adds marked "weft";
-    keys that aren't known are ignored, as gRPC ignores them.
+    """How a client calls a service, as JSON in the channel option "grpc.service_config". The form is gRPC's own; keys that the
+    mesh adds are marked "weft". Keys that aren't known are ignored, as gRPC ignores them; a value that is wrong is an error
+    with the field's path. Durations are written "1.5s".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -36,27 +37,48 @@ class ServiceConfig(_message.Message):
     RETRY_BUDGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_balancing_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The balancing policies in order of preference: the first that is known is used. Default: peak_ewma for the mesh's own
-        targets. Source: gRFC A24.
+        """The balancing policies in order of preference: the first that is known is used. gRPC balances its own targets itself.
+
+        Default: peak_ewma for the mesh's targets.
+        Source: gRFC A24.
+        Change: when endpoints are to be chosen by another rule.
         """
 
     @_builtins.property
     def method_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodConfig]:
-        """What holds for calls, by method; the most specific name wins. Source: gRPC service config."""
+        """What holds for calls, by method: the most specific name wins, whole.
+
+        Default: what the method's descriptor allows.
+        Source: gRPC's service config.
+        Change: when a method needs a deadline, other retries, or hedging.
+        """
 
     @_builtins.property
     def retry_throttling(self) -> Global___RetryThrottling:
-        """Stops retries and hedges while a server fails. Default: off, as the retry budget already bounds them. Source: gRFC A6."""
+        """Stops retries and hedges while most attempts fail.
+
+        Default: off; the retry budget bounds them already.
+        Source: gRFC A6.
+        Change: when retries are to end altogether during an outage.
+        """
 
     @_builtins.property
     def health_check_config(self) -> Global___HealthCheckConfig:
-        """Which health an endpoint must report to be called. Default: the service's own name for mesh:/// targets, none for
-        others. Source: gRFC A17.
+        """Which health an endpoint must report to be called.
+
+        Default: the service's own name for mesh:/// targets; no check for others.
+        Source: gRFC A17.
+        Change: when servers behind static:/// or dns:/// serve grpc.health.v1, or report under another name.
         """
 
     @_builtins.property
     def retry_budget(self) -> Global___RetryBudget:
-        """weft: how many retries and hedges there may be beside the calls themselves."""
+        """weft: how many retries and hedges there may be beside the calls themselves; the channel's methods share it.
+
+        Default: 10 % of calls and 10 a second.
+        Source: Finagle's RetryBudget.
+        Change: when few calls are made and more of them should be tried again, or the servers have nothing to spare.
+        """
 
     def __init__(
         self,
@@ -85,11 +107,21 @@ class LoadBalancingConfig(_message.Message):
     PEAK_EWMA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
-        """Each endpoint in turn. Change to it when every call costs the same and every endpoint is equal."""
+        """Each endpoint in turn, from a random start.
+
+        Default: not used.
+        Source: gRPC.
+        Change: to it when every call costs the same and every endpoint is equal.
+        """
 
     @_builtins.property
     def peak_ewma(self) -> Global___PeakEwma:
-        """weft: two endpoints at random, the one with less latency and less in flight takes the call."""
+        """weft: of two endpoints at random, the one that answers faster and has less in flight.
+
+        Default: used, with its settings' defaults.
+        Source: Finagle and Linkerd; power of two choices, Mitzenmacher 2001.
+        Change: back to it from another policy.
+        """
 
     def __init__(
         self,
@@ -134,11 +166,21 @@ class PeakEwma(_message.Message):
     FAILURE_PENALTY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def decay_time(self) -> _duration_pb2.Duration:
-        """How long a latency is remembered: its weight falls to 1/e in this time. Default: 10s. Source: Finagle."""
+        """How long a latency is remembered: its weight falls to 1/e in this time.
+
+        Default: 10s.
+        Source: Finagle.
+        Change: shorter, when endpoints are slow for moments and should be taken back soon.
+        """
 
     @_builtins.property
     def failure_penalty(self) -> _duration_pb2.Duration:
-        """What a failed attempt counts as, where failing fast must not look like answering fast. Default: 5s. Source: Linkerd."""
+        """What a failed attempt counts as, so that failing fast doesn't look like answering fast.
+
+        Default: 5s.
+        Source: Linkerd's load biaser.
+        Change: longer, when good answers take seconds.
+        """
 
     def __init__(
         self,
@@ -169,33 +211,67 @@ class MethodConfig(_message.Message):
     DEFAULT_TIMEOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def name(self) -> _containers.RepeatedCompositeFieldContainer[Global___Name]:
-        """Which methods. An empty list matches none; a name without service matches all."""
+        """Which methods. None: the entry holds for nothing. The empty name {} is every method.
+
+        Default: none.
+        Source: gRPC's service config.
+        Change: always; an entry is for what it names.
+        """
 
     @_builtins.property
     def wait_for_ready(self) -> _wrappers_pb2.BoolValue:
-        """Whether calls wait while no endpoint can take them. Default: false. A call's own wait_for_ready wins."""
+        """Whether calls wait while no endpoint can take them, rather than fail at once. A call's own wait_for_ready wins.
+
+        Default: false.
+        Source: gRPC's service config.
+        Change: for work that may wait for a service to come back; give it a timeout.
+        """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """The longest that a call may take, all attempts together. A call's own shorter timeout wins. Default: none."""
+        """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins.
+
+        Default: no limit.
+        Source: gRPC's service config.
+        Change: to cap what callers may ask for.
+        """
 
     @_builtins.property
     def retry_policy(self) -> Global___RetryPolicy:
-        """When to try again after a failure. Default: three attempts on UNAVAILABLE for methods that the descriptor marks
-        IDEMPOTENT or NO_SIDE_EFFECTS; none for others. Source: gRFC A6.
+        """When to try again after a failure. Excludes hedgingPolicy.
+
+        Default: three attempts on UNAVAILABLE, 25 ms to 250 ms apart, for methods whose descriptor says IDEMPOTENT or
+        NO_SIDE_EFFECTS; none for others.
+        Source: gRFC A6; the defaults from A44.
+        Change: when a method that doesn't say so may be tried again, or on other codes.
         """
 
     @_builtins.property
     def hedging_policy(self) -> Global___HedgingPolicy:
-        """When to send a second attempt beside a running one. Excludes retryPolicy. Default: none. Source: gRFC A6."""
+        """When to send a second attempt beside a running one. Excludes retryPolicy.
+
+        Default: never.
+        Source: gRFC A6.
+        Change: for reads whose slowest answers hurt.
+        """
 
     @_builtins.property
     def attempt_timeout(self) -> _duration_pb2.Duration:
-        """weft: the longest that one attempt may take. Default: what is left of the call's deadline."""
+        """weft: the longest that one attempt may take; the call may then be tried again, as its policy has it.
+
+        Default: what is left of the call's deadline.
+        Source: Envoy's per-try timeout.
+        Change: when an endpoint may hang and another would answer in time.
+        """
 
     @_builtins.property
     def default_timeout(self) -> _duration_pb2.Duration:
-        """weft: the timeout of calls that bring none of their own. Default: none."""
+        """weft: the timeout of calls that bring none of their own.
+
+        Default: no limit.
+        Source: Linkerd and Envoy give routes one.
+        Change: for callers that forget.
+        """
 
     def __init__(
         self,
@@ -225,9 +301,19 @@ class Name(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service's full name. Empty: every service (then method must be empty too)."""
+    """The service's full name; empty: every service, and then method must be empty, too.
+
+    Default: every service.
+    Source: gRPC's service config.
+    Change: always.
+    """
     method: _builtins.str
-    """The method's name. Empty: every method of the service."""
+    """The method's name; empty: every method of the service.
+
+    Default: every method.
+    Source: gRPC's service config.
+    Change: when one method differs.
+    """
     def __init__(
         self,
         *,
@@ -254,20 +340,45 @@ class RetryPolicy(_message.Message):
     BACKOFF_MULTIPLIER_FIELD_NUMBER: _builtins.int
     RETRYABLE_STATUS_CODES_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5. Required."""
+    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+
+    Default: required.
+    Source: gRFC A6.
+    Change: up, when a replica is often gone and another would do; every attempt costs.
+    """
     backoff_multiplier: _builtins.float
-    """What each backoff is multiplied by to give the next. Required, positive."""
+    """What each backoff is multiplied by to give the next.
+
+    Default: required, above 0.
+    Source: gRFC A6.
+    Change: up, to give way faster.
+    """
     @_builtins.property
     def initial_backoff(self) -> _duration_pb2.Duration:
-        """The backoff before the first retry, jittered by a factor of 0.8 to 1.2. Required, positive."""
+        """The backoff before the first retry, jittered by a factor of 0.8 to 1.2.
+
+        Default: required, above 0.
+        Source: gRFC A6.
+        Change: to about the time in which a failure passes.
+        """
 
     @_builtins.property
     def max_backoff(self) -> _duration_pb2.Duration:
-        """The longest backoff before jitter. Required, positive."""
+        """The longest backoff, before jitter.
+
+        Default: required, above 0.
+        Source: gRFC A6.
+        Change: down, for callers with short deadlines.
+        """
 
     @_builtins.property
     def retryable_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes a call is tried again: names in any case, or numbers. Required, not empty."""
+        """After which status codes a call is tried again: names in any case, or numbers.
+
+        Default: required, at least one.
+        Source: gRFC A6.
+        Change: to what the service promises to be safe to try again.
+        """
 
     def __init__(
         self,
@@ -297,19 +408,37 @@ class HedgingPolicy(_message.Message):
     NON_FATAL_STATUS_CODES_FIELD_NUMBER: _builtins.int
     DELAY_PERCENTILE_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5. Required."""
+    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+
+    Default: required.
+    Source: gRFC A6.
+    Change: seldom; 2 does most of the good.
+    """
     delay_percentile: _builtins.float
-    """weft: wait for this percentile of the method's own latencies (0 to 100, exclusive), as learned, and for hedgingDelay
-    until enough have been seen. Default: off. Source: Finagle's BackupRequestFilter.
+    """weft: wait for this percentile of the method's own latencies, as learned, instead of hedgingDelay; until 100 have been
+    seen, hedgingDelay holds. Above 0, below 100.
+
+    Default: off.
+    Source: Finagle's BackupRequestFilter.
+    Change: when the right delay isn't known, or moves; 95 adds up to 5 % of attempts.
     """
     @_builtins.property
     def hedging_delay(self) -> _duration_pb2.Duration:
-        """How long to wait before each further attempt. Default: 0, all at once."""
+        """How long to wait before each further attempt.
+
+        Default: 0s, all at once.
+        Source: gRFC A6.
+        Change: to about the 95th percentile of the method's latency.
+        """
 
     @_builtins.property
     def non_fatal_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes the next attempt is sent at once; any other ends the call. Names in any case, or numbers.
+        """After which status codes the next attempt is sent at once; any other failure ends the call. Names in any case, or
+        numbers.
+
         Default: none.
+        Source: gRFC A6.
+        Change: to what another endpoint may do better at, UNAVAILABLE say.
         """
 
     def __init__(
@@ -330,16 +459,26 @@ Global___HedgingPolicy: _TypeAlias = HedgingPolicy  # noqa: Y015
 
 @_typing.final
 class RetryThrottling(_message.Message):
-    """Stops retries and hedges while a server fails."""
+    """Stops retries and hedges while most attempts fail."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_RATIO_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The tokens at the start and at the most: 1 to 1000. Retries stop at half. Required."""
+    """The tokens at the start and at the most: above 0, up to 1000. Retries stop at half of them.
+
+    Default: required.
+    Source: gRFC A6.
+    Change: up, to bear more failures in a row.
+    """
     token_ratio: _builtins.float
-    """What a success gives back, a failure costing 1; the first three decimals count. Required, positive."""
+    """What a success gives back, a failure costing 1; the first three decimals count.
+
+    Default: required, at least 0.001.
+    Source: gRFC A6.
+    Change: up, to retry at a higher share of failures.
+    """
     def __init__(
         self,
         *,
@@ -363,7 +502,12 @@ class HealthCheckConfig(_message.Message):
     SERVICE_NAME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def service_name(self) -> _wrappers_pb2.StringValue:
-        """The name to ask grpc.health.v1 for; empty asks for the server as a whole. Unset: no check."""
+        """The name to ask grpc.health.v1 for; empty asks for the server as a whole. A server without health counts as healthy.
+
+        Default: no check.
+        Source: gRFC A17.
+        Change: to the service's full name, which servers of the mesh report.
+        """
 
     def __init__(
         self,
@@ -388,11 +532,21 @@ class RetryBudget(_message.Message):
     MIN_PER_SECOND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ratio(self) -> _wrappers_pb2.DoubleValue:
-        """Retries allowed as a share of calls. Default: 0.1. Source: Finagle's RetryBudget, Envoy's retry budget."""
+        """Retries and hedges allowed as a share of calls.
+
+        Default: 0.1.
+        Source: Finagle's RetryBudget; Envoy's retry budget has 0.2.
+        Change: down, for servers that run near their limit.
+        """
 
     @_builtins.property
     def min_per_second(self) -> _wrappers_pb2.DoubleValue:
-        """Retries allowed each second whatever the traffic. Default: 10. Source: Finagle's RetryBudget."""
+        """Retries and hedges allowed each second, whatever the traffic.
+
+        Default: 10.
+        Source: Finagle's RetryBudget.
+        Change: down, when there are very many clients.
+        """
 
     def __init__(
         self,
