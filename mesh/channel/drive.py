@@ -1,7 +1,7 @@
 """The drivers of a flow: they perform its steps and tell it what happened.
 
 ``run_blocking`` runs a flow in the caller's thread, over grpc's own blocking path. ``EventDriver`` runs one by
-events, for futures, streams and asyncio; nothing in it blocks. The simulator is a driver too.
+events, for futures, streams and asyncio; nothing in it blocks.
 
 Rule 1: StopIteration is caught around ``next`` and ``send`` alone.
 Rule 2: events come from any thread and at any time, also from within a step (grpc runs a callback inline when the

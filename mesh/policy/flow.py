@@ -1,7 +1,7 @@
 """The life of one call: the only sequence of decisions in the system.
 
-``call_flow`` yields steps and is sent wake-ups (``mesh/model.py``); whoever drives it does the IO. Four drivers do:
-blocking, futures, asyncio and the simulator.
+``call_flow`` yields steps and is sent wake-ups (``mesh/model.py``); whoever drives it does the IO. There are drivers
+for blocking calls, futures, streams and asyncio (``mesh/channel/drive.py``), and one in virtual time, for tests.
 
 Rule 1: one deadline holds over all attempts, backoffs and hedges; nothing waits past it.
 Rule 2: an attempt that never left costs nothing (A6's transparent retry): neither budget, nor an attempt of the
