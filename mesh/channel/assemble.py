@@ -114,6 +114,8 @@ class Assembly:
         if scope is None:
             return CallSpec(method.path, policy, deadline_of(now, timeout, None, policy), metadata, wait_for_ready)
         deadline = deadline_of(now, timeout, scope.deadline, policy)
+        if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
+            metadata = (*(metadata or ()), (context.CRITICALITY, scope.criticality))
         return CallSpec(method.path, policy, deadline, metadata, wait_for_ready, not scope.is_retry)
 
     def failed(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:

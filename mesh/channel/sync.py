@@ -368,7 +368,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
                 return NEVER_SENT
             core = subchannel.call(method, attempt.previous)
             wait = call.wait_for_ready if pool.core_waits else None
-            sent = retry_metadata(attempt) if attempt.previous else metadata
+            sent = retry_metadata(attempt) if attempt.previous else call.metadata
             try:
                 if with_call:
                     result = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
