@@ -3,6 +3,8 @@ percentile)."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 
 from mesh.config import HedgingPolicy
@@ -45,13 +47,8 @@ class Latencies:
         with self._lock:
             if self._total < ENOUGH:
                 return None
-            below = 0.0
-            rank = self._total * percent / 100
-            for bucket, count in enumerate(self._counts):
-                below += count
-                if below >= rank:
-                    return _SMALLEST * math.exp((bucket + 1) * _GROWTH)
-        raise AssertionError("the counts add up to the total")
+            bucket = bisect.bisect_left(list(itertools.accumulate(self._counts)), self._total * percent / 100)
+        return _SMALLEST * math.exp((bucket + 1) * _GROWTH)
 
     def __repr__(self) -> str:
         return f"<Latencies of {self._total}>"
