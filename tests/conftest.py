@@ -1,4 +1,5 @@
-"""Fixtures for every test, and the leak check after each: no thread and no task outlives the test that made it."""
+"""Fixtures for every test, and the leak check after each: no thread, task or open connection outlives the test that
+made it, and nothing stays counted as in flight."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ import gc
 import inspect
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mesh.channel.assemble import Assembly
+from mesh.channel.subchannels import OwnPool, ResolvedPool
 from tests.processes import Spawn, free_ports
 
 SETTLE = 5.0
@@ -47,8 +52,22 @@ def no_thread_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_leak(no_thread_left: None, request: pytest.FixtureRequest) -> None:
-    """Both checks in their order: around all that the test asks for, the threads' around the loop, too."""
+def no_channel_left(no_thread_left: None) -> Iterator[None]:
+    """Fails the test that leaves a mesh channel open, or whose channels count as in flight what is over."""
+    before = set(_assemblies)
+    yield
+    new = set(_assemblies) - before
+    end = time.monotonic() + SETTLE
+    while left := [why for assembly in new for why in _left(assembly)]:
+        if time.monotonic() > end:
+            pytest.fail(f"channels left behind: {', '.join(sorted(left))}", pytrace=False)
+        gc.collect()
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def no_leak(no_channel_left: None, request: pytest.FixtureRequest) -> None:
+    """All checks in their order: around all that the test asks for, the channels' and threads' around the loop, too."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("no_task_left")
 
@@ -63,6 +82,33 @@ async def no_task_left() -> AsyncIterator[None]:
         if time.monotonic() > end:
             pytest.fail(f"tasks left behind: {', '.join(sorted(map(repr, left)))}", pytrace=False)
         await asyncio.sleep(0.005)
+
+
+_assemblies: weakref.WeakSet[Assembly] = weakref.WeakSet()
+"""What stands behind each mesh channel of this process that still lives."""
+
+
+def _remember(assembly: Assembly, *arguments: Any) -> None:
+    _assemble(assembly, *arguments)
+    _assemblies.add(assembly)
+
+
+_assemble = Assembly.__init__
+Assembly.__init__ = _remember  # type: ignore[method-assign,assignment]
+
+
+def _left(assembly: Assembly) -> Iterator[str]:
+    """What a closed channel would not have."""
+    pool = assembly.pool
+    if isinstance(pool, OwnPool):
+        subchannels = [pool.subchannel]
+    else:
+        assert isinstance(pool, ResolvedPool)
+        subchannels = [*pool._subchannels.values()]
+    yield from (
+        repr(subchannel) for subchannel in subchannels if subchannel._channel is not None and not subchannel.closed
+    )
+    yield from (repr(node) for node in assembly.cluster.nodes.values() if node.in_flight)
 
 
 def _settled(before: set[threading.Thread]) -> set[threading.Thread]:
