@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
+from services.database import UtcDateTime
 from services.errors import InvalidFieldError
 from services.paging import InvalidTokenError, Position
 
@@ -154,12 +155,12 @@ def order(order_by: str, columns: Mapping[str, sa.Column[Any]], sequence: sa.Col
 
 def _bound(column: sa.Column[Any], value: int | str) -> sa.ColumnElement[Any]:
     kept: Any = value
-    if column.type.python_type is dt.datetime:
+    if isinstance(column.type, UtcDateTime):
         try:
             kept = dt.datetime.fromisoformat(str(value))
         except ValueError:
             raise InvalidTokenError from None
-    if not isinstance(kept, column.type.python_type):
+    elif isinstance(value, int) != isinstance(column.type, sa.Integer | sa.BigInteger):
         raise InvalidTokenError
     return sa.bindparam(None, kept, type_=column.type)
 

@@ -108,7 +108,10 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
             for order in await self._store.history(order_id, seen):
                 yield pb.WatchOrderResponse(order=order_message(order), resume_token=paging.token(key, order.version))
                 seen = order.version
-            if (await self._store.get(order_id)).state.last:
+            now = await self._store.get(order_id)
+            if now.version > seen:
+                continue  # it changed since its history was read
+            if now.state.last:
                 return
             await self._watches.wait(order_id, seen)
 

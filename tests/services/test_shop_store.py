@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
@@ -32,6 +34,9 @@ from services.user.domain import EmailTakenError, Name, User, UserNotFoundError
 from services.user.store import UserStore
 from tests.processes import eventually
 from tests.services.conftest import Open
+
+if TYPE_CHECKING:
+    from tests.services.postgresql import PostgreSQL
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
@@ -226,9 +231,9 @@ async def test_a_database_newer_than_the_program_is_left_as_it_is(open_database:
 
 
 async def test_while_another_process_holds_the_lock_reads_go_on_and_writes_are_refused(
-    open_database: Open, tmp_path: Path
+    open_sqlite: Open, tmp_path: Path
 ) -> None:
-    users = UserStore(open_database("user", user_store.VERSIONS))
+    users = UserStore(open_sqlite("user", user_store.VERSIONS))
     ann = await users.create(user())
     other = sqlite3.connect(tmp_path / "user.db", isolation_level=None)
     try:
@@ -242,8 +247,8 @@ async def test_while_another_process_holds_the_lock_reads_go_on_and_writes_are_r
     await users.create(user("bob@example.com"))
 
 
-async def test_a_full_database_refuses_orders_whole(open_database: Open) -> None:
-    database = open_database("order", order_store.VERSIONS)
+async def test_a_full_database_refuses_orders_whole(open_sqlite: Open) -> None:
+    database = open_sqlite("order", order_store.VERSIONS)
     orders = OrderStore(database)
     many = [Item("sku", 1)] * 100
 
@@ -259,14 +264,103 @@ async def test_a_full_database_refuses_orders_whole(open_database: Open) -> None
     assert await orders.find(order("ann", *many), "r19") is None
 
 
-async def test_a_read_only_database_refuses_writes_and_goes_on_reading(open_database: Open) -> None:
-    database = open_database("user", user_store.VERSIONS)
+async def test_a_read_only_database_refuses_writes_and_goes_on_reading(open_sqlite: Open) -> None:
+    database = open_sqlite("user", user_store.VERSIONS)
     users = UserStore(database)
     ann = await users.create(user())
     await database.write(lambda connection: connection.exec_driver_sql("PRAGMA query_only = 1"))
     with pytest.raises(UnavailableError, match="read-only"):
         await users.create(user("bob@example.com"))
     assert await users.get(ann.id) == ann
+
+
+# The same on PostgreSQL, each by its own means.
+
+
+@pytest.fixture
+def open_postgresql(postgresql: PostgreSQL) -> Iterator[Callable[..., Database]]:
+    """Opens a migrated database in PostgreSQL, the same one each time; with settings of its own."""
+    url = postgresql.empty()
+    opened = []
+
+    def open_postgresql(versions: Path, **settings: str) -> Database:
+        database = Database(
+            url + "".join(quote(f" -c {name}={value}") for name, value in settings.items()), busy_timeout=0.2
+        )
+        opened.append(database)
+        if not settings:
+            migrate(database, versions)
+        return database
+
+    yield open_postgresql
+    for database in opened:
+        database.close()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("postgresql")
+class TestPostgreSQL:
+    async def test_while_another_holds_the_lock_reads_go_on_and_writes_are_refused(
+        self, open_postgresql: Callable[..., Database]
+    ) -> None:
+        database = open_postgresql(user_store.VERSIONS)
+        users = UserStore(database)
+        ann = await users.create(user())
+        with database.engine.begin() as other:
+            other.exec_driver_sql("LOCK TABLE users IN EXCLUSIVE MODE")
+            with pytest.raises(UnavailableError, match="another transaction holds"):
+                await users.create(user("bob@example.com"))
+            assert await users.get(ann.id) == ann
+        await users.create(user("bob@example.com"))
+
+    async def test_a_full_disk_refuses_orders_whole(self, open_postgresql: Callable[..., Database]) -> None:
+        database = open_postgresql(order_store.VERSIONS)
+        orders = OrderStore(database)
+
+        def fill(connection: sa.Connection) -> None:
+            # The server says what it says when its disk is full, at the last of the statements.
+            connection.exec_driver_sql(
+                "CREATE FUNCTION full() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE 'No space left on device' USING ERRCODE = 'disk_full'; END $$"
+            )
+            connection.exec_driver_sql("CREATE TRIGGER t BEFORE INSERT ON outbox EXECUTE FUNCTION full()")
+
+        await database.write(fill)
+        with pytest.raises(ExhaustedError, match="no room"):
+            await orders.create(order(), "r1")
+        assert list((await orders.list(10)).items) == []
+        await database.write(lambda connection: connection.exec_driver_sql("DROP TRIGGER t ON outbox"))
+        assert await orders.find(order(), "r1") is None
+        await orders.create(order(), "r1")
+
+    async def test_a_read_only_database_refuses_writes_and_goes_on_reading(
+        self, open_postgresql: Callable[..., Database]
+    ) -> None:
+        ann = await UserStore(open_postgresql(user_store.VERSIONS)).create(user())
+        users = UserStore(open_postgresql(user_store.VERSIONS, default_transaction_read_only="on"))
+        with pytest.raises(UnavailableError, match="read-only"):
+            await users.create(user("bob@example.com"))
+        assert await users.get(ann.id) == ann
+
+    async def test_lost_connections_are_made_again(self, open_postgresql: Callable[..., Database]) -> None:
+        database = open_postgresql(user_store.VERSIONS)
+        users = UserStore(database)
+        ann = await users.create(user())
+        assert await users.get(ann.id) == ann
+        with database.engine.begin() as other:
+            other.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND "
+                "datname = current_database() AND strpos(query, 'users') > 0"
+            )
+        with pytest.raises(UnavailableError):
+            await users.get(ann.id)
+        assert await users.get(ann.id) == ann
+
+    async def test_a_server_that_is_not_there_is_unavailable(self, tmp_path: Path) -> None:
+        database = Database(f"postgresql://nobody@/none?host={tmp_path}")
+        with pytest.raises(UnavailableError, match="connection"):
+            await UserStore(database).get("any")
+        database.close()
 
 
 async def test_what_is_lost_to_another_writer_is_looked_at_again(open_database: Open) -> None:
