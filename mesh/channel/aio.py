@@ -423,7 +423,7 @@ class _Driver(EventDriver):
         inner.add_done_callback(_End(self, number, address))
         if self._streams:
             self._background(self._await_headers(number, inner))
-        if self.hedged and self.replay is None and too_large(self._serializer, self._request):
+        if (self.hedged or self.replay is not None) and self._unrepeatable():
             self.overflow(number)
 
     def wake_at(self, until: float | None) -> None:
@@ -502,19 +502,22 @@ class _Driver(EventDriver):
             self.ended(number, Outcome(0, result=inner))
             return
         outcome = failed(
+            self.pool,
+            address,
             code.value[0],
             _ready(inner.details()),
             _ready(inner.initial_metadata()),
             _ready(inner.trailing_metadata()),
             inner,
+            final=self._unrepeatable(),
             # Cancelled, and not by the driver, which has forgotten those: whoever awaited it was.
             cancelled=number in self.running and inner.cancelled(),
         )
-        if outcome.never_sent:
-            self.pool.lost(address)
-        elif self.replay is None and too_large(self._serializer, self._request):
-            outcome.committed = True
         self.ended(number, outcome)
+
+    def _unrepeatable(self) -> bool:
+        """Whether what was sent is more than is kept for another attempt."""
+        return self.replay.overflowed if self.replay is not None else too_large(self._serializer, self._request)
 
     def _overflowed(self) -> None:
         for number in tuple(self.running):

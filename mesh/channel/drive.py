@@ -76,7 +76,7 @@ def _wait(step: Step, pool: Pool) -> None:
     if step.picker is not None:
         pool.when_replaced(step.picker, happened.set)
     try:
-        happened.wait(None if step.until is None else max(0.0, step.until - time.monotonic()))
+        happened.wait(None if step.until is None else until(step.until))
     finally:
         pool.forget(happened.set)
 
@@ -253,6 +253,11 @@ class LockedDriver(EventDriver):
             return super()._conclude(verdict)
 
 
+def until(instant: float) -> float:
+    """Seconds from now until ``instant``, as a lock's timeout may be."""
+    return min(max(0.0, instant - time.monotonic()), threading.TIMEOUT_MAX)
+
+
 START = Elapsed(0.0)
 """Runs a flow's first step."""
 
@@ -273,16 +278,29 @@ def pushback_of(trailing_metadata: Any) -> float | None:
 
 
 def failed(
-    code: int, details: str | None, initial: Any, trailing: Any, result: object, *, cancelled: bool = False
+    pool: Pool,
+    address: str,
+    code: int,
+    details: str | None,
+    initial: Any,
+    trailing: Any,
+    result: object,
+    *,
+    final: bool = False,
+    cancelled: bool = False,
 ) -> Outcome:
-    """The outcome of an attempt that core ended with a status other than OK."""
+    """The outcome of an attempt that core ended with a status other than OK. ``final``: it can't be made again."""
     details = details or ""
+    # Where core resolves and connects, it has tried every address itself: that is a failure like another.
+    never_sent = code == Code.UNAVAILABLE and details.startswith(NEVER_SENT_DETAILS) and not pool.core_waits
+    if never_sent:
+        pool.lost(address)
     return Outcome(
         code,
         details,
         pushback=pushback_of(trailing),
-        committed=bool(initial),
-        never_sent=code == Code.UNAVAILABLE and details.startswith(NEVER_SENT_DETAILS),
+        committed=final or bool(initial),
+        never_sent=never_sent,
         cancelled=cancelled,
         result=result,
     )

@@ -43,6 +43,7 @@ class _Buffer:
         self._on_overflow = on_overflow
         self._kept: list[Request] = []
         self._size = 0
+        self.overflowed = False
         self._released = False
         self._error: BaseException | None = None  # how the caller's requests ended: StopIteration, or what they raised
 
@@ -51,6 +52,7 @@ class _Buffer:
         if not self._released:
             self._size += size
             if self._size > LIMIT:
+                self.overflowed = True
                 self._on_overflow()
 
     def release(self) -> None:

@@ -34,6 +34,7 @@ from mesh.channel.drive import (
     retry_metadata,
     run_blocking,
     too_large,
+    until,
 )
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
@@ -375,7 +376,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
                 else:
                     result = core(request, attempt.timeout, sent, credentials, wait, compression)
             except grpc.RpcError as error:
-                return _outcome(error, pool, address, large=too_large(self._serializer, request))
+                return _outcome(error, pool, address, final=too_large(self._serializer, request))
             except ValueError:
                 if channel.closed or not subchannel.closed:
                     raise
@@ -522,12 +523,11 @@ class _Driver(LockedDriver):
         over = functools.partial(self._over, number, address, inner)
         if not inner.add_callback(over):
             over()
-        elif self._hedged:
-            if self._large():
-                self.overflow(number)
-            elif not self._unary:
-                # The user's thread can wait for one attempt's headers; of several, each has a thread that does.
-                threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
+        elif (self._hedged or self._replay is not None) and self._unrepeatable():
+            self.overflow(number)
+        elif self._hedged and not self._unary:
+            # The user's thread can wait for one attempt's headers; of several, each has a thread that does.
+            threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
 
     def wake_at(self, until: float | None) -> None:
         if self._timer is not None:
@@ -597,10 +597,11 @@ class _Driver(LockedDriver):
             background.call(functools.partial(self._failed, number, address, inner))
 
     def _failed(self, number: int, address: str, inner: Any) -> None:
-        self.ended(number, _outcome(inner, self.pool, address, large=self._large()))
+        self.ended(number, _outcome(inner, self.pool, address, final=self._unrepeatable()))
 
-    def _large(self) -> bool:
-        return self._replay is None and too_large(self._serializer, self._request)
+    def _unrepeatable(self) -> bool:
+        """Whether what was sent is more than is kept for another attempt."""
+        return self._replay.overflowed if self._replay is not None else too_large(self._serializer, self._request)
 
     def _overflowed(self) -> None:
         for number in tuple(self.running):
@@ -621,7 +622,7 @@ class _BlockingDriver(_Driver):
             self._drain(START)
             while self.verdict is None:
                 try:
-                    wake = self._mail.get(timeout=None if self._due is None else max(0.0, self._due - time.monotonic()))
+                    wake = self._mail.get(timeout=None if self._due is None else until(self._due))
                 except Empty:
                     wake = Elapsed(time.monotonic())
                 self._drain(wake)
@@ -811,14 +812,10 @@ class FinishedCall(grpc.Call):
         return repr(self._core)
 
 
-def _outcome(error: Any, pool: Pool, address: str, *, large: bool = False) -> Outcome:
-    """The outcome of an attempt that grpc says has failed."""
-    initial = error.initial_metadata()
-    outcome = failed(error.code().value[0], error.details(), initial, error.trailing_metadata(), error)
-    if outcome.never_sent:
-        pool.lost(address)
-    outcome.committed |= large
-    return outcome
+def _outcome(error: Any, pool: Pool, address: str, *, final: bool = False) -> Outcome:
+    """The outcome of an attempt that grpc says has failed. ``final``: it can't be made again."""
+    code, initial, trailing = error.code().value[0], error.initial_metadata(), error.trailing_metadata()
+    return failed(pool, address, code, error.details(), initial, trailing, error, final=final)
 
 
 def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
