@@ -14,6 +14,9 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/prot
 FRESH := $(VENV)/generated
 USERS ?= 3
 ORDERS ?= 2
+NOTIFICATIONS ?= 2
+RATE ?= 50
+FOR ?= 30
 PORT ?= 50050
 DATA ?= data
 # Further arguments for pytest: make test ARGS='tests/policy -x'
@@ -25,8 +28,13 @@ help: ## this list
 
 # -- the shop ---------------------------------------------------------------------------------------------------------
 .PHONY: run-mesh
-run-mesh: $(READY) ## registry, users and orders on this machine until Ctrl-C (USERS=3 ORDERS=2 PORT=50050 DATA=data)
-	@exec $(BIN)/python -m services --users '$(USERS)' --orders '$(ORDERS)' --port '$(PORT)' --data '$(DATA)'
+run-mesh: $(READY) ## the whole shop until Ctrl-C (USERS=3 ORDERS=2 NOTIFICATIONS=2 PORT=50050 DATA=data)
+	@exec $(BIN)/python -m services --users '$(USERS)' --orders '$(ORDERS)' --notifications '$(NOTIFICATIONS)' \
+		--port '$(PORT)' --data '$(DATA)'
+
+.PHONY: load
+load: $(READY) ## a realistic mix of calls against a running shop, with live figures (RATE=50 FOR=30 PORT=50050)
+	@exec $(BIN)/python -m services.load --rate '$(RATE)' --for '$(FOR)' --registry '127.0.0.1:$(PORT)'
 
 # -- tests ------------------------------------------------------------------------------------------------------------
 .PHONY: test
@@ -107,6 +115,10 @@ $(READY): $(LOCKED) pyproject.toml
 generate: $(READY) ## generated/ anew from protos/
 	@rm -rf generated && mkdir -p generated
 	@$(call protoc,generated)
+
+.PHONY: docs
+docs: $(READY) ## the pages in docs/ that are written from sources
+	@$(BIN)/python docs/generate.py
 
 # py.typed tells type checkers of an installed wheel that the stubs beside it count (PEP 561). weft.order says what it
 # needs when that is missing.

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from alembic import op
 from google.protobuf.message import Message
 
 from services.database import SEQUENCE, UtcDateTime
@@ -130,6 +129,8 @@ class Outbox:
 
 def create_tables() -> None:
     """For a migration: make the tables. What it makes never changes; a later shape gets a function of its own."""
+    from alembic import op  # a third of a second, for what most starts don't do
+
     op.create_table(
         "outbox",
         sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),

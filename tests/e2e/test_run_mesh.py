@@ -20,15 +20,48 @@ pytestmark = pytest.mark.slow
 BUF = Path(sys.executable).with_name("buf")
 
 
+TOLD = """
+import uuid
+import mesh
+from weft.notification.v1 import notification_pb2, notification_pb2_grpc
+from weft.order.v1 import order_pb2, order_pb2_grpc
+from weft.user.v1 import user_pb2, user_pb2_grpc
+
+with (
+    mesh.insecure_channel("mesh:///weft.user.v1.UserService") as users,
+    mesh.insecure_channel("mesh:///weft.order.v1.OrderService") as orders,
+    mesh.insecure_channel("mesh:///weft.notification.v1.NotificationService") as notifications,
+):
+    name = uuid.uuid4().hex
+    user = user_pb2_grpc.UserServiceStub(users).CreateUser(
+        user_pb2.CreateUserRequest(name=name, email=f"{name}@example.com"), timeout=10
+    ).user
+    watch = notification_pb2_grpc.NotificationServiceStub(notifications).WatchNotifications(
+        notification_pb2.WatchNotificationsRequest(user_id=user.id), timeout=20
+    )
+    assert next(watch).resume_token
+    order = order_pb2_grpc.OrderServiceStub(orders).CreateOrder(
+        order_pb2.CreateOrderRequest(
+            request_id=str(uuid.uuid4()), user_id=user.id, items=[order_pb2.OrderItem(sku="DRUM", quantity=1)]
+        ),
+        timeout=10,
+    ).order
+    told = next(watch).notification
+    assert (told.order_id, told.kind) == (order.id, notification_pb2.Notification.KIND_ORDER_CREATED), told
+    watch.cancel()
+"""
+
+
 class Mesh:
     """A shop brought up as ``make run-mesh`` does, on ports of its own."""
 
-    def __init__(self, spawn: Spawn, data: Path, users: int = 3, orders: int = 2) -> None:
-        self.port = free_ports(16)[0]
+    def __init__(self, spawn: Spawn, data: Path, users: int = 3, orders: int = 2, notifications: int = 2) -> None:
+        self.port = free_ports(32)[0]
         self.registry = f"{HOST}:{self.port}"
         self.data = data
         self.process = spawn.python(
-            "-m", "services", "--port", str(self.port), "--data", data, "--users", str(users), "--orders", str(orders)
+            *("-m", "services", "--port", str(self.port), "--data", data),
+            *("--users", str(users), "--orders", str(orders), "--notifications", str(notifications)),
         )
 
     def ready(self) -> str:
@@ -79,14 +112,15 @@ def gone(pid: int) -> bool:
 
 class TestWhatItPrints:
     def test_a_table_of_what_runs_where(self, shop: Mesh) -> None:
-        assert list(shop.pids()) == ["registry", "user-1", "user-2", "user-3", "order-1", "order-2"]
+        services = ["user-1", "user-2", "user-3", "order-1", "order-2", "notification-1", "notification-2"]
+        assert list(shop.pids()) == ["registry", "nats", *services]
         said = shop.process.said
-        for offset in (0, 1, 2, 3, 11, 12):
+        for offset in (0, 1, 2, 3, 11, 12, 21, 22, 31):
             assert f"{HOST}:{shop.port + offset} " in said
 
     def test_the_grpcurl_lines_work(self, shop: Mesh) -> None:
         lines = [line for line in shop.process.said.splitlines() if line.startswith("grpcurl ")]
-        assert len(lines) == 2
+        assert len(lines) == 3
         for line in lines:
             grpcurl, plaintext, d, data, address, method = shlex.split(line)
             assert (grpcurl, plaintext, d) == ("grpcurl", "-plaintext", "-d")
@@ -113,6 +147,15 @@ class TestWhatItPrints:
         numbers = re.compile(r"127\.0\.0\.1:\d+|\d+\.\d ms")  # ports and times differ
         assert numbers.sub("N", said) == numbers.sub("N", output)
 
+    def test_an_order_is_told_to_its_user(self, shop: Mesh) -> None:
+        shop.run(sys.executable, "-c", TOLD)
+
+    def test_a_load_runs_against_it_and_shows_its_figures(self, shop: Mesh) -> None:
+        said = shop.run(sys.executable, "-m", "services.load", "--rate", "20", "--for", "2", "--seed", "6")
+        rows = dict(re.findall(r"^ +([a-z ]+?) +(\d+) ", said, re.MULTILINE))
+        assert {"buy", "look at order", "users told"} <= rows.keys()
+        assert int(rows["users told"]) > 0
+
     @pytest.mark.parametrize("example", sorted(REPOSITORY.glob("examples/*.py")), ids=lambda path: path.stem)
     def test_each_example_runs(self, shop: Mesh, example: Path) -> None:
         assert shop.run(sys.executable, "-W", "error", str(example))
@@ -120,10 +163,10 @@ class TestWhatItPrints:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: signal.Signals) -> None:
-    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     pids = mesh.pids()
-    assert len(pids) == 3
+    assert len(pids) == 5
     assert mesh.process.end(number, within=40) == 0
     assert all(gone(pid) for pid in pids.values())
     assert "killed" not in mesh.process.said
@@ -132,7 +175,7 @@ def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: s
 def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
     """make, too, would end with "Interrupt" if the terminal's signal reached it."""
     make = ["make", "-o", ".venv/.ready", "run-mesh", f"BIN={BUF.parent}"]
-    make += [f"PORT={free_ports(16)[0]}", f"DATA={tmp_path / 'data'}", "USERS=1", "ORDERS=1"]
+    make += [f"PORT={free_ports(32)[0]}", f"DATA={tmp_path / 'data'}", "USERS=1", "ORDERS=1", "NOTIFICATIONS=1"]
     code = f"import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({make!r})))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -150,13 +193,13 @@ def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> None:
-    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.process.wait_for("Starting")
     assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
-    mesh_port = free_ports(16)[0]
+    mesh_port = free_ports(32)[0]
     with socket.socket() as taken:
         taken.bind((HOST, mesh_port + 2))
         taken.listen()
@@ -170,6 +213,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
     ("arguments", "complaint"),
     [
         (["--users", "none"], "argument --users: 'none' is not a whole number from 1 to 100"),
+        (["--notifications", "0"], "argument --notifications: '0' is not a whole number from 1 to 100"),
         (["--orders", "0"], "argument --orders: '0' is not a whole number from 1 to 100"),
         (["--port", "70000"], "argument --port: '70000' is not a whole number from 1 to 65000"),
         (["--data", "/dev/null/data"], "can't write to /dev/null/data"),
@@ -177,14 +221,14 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2(spawn: Spawn, arguments: list[str], complaint: str) -> None:
-    process = spawn.python("-m", "services", "--port", str(free_ports(16)[0]), *arguments)
+    process = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), *arguments)
     assert process.wait() == 2
     assert complaint in process.said
     assert len(process.said.splitlines()) == 1
 
 
 def test_a_bad_variable_of_a_service_is_named(spawn: Spawn, tmp_path: Path) -> None:
-    port = free_ports(16)[0]
+    port = free_ports(32)[0]
     process = spawn.python(
         "-m", "services", "--port", str(port), "--data", tmp_path / "data", environment={"MESH_WEIGHT": "much"}
     )
@@ -195,7 +239,7 @@ def test_a_bad_variable_of_a_service_is_named(spawn: Spawn, tmp_path: Path) -> N
 
 @pytest.mark.faults
 def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None:
-    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
     mesh.process.wait_for("user-1 was ended by SIGKILL")
@@ -207,7 +251,7 @@ def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None
 @pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word that a parent has ended is Linux's")
 def test_no_process_outlives_a_killed_supervisor(spawn: Spawn, tmp_path: Path) -> None:
-    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1)
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     pids = mesh.pids()
     assert mesh.process.end(signal.SIGKILL) == -signal.SIGKILL

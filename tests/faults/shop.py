@@ -79,6 +79,10 @@ class Shop:
         """End a process by SIGKILL."""
         assert self._running[name].end(signal.SIGKILL) == -signal.SIGKILL
 
+    def send(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process."""
+        self._running[name].send(number)
+
     def drain(self, name: str) -> int:
         """End a process by SIGTERM; its exit code."""
         return self._running[name].end(signal.SIGTERM, within=40)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -38,10 +39,10 @@ CREATED, CONFIRMED, CANCELLED = "ORDER_CREATED", "ORDER_CONFIRMED", "ORDER_CANCE
 
 
 @pytest.fixture
-def shop(spawn: Spawn, tmp_path: Path) -> Iterator[Shop]:
+def shop(spawn: Spawn, tmp_path: Path) -> Shop:
     shop = Shop(spawn, tmp_path / "data")
     shop.start()
-    yield shop
+    return shop
 
 
 class Shopper:
@@ -167,17 +168,15 @@ async def test_a_drained_replica_leaves_nothing_undone(shop: Shop) -> None:
     assert shop.notifications() == shopper.expected
 
 
-async def test_a_relay_that_hangs_is_followed_by_another(shop: Shop, spawn: Spawn) -> None:
-    import signal
-
+async def test_a_relay_that_hangs_is_followed_by_another(shop: Shop) -> None:
     async with shopping(shop) as shopper:
         await shopper.order()
         shop.settled(shopper.expected, SETTLED_WITHIN)
         holder = "order-1" if "relay works" in shop.said("order-1") else "order-2"
-        shop._running[holder].send(signal.SIGSTOP)
+        shop.send(holder, signal.SIGSTOP)
         try:
             await shopper.order()
             eventually(lambda: shop.waiting() == 0, SETTLED_WITHIN, "another relay works")
         finally:
-            shop._running[holder].send(signal.SIGCONT)
+            shop.send(holder, signal.SIGCONT)
         shop.settled(shopper.expected, SETTLED_WITHIN)
