@@ -19,7 +19,7 @@ from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 USER = "weft.user.v1.UserService"
 ORDER = "weft.order.v1.OrderService"
 
-BOUND = 10.0
+BOUND = 30.0
 """Seconds that anything may take."""
 
 _epochs = itertools.count(1)
