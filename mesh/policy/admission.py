@@ -47,6 +47,12 @@ class Reason(enum.Enum):
     LATE = "late"
 
 
+SHARES = (1.0, 1.0, 0.9, 0.8)
+"""How much of the limit calls of each criticality may fill: the sheddable leave room, so that the rest seldom wait."""
+
+PATIENCE = (4.0, 2.0, 1.0, 1.0)
+"""How many times the target calls of each criticality may stand: short waits shouldn't cost what matters."""
+
 CODES = {
     Reason.STARTING: (Code.UNAVAILABLE, "not ready yet"),
     Reason.DRAINING: (Code.UNAVAILABLE, "shutting down"),
@@ -75,7 +81,7 @@ class AdmissionConfig:
     Without the limit (``overload`` OFF) ``most`` still holds.
     """
 
-    initial: int = 100
+    initial: int = 20
     least: int = 10
     most: int = 1000
     queue_size: int = 1000
@@ -138,13 +144,13 @@ class Admission:
     """
 
     __slots__ = (
-        "_bound",
+        "_bounds",
         "_busy_until",
         "_closed",
-        "_config",
         "_lanes",
         "_lock",
         "_waiting",
+        "config",
         "dry_run",
         "ended",
         "failed",
@@ -155,11 +161,11 @@ class Admission:
     )
 
     def __init__(self, config: AdmissionConfig, lock: Lock) -> None:
-        self._config = config
+        self.config = config
         self._lock = lock
         self.limiter = Limiter(config.initial, config.least, config.most)
         self._lanes: list[tuple[CoDel, deque[Ticket]]] = [
-            (CoDel(config.target, config.interval), deque()) for _ in Criticality
+            (CoDel(config.target * patience, config.interval), deque()) for patience in PATIENCE
         ]
         self._waiting = 0
         self._busy_until = 0.0
@@ -170,7 +176,8 @@ class Admission:
         self.dry_run: Counter[tuple[Reason, Criticality]] = Counter()
         self.ended = 0
         self.failed = 0
-        self._bound = config.most if config.overload is Mode.OFF else self.limiter.limit
+        self._bounds: list[int] = []
+        self._set_bounds()
 
     @property
     def waiting(self) -> int:
@@ -180,7 +187,7 @@ class Admission:
     @property
     def limit(self) -> int:
         """Permits that there are now."""
-        return self._bound
+        return self._bounds[0]
 
     def close(self, reason: Reason) -> None:
         """Refuse all that comes from now on; what is here or waits goes on."""
@@ -192,10 +199,10 @@ class Admission:
         with self._lock:
             self._closed = None
 
-    def enter(self) -> bool:
+    def enter(self, criticality: Criticality) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
         with self._lock:
-            if self.in_flight < self._bound and not self._waiting and self._closed is None:
+            if self.in_flight < self._bounds[criticality] and not self._waiting and self._closed is None:
                 self.in_flight += 1
                 return True
             return False
@@ -206,16 +213,16 @@ class Admission:
         with self._lock:
             if self._closed is not None:
                 return (self._refuse(ticket, self._closed),)
-            self._busy_until = now + self._config.interval
+            self._busy_until = now + self.config.interval
             self.limiter.queued = True
-            if self._config.overload is Mode.DRY_RUN and self.in_flight < self._config.most:
+            if self.config.overload is Mode.DRY_RUN and self.in_flight < self.config.most:
                 if self.in_flight >= self.limiter.limit:
                     self.dry_run[Reason.DELAY, ticket.criticality] += 1
                 self._admit(ticket)
                 return (ticket,)
             self._lanes[ticket.criticality][1].append(ticket)
             self._waiting += 1
-            if self._waiting <= self._config.queue_size:
+            if self._waiting <= self.config.queue_size:
                 return ()
             oldest = next(lane for _, lane in reversed(self._lanes) if lane).popleft()
             self._waiting -= 1
@@ -230,27 +237,27 @@ class Admission:
         if not self._waiting:
             return settled
         with self._lock:
-            free = self._free() if most is None else min(self._free(), most)
-            for codel, lane in self._lanes:
+            admitted = 0
+            for (codel, lane), bound in zip(self._lanes, self._bounds, strict=True):
                 while lane:
                     ticket = lane[0]
                     if ticket.gone:
                         lane.popleft()
                         self._waiting -= 1
-                    elif self._config.overload is Mode.ON and codel.drops(now - ticket.arrived, now):
+                    elif self.config.overload is Mode.ON and codel.drops(now - ticket.arrived, now):
                         lane.popleft()
                         self._waiting -= 1
                         settled.append(self._refuse(ticket, Reason.DELAY))
-                    elif free > 0:
+                    elif self.in_flight < bound and admitted != most:
                         lane.popleft()
                         self._waiting -= 1
-                        free -= 1
+                        admitted += 1
                         self._admit(ticket)
                         settled.append(ticket)
                     else:
                         break
             if self._waiting:
-                self._busy_until = now + self._config.interval
+                self._busy_until = now + self.config.interval
                 self.limiter.queued = True
         return settled
 
@@ -272,9 +279,8 @@ class Admission:
             if ending is Ending.FAILED:
                 self.failed += 1
                 return
-            self.limiter.sample(latency, seconds, in_flight, ending, now)
-            if self._config.overload is not Mode.OFF:
-                self._bound = self.limiter.limit
+            if self.limiter.sample(latency, seconds, in_flight, ending, now):
+                self._set_bounds()
 
     def release(self) -> None:
         """Give a permit back of a call that isn't run after all; ``dispatch`` is to follow if calls wait."""
@@ -285,7 +291,7 @@ class Admission:
         """A stream gives its permit back and counts as open; a reason when there are too many."""
         with self._lock:
             self.in_flight -= 1
-            if self.streams >= self._config.max_streams:
+            if self.streams >= self.config.max_streams:
                 self.refusals[Reason.STREAMS, criticality] += 1
                 return Reason.STREAMS
             self.streams += 1
@@ -309,20 +315,21 @@ class Admission:
             return None
         reason = Reason.EXPIRED
         if left > 0:
-            if left >= latency.median or now >= self._busy_until or self._config.late is Mode.OFF:
+            if left >= latency.median or now >= self._busy_until or self.config.late is Mode.OFF:
                 return None
             reason = Reason.LATE
         with self._lock:
-            if reason is Reason.LATE and self._config.late is Mode.DRY_RUN:
+            if reason is Reason.LATE and self.config.late is Mode.DRY_RUN:
                 self.dry_run[reason, criticality] += 1
                 return None
             self.refusals[reason, criticality] += 1
         return reason
 
-    def _free(self) -> int:
-        # What waits when the server begins to drain still gets its turn.
-        most = self.limiter.limit if self._config.overload is Mode.ON else self._config.most
-        return most - self.in_flight
+    def _set_bounds(self) -> None:
+        if self.config.overload is Mode.OFF:
+            self._bounds = [self.config.most for _ in SHARES]
+        else:
+            self._bounds = [max(1, int(self.limiter.limit * share)) for share in SHARES]
 
     def _admit(self, ticket: Ticket) -> None:
         ticket.admitted = True
@@ -335,4 +342,4 @@ class Admission:
 
     def __repr__(self) -> str:
         closed = f" {self._closed.value}" if self._closed else ""
-        return f"<Admission {self.in_flight}/{self._bound} in flight, {self._waiting} waiting{closed}>"
+        return f"<Admission {self.in_flight}/{self.limit} in flight, {self._waiting} waiting{closed}>"

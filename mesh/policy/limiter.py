@@ -2,7 +2,7 @@
 
 Gradient2 of Netflix's concurrency-limits, on the server, which sees all requests (on a client latency says too little:
 Envoy's and Netflix's own advice). When calls take longer than they do unhindered, the limit falls by that ratio; while
-they don't, and the limit is in use, it grows by its square root. Two things differ. Calls are measured against their
+they don't, and the limit is in use, it grows. Two things differ. Calls are measured against their
 own method's baseline, so that a change in the mix of methods is no slowness. And a baseline rises slowly while calls
 queue, so that an overload doesn't become the norm.
 
@@ -26,6 +26,9 @@ TOLERANCE = 1.5
 
 SMOOTHING = 0.2
 """The share of its way down that the limit goes in one window (Gradient2's)."""
+
+GROWTH = 0.1
+"""The share, beside its square root, by which the limit grows in one window: from 20 to 500 in about two seconds."""
 
 FALL, RISE, RISE_QUEUED = 0.3, 1 / 60, 1 / 600
 """How far a baseline goes towards a window's mean: down; up; up while calls queue."""
@@ -81,10 +84,13 @@ class Limiter:
         self._peak = 0
         self._seen: list[Latency] = []
 
-    def sample(self, latency: Latency, seconds: float, in_flight: int, ending: Ending, now: float) -> None:
-        """A call has left its handler after ``seconds``, while ``in_flight`` were there, itself among them."""
+    def sample(self, latency: Latency, seconds: float, in_flight: int, ending: Ending, now: float) -> bool:
+        """A call has left its handler after ``seconds``, while ``in_flight`` were there, itself among them.
+
+        Returns whether the limit was looked at.
+        """
         if ending is not Ending.OK and (ending is Ending.FAILED or seconds <= latency.baseline):
-            return
+            return False
         if seconds > latency.median:
             latency.median = latency.median * STEP or seconds
         else:
@@ -96,8 +102,10 @@ class Limiter:
         self._count += 1
         if in_flight > self._peak:
             self._peak = in_flight
-        if now >= self._due and self._count >= LEAST_SAMPLES:
-            self._look(now)
+        if now < self._due or self._count < LEAST_SAMPLES:
+            return False
+        self._look(now)
+        return True
 
     def _look(self, now: float) -> None:
         """The window is over: set the limit by it, and begin the next."""
@@ -119,7 +127,7 @@ class Limiter:
                 lower = self._level * gradient + math.sqrt(self._level)
                 self._level += min(0.0, lower - self._level) * SMOOTHING
             else:
-                self._level += math.sqrt(self._level)
+                self._level += math.sqrt(self._level) + self._level * GROWTH
             self._level = min(max(self._level, self._least), self._most)
             self.limit = int(self._level)
         self._seen.clear()

@@ -7,9 +7,11 @@ A gate belongs to one server, or to one that its owner keeps: give it to ``Serve
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +19,7 @@ import grpc
 
 from mesh.context import Scope
 from mesh.model import Metadatum
-from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Reason, Ticket
+from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Mode, Reason, Ticket
 from mesh.server.load import Load
 
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -77,6 +79,27 @@ def _wake(settled: Iterable[Ticket]) -> None:
         ticket.wake()
 
 
+class _BusyClock:
+    """Seconds that a thread ran or was ready to run; what it was kept from by others counts, where Linux tells."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def __call__(self) -> float:
+        """For the current thread, which must always be the same."""
+        if self._file is None:
+            try:
+                self._file = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+            except OSError:
+                self._file = -1
+            else:
+                weakref.finalize(self, os.close, self._file)
+        if self._file < 0:
+            return time.thread_time()
+        ran, waited, _ = os.pread(self._file, 64, 0).split()
+        return (int(ran) + int(waited)) / 1e9
+
+
 class ThreadGate(Gate):
     """A gate for handlers that run in threads: a call that waits holds its thread."""
 
@@ -103,20 +126,20 @@ class AioGate(Gate):
 
     grpc.aio accepts one call in about five passes of the loop, so handlers that hold the loop keep it from accepting:
     calls then pile up in core, where nothing sees how long they wait. While the loop is busy, the gate therefore takes
-    a *turn* every TURN: it holds handlers back for the few passes in which no more calls come in, so that what waits
-    waits here, where it is counted, ordered and shed.
+    a *turn* every TURN: it holds handlers back until no more calls come in, so that what waits waits here, where it is
+    counted, ordered and shed.
     """
 
-    TURN = 0.01
+    TURN = 0.02
     """Seconds between two turns."""
 
     BUSY = 0.5
-    """The share of a core that the loop's thread takes when it is busy. Below, there are no turns and no cost."""
+    """The share of its time that the loop's thread runs, or would, when it is busy. Below, there are no turns."""
 
-    QUIET = 8
-    """Passes of the loop without a new call that end a turn."""
+    QUIET = 0.001
+    """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them."""
 
-    LONGEST = 0.005
+    LONGEST = 0.02
     """Seconds after which a turn ends however many calls come in."""
 
     SWEEP = 0.05
@@ -126,11 +149,13 @@ class AioGate(Gate):
         super().__init__(config, load_reports=load_reports)
         self.arrivals = 0
         """Calls seen; counted where handlers are looked up."""
+        self._turns = self.admission.config.overload is Mode.ON
+        self._clock = _BusyClock()
         self._turned = 0.0
         self._cpu = 0.0
         self._turning = False
         self._heard = 0
-        self._quiet = 0
+        self._quiet = 0.0
         self._pumping = False
         self._sweep: asyncio.TimerHandle | None = None
         self.streams: set[asyncio.Task[Any]] = set()
@@ -142,13 +167,11 @@ class AioGate(Gate):
         for task in self.streams:
             task.cancel()
 
-    def enter(self, now: float) -> bool:
+    def enter(self, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
-        if now - self._turned >= self.TURN and self._busy(now):
-            self._turning = True
-            self._quiet = 0
+        if now - self._turned >= self.TURN and self._turn_begins(now):
             return False
-        return self.admission.enter()
+        return self.admission.enter(criticality)
 
     async def wait(self, criticality: Criticality, arrived: float) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none."""
@@ -174,31 +197,30 @@ class AioGate(Gate):
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pass)
 
-    def _busy(self, now: float) -> bool:
-        """Whether the loop was busy since the last turn, or look."""
-        cpu = time.thread_time()
-        busy = cpu - self._cpu >= self.BUSY * (now - self._turned)
-        self._turned, self._cpu = now, cpu
-        return busy
+    def _turn_begins(self, now: float) -> bool:
+        """Begin a turn if the loop was busy since the last, or the last look."""
+        cpu = self._clock()
+        self._turning = self._turns and cpu - self._cpu >= self.BUSY * (now - self._turned)
+        self._turned, self._cpu, self._quiet = now, cpu, now
+        return self._turning
 
     def _pass(self) -> None:
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._turning:
-            self._quiet = self._quiet + 1 if self.arrivals == self._heard else 0
-            self._heard = self.arrivals
-            if self._quiet < self.QUIET and now - self._turned < self.LONGEST:
-                loop.call_soon(self._pass)
+            if self.arrivals != self._heard:
+                self._heard, self._quiet = self.arrivals, now
+            if now - self._quiet < self.QUIET and now - self._turned < self.LONGEST:
+                loop.call_later(self.QUIET / 4, self._pass)
                 return
             self._turning = False
-            self._turned, self._cpu = now, time.thread_time()
+            self._turned, self._cpu = now, self._clock()
         # One at a time, so that handlers which hold the loop don't all hold it before the next turn.
         settled = self.admission.dispatch(now, 1)
         _wake(settled)
         if any(ticket.admitted for ticket in settled):
-            if now - self._turned >= self.TURN and self._busy(now):
-                self._turning = True
-                self._quiet = 0
+            if now - self._turned >= self.TURN:
+                self._turn_begins(now)
             loop.call_soon(self._pass)
             return
         self._pumping = False

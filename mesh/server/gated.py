@@ -50,8 +50,9 @@ def _refuse(gate: Gate, reason: Reason, context: Any) -> None:
 def _admitted(gate: ThreadGate, latency: Latency, context: Any) -> float:
     """Wait for a permit; when it was had. Ends the call when there is none."""
     scope = _scope()
-    if not gate.admission.enter():
-        reason = gate.wait(criticality_of(scope.criticality), scope)
+    criticality = criticality_of(scope.criticality)
+    if not gate.admission.enter(criticality):
+        reason = gate.wait(criticality, scope)
         if reason is not None:
             _refuse(gate, reason, context)
     now = time.monotonic()
@@ -130,8 +131,9 @@ def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
         started = time.monotonic()
-        if not gate.enter(started):
-            reason = await gate.wait(criticality_of(scope.criticality), scope.arrived)
+        criticality = criticality_of(scope.criticality)
+        if not gate.enter(criticality, started):
+            reason = await gate.wait(criticality, scope.arrived)
             if reason is not None:
                 await context.abort(*gate.refusal(reason))
             started = time.monotonic()
@@ -164,7 +166,7 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
         scope = _scope()
         now = time.monotonic()
         criticality = criticality_of(scope.criticality)
-        reason = None if gate.enter(now) else await gate.wait(criticality, scope.arrived)
+        reason = None if gate.enter(criticality, now) else await gate.wait(criticality, scope.arrived)
         if reason is None:
             reason = _unfit(gate, Latency(), scope, now)
         if reason is None:

@@ -33,6 +33,10 @@ RENEWALS = 3
 TIMEOUT = 3.0
 """Seconds that the registry gets for an answer."""
 
+LEAST_TTL = 1.0
+"""Seconds. Leases are renewed as for at least this long, whatever the registry grants: a wrong answer of it must not
+turn its instances against it."""
+
 BACKOFF = RetryPolicy(max_attempts=2, initial_backoff=0.1, max_backoff=2.0)
 
 _CHANNEL_OPTIONS = [
@@ -68,7 +72,7 @@ class Leases:
         """The registry gave ``instance`` a lease of ``ttl`` seconds, which may be less than it was asked for."""
         self._held[instance.service] = lease_id
         if ttl > 0:
-            self._ttl = min(self._ttl, ttl)
+            self._ttl = max(LEAST_TTL, min(self._ttl, ttl))
 
     def lost(self, lease_ids: Iterable[str]) -> None:
         """The registry doesn't know these leases."""
@@ -100,6 +104,7 @@ class Registration:
         self._rng = rng or random.Random()
         self._task: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
+        self._registering: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -114,6 +119,11 @@ class Registration:
         task, self._task = self._task, None
         task.cancel()
         await asyncio.wait([task], timeout=within)
+        # A lease may be on its way to us: without waiting for it nobody would ever end it.
+        if self._registering is not None and not self._registering.done():
+            await asyncio.wait([self._registering], timeout=within)
+            self._registering.cancel()
+            await asyncio.wait([self._registering])
         stub = pb_grpc.RegistryStub(self._channel)
         ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
         for outcome in await asyncio.gather(*ended, return_exceptions=True):
@@ -146,9 +156,15 @@ class Registration:
     async def _register(self, stub: Any) -> None:
         """Register what has no lease."""
         for instance in self.leases.missing():
-            request = pb.RegisterRequest(instance=instance, ttl=self._ttl)
-            lease = await stub.Register(request, timeout=TIMEOUT, wait_for_ready=True)
-            self.leases.granted(instance, lease.lease_id, lease.ttl.ToNanoseconds() / 1e9)
+            self._registering = asyncio.get_running_loop().create_task(self._register_one(stub, instance))
+            await asyncio.shield(self._registering)
+
+    async def _register_one(self, stub: Any, instance: pb.Instance) -> None:
+        request = pb.RegisterRequest(instance=instance, ttl=self._ttl)
+        lease = await stub.Register(request, timeout=TIMEOUT, wait_for_ready=True)
+        if not lease.lease_id:
+            raise _Silent("the registry granted no lease")
+        self.leases.granted(instance, lease.lease_id, lease.ttl.seconds + lease.ttl.nanos / 1e9)
 
     async def _renew(self, stub: Any) -> None:
         """Renew what has a lease, on one stream, until that fails."""
@@ -163,7 +179,10 @@ class Registration:
                 if answer is grpc.aio.EOF:
                     raise _Silent("the registry ended the keep-alives")
                 if answer.unknown_lease_ids:
-                    LOG.warning("the registry lost %d of our leases; registering again", len(answer.unknown_lease_ids))
+                    LOG.warning(
+                        "the registry lost %d of our leases (has another process our id?); registering again",
+                        len(answer.unknown_lease_ids),
+                    )
                     self.leases.lost(answer.unknown_lease_ids)
                     await self._register(stub)
                 await asyncio.sleep(self.leases.renew_in(self._rng))
