@@ -87,6 +87,10 @@ test-faults: $(READY) ## the long tests, with real processes that are killed, st
 bench-call: $(READY) ## the CPU of one call: the mesh, gRPC core's round_robin, a bare channel
 	@$(BIN)/python -m benchmarks.call
 
+.PHONY: bench-events
+bench-events: $(READY) ## from what happens to an order until its user is told, at 100 orders a second
+	@$(BIN)/python -m benchmarks.events
+
 # -- upkeep -----------------------------------------------------------------------------------------------------------
 .PHONY: setup
 setup: $(READY) ## the virtual environment with the locked dependencies (the other targets do this themselves)

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,24 @@ RECENT = 1_000
 WINDOW = 5.0
 """Seconds over which the rate of now is taken."""
 
+MIX: Mapping[str, int] = {
+    "sign up": 2,
+    "look at user": 8,
+    "buy": 30,
+    "look at order": 25,
+    "list orders": 8,
+    "confirm": 9,
+    "ship": 6,
+    "deliver": 4,
+    "cancel": 3,
+    "read": 5,
+}
+"""How often each thing is done, in parts of the whole."""
+
 SKUS = ("PUNCH-CARD", "PAPER-TAPE", "DRUM", "CORE-PLANE", "TUBE-6SN7")
+
+
+Action = Callable[[], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -83,9 +100,9 @@ class Figures:
 
 
 class Load:
-    """Shoppers: they come at ``rate`` a second, order, look, change their minds, and read what they are told."""
+    """Shoppers: they do ``rate`` things a second, in the proportions of ``mix``."""
 
-    def __init__(self, registry: str, rate: float, rng: random.Random) -> None:
+    def __init__(self, registry: str, rate: float, rng: random.Random, mix: Mapping[str, int] = MIX) -> None:
         self.figures: dict[str, Figures] = {}
         self.told = Figures()
         """From what happened to an order until its user is told."""
@@ -98,19 +115,20 @@ class Load:
         self._users: UserServiceAsyncStub
         self._order: OrderServiceAsyncStub
         self._notifications: NotificationServiceAsyncStub
-        # How often each thing is done, in parts of a hundred.
-        self._mix: Sequence[tuple[int, Callable[[], Awaitable[None]]]] = (
-            (2, self._sign_up),
-            (8, self._look_at_user),
-            (30, self._buy),
-            (25, self._look_at_order),
-            (8, self._list_orders),
-            (9, self._confirm),
-            (6, self._ship),
-            (4, self._deliver),
-            (3, self._cancel),
-            (5, self._read),
-        )
+        actions: dict[str, Action] = {
+            "sign up": self._sign_up,
+            "look at user": self._look_at_user,
+            "buy": self._buy,
+            "look at order": self._look_at_order,
+            "list orders": self._list_orders,
+            "confirm": self._confirm,
+            "ship": self._ship,
+            "deliver": self._deliver,
+            "cancel": self._cancel,
+            "read": self._read,
+        }
+        self._actions = {name: actions[name] for name in mix}
+        self._weights = [*mix.values()]
 
     async def run(self, seconds: float) -> None:
         """Drive the load for so long, and wait until the last call has ended. Raises AioRpcError without a shop."""
@@ -137,22 +155,21 @@ class Load:
 
     async def _arrive(self, seconds: float) -> None:
         began = due = time.monotonic()
-        weights, actions = zip(*self._mix, strict=True)
+        names = [*self._actions]
         while True:
             due += self._rng.expovariate(self._rate)
             if due > began + seconds:
                 return
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            (action,) = self._rng.choices(actions, weights)
-            task = asyncio.create_task(self._do(action, due))
+            (name,) = self._rng.choices(names, self._weights)
+            task = asyncio.create_task(self._do(name, due))
             self.running.add(task)
             task.add_done_callback(self.running.discard)
 
-    async def _do(self, action: Callable[[], Awaitable[None]], due: float) -> None:
-        name = _name(action)
+    async def _do(self, name: str, due: float) -> None:
         failure = ""
         try:
-            await action()
+            await self._actions[name]()
         except grpc.aio.AioRpcError as error:
             # An order that went another way meanwhile is as it should be.
             if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
@@ -235,10 +252,6 @@ class Load:
 
 class _NothingYetError(Exception):
     """There is no order yet to come back to."""
-
-
-def _name(action: Callable[[], Awaitable[None]]) -> str:
-    return action.__name__.strip("_").replace("_", " ")
 
 
 def table(load: Load, elapsed: float) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from services import paging
-from services.errors import InvalidFieldError, UnavailableError
+from services.errors import InvalidFieldError
 from services.notification.domain import Notification
 from services.notification.store import NotificationStore
 from services.paging import InvalidTokenError
@@ -35,10 +35,6 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
     def __init__(self, store: NotificationStore) -> None:
         self._store = store
         self._news = _News(store)
-
-    def close(self) -> None:
-        """End the watches: they would otherwise take up all of the grace that a server has to stop."""
-        self._news.close()
 
     @answered
     async def ListNotifications(
@@ -93,23 +89,15 @@ class _News:
         """The sequence number of the newest notification that was seen."""
         self._store = store
         self._looking = asyncio.Lock()
-        self._closed = asyncio.Event()
-
-    def close(self) -> None:
-        self._closed.set()
 
     async def after(self, sequence: int) -> None:
-        """Return when there is a notification after ``sequence``. Raises UnavailableError once closed."""
+        """Return when there is a notification after ``sequence``. Raises what the store does."""
         while self.newest <= sequence:
             async with self._looking:
                 if self.newest > sequence:
                     return
-                try:
-                    await asyncio.wait_for(self._closed.wait(), POLL)
-                except TimeoutError:
-                    self.newest = max(self.newest, await self._store.last())
-                else:
-                    raise UnavailableError("SHUTTING_DOWN", "the server is shutting down; resume at another")
+                await asyncio.sleep(POLL)
+                self.newest = max(self.newest, await self._store.last())
 
 
 def _message(notification: Notification) -> pb.Notification:

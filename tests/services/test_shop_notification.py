@@ -14,6 +14,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+from mesh.server.aio import Server
+from mesh.server.settings import ServerSettings
 from services.database import Database
 from services.errors import UnavailableError
 from services.events import Event
@@ -81,7 +83,6 @@ async def service(servicer: NotificationServicer) -> AsyncIterator[NotificationS
     add = notification_pb2_grpc.add_NotificationServiceServicer_to_server
     async with serving(lambda server: add(servicer, server)) as channel:
         yield notification_pb2_grpc.NotificationServiceStub(channel)
-        servicer.close()
 
 
 async def test_the_migrations_make_what_the_code_expects(database: Database) -> None:
@@ -232,17 +233,19 @@ async def test_a_resume_token_of_another_watch_is_an_invalid_argument(service: N
     assert "resume_token" in str(caught.value.details())
 
 
-async def test_watches_end_with_the_server_so_that_they_resume_elsewhere(
-    servicer: NotificationServicer, service: NotificationServiceAsyncStub
-) -> None:
-    watches = [service.WatchNotifications(pb.WatchNotificationsRequest()) for _ in range(3)]
-    for watch in watches:
-        assert (await read(watch)).resume_token
-    servicer.close()
-    for watch in watches:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await read(watch)
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+async def test_watches_end_with_the_server_so_that_they_resume_elsewhere(servicer: NotificationServicer) -> None:
+    settings = ServerSettings(listen="127.0.0.1:0", drain_wait=0, stream_grace=0)
+    add = notification_pb2_grpc.add_NotificationServiceServicer_to_server
+    async with Server([(add, servicer)], settings) as server, grpc.aio.insecure_channel(server.address) as channel:
+        service = notification_pb2_grpc.NotificationServiceStub(channel)
+        watches = [service.WatchNotifications(pb.WatchNotificationsRequest()) for _ in range(3)]
+        for watch in watches:
+            assert (await read(watch)).resume_token
+        await server.drain()
+        for watch in watches:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await watch.read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.slow
