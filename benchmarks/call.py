@@ -1,7 +1,7 @@
 """What a call costs through the mesh: ``python -m benchmarks.call``, or ``make bench-call``.
 
-All sides run interleaved in one process against the same replicas; costs are CPU seconds of this process, ratios the median
-over the rounds. ``--quick`` runs fewer rounds.
+All sides run interleaved in one process against the same replicas; costs are CPU seconds of this process, ratios the
+median over the rounds. ``--quick`` runs fewer rounds.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
+import math
 import random
 import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -25,23 +27,18 @@ import grpc.aio
 import mesh
 import mesh.aio
 from benchmarks.harness import Row, Work, cpu_seconds, interleaved, ratio, replicas, table
+from benchmarks.replica import RETRY, retrying
 from mesh.config import ServiceConfig
 from mesh.model import CallSpec, Connectivity, Ended, Endpoint, Idempotency, Outcome
 from mesh.policy.cluster import Cluster
 from mesh.policy.flow import call_flow
 
 UNARY, STREAM, FAIL = "/bench.Echo/Unary", "/bench.Echo/Stream", "/bench.Echo/Fail"
+THROUGH, FAILED = "/bench.Echo/Through", "/bench.Echo/Failed"
 REQUEST = b"x" * 64
-RETRY = {
-    "maxAttempts": 3,
-    "initialBackoff": "0.025s",
-    "maxBackoff": "0.25s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
 
 
-def service_config(method: dict[str, object], **further: object) -> list[tuple[str, str]]:
+def service_config(method: Mapping[str, object], **further: object) -> list[tuple[str, str]]:
     """Channel options with a service config for all methods."""
     return [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], **method}], **further}))]
 
@@ -83,9 +80,13 @@ def sync_unary(ports: list[int], times: int, rounds: int) -> tuple[list[Row], fl
         mesh.insecure_channel("static:///" + ",".join(addresses), options) as through,
         grpc.insecure_channel("ipv4:" + ",".join(addresses), core_config()) as core,
         grpc.insecure_channel(addresses[0]) as bare,
+        grpc.insecure_channel(addresses[1]) as second,
+        grpc.insecure_channel(addresses[2]) as third,
     ):
         sides = {"mesh": through, "core": core, "bare": bare}
-        unary = {name: channel.unary_unary(UNARY) for name, channel in sides.items()}
+        unary: dict[str, Any] = {name: channel.unary_unary(UNARY) for name, channel in sides.items()}
+        turns: Iterator[Any] = itertools.cycle(channel.unary_unary(UNARY) for channel in (bare, second, third))
+        unary["three bare"] = lambda request, timeout: next(turns)(request, timeout=timeout)
         one = interleaved({name: calling(call) for name, call in unary.items()}, times, rounds)
         eight = interleaved({name: in_threads(unary[name], 8) for name in ("mesh", "bare")}, times, rounds)
     contention = {name: statistics.median(eight[name]) / statistics.median(one[name]) for name in ("mesh", "bare")}
@@ -94,6 +95,7 @@ def sync_unary(ports: list[int], times: int, rounds: int) -> tuple[list[Row], fl
             "CPU of a unary call, 3 endpoints, sync", "core round_robin + retryPolicy", ratio(one, "mesh", "core"), 1.0
         ),
         Row("the same, sync", "one bare channel", ratio(one, "mesh", "bare"), 1.08),
+        Row("three bare channels in turn, sync", "one bare channel", ratio(one, "three bare", "bare"), math.inf),
         Row(
             "the same, 8 threads over 1", "the bare channel's own ratio", contention["mesh"] / contention["bare"], 1.10
         ),
@@ -110,7 +112,11 @@ def aio_unary(ports: list[int], times: int, rounds: int) -> list[Row]:
             grpc.aio.insecure_channel("ipv4:" + ",".join(addresses), core_config()) as b,
             grpc.aio.insecure_channel(addresses[0]) as c,
         ):
-            calls = {"mesh": a.unary_unary(UNARY), "core": b.unary_unary(UNARY), "bare": c.unary_unary(UNARY)}
+            calls: dict[str, Any] = {
+                "mesh": a.unary_unary(UNARY),
+                "core": b.unary_unary(UNARY),
+                "bare": c.unary_unary(UNARY),
+            }
 
             async def work(call: Any, times: int) -> float:
                 begun = time.process_time()
@@ -163,7 +169,7 @@ def streams(ports: list[int], times: int, rounds: int) -> list[Row]:
             grpc.aio.insecure_channel(f"127.0.0.1:{ports[0]}") as b,
         ):
             both: dict[str, list[float]] = {"mesh": [], "bare": []}
-            calls = {"mesh": a.unary_stream(STREAM), "bare": b.unary_stream(STREAM)}
+            calls: dict[str, Any] = {"mesh": a.unary_stream(STREAM), "bare": b.unary_stream(STREAM)}
             for _ in range(rounds):
                 for name, call in calls.items():
                     begun = time.process_time()
@@ -187,7 +193,7 @@ def hedged(ports: list[int], times: int, rounds: int) -> list[Row]:
         mesh.insecure_channel(f"static:///{addresses}", service_config(policy)) as through,
         grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as bare,
     ):
-        future = bare.unary_unary(UNARY).future
+        future: Any = bare.unary_unary(UNARY).future
 
         def by_future(times: int) -> None:
             for _ in range(times):
@@ -227,74 +233,78 @@ def flow_alone(bare: float) -> list[Row]:
     return [Row(f"call_flow alone ({cost * 1e6:.1f} µs)", "CPU of a bare sync call", 100 * cost / bare, 2.0, " %")]
 
 
+def attempts_made(call: Callable[..., Any], ports: list[int], seconds: float) -> tuple[float, float]:
+    """Attempts that failing leaves saw for each call, and calls a second, once the initial reserve is used up."""
+    channels = [grpc.insecure_channel(f"127.0.0.1:{port}") for port in ports]
+    failed: list[Any] = [channel.unary_unary(FAILED) for channel in channels]
+    begun = time.monotonic()
+    made = [0] * 8
+
+    def load(share: int) -> None:
+        for index in range(int(seconds * 1000 / 8)):
+            delay = begun + (index * 8 + share) / 1000 - time.monotonic()
+            if delay > 0:
+                time.sleep(delay)
+            with contextlib.suppress(grpc.RpcError):
+                call(REQUEST, timeout=5.0)
+            made[share] += 1
+
+    threads = [threading.Thread(target=load, args=(share,)) for share in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(seconds / 3)
+    calls, attempts, at = sum(made), sum(int(count(b"")) for count in failed), time.monotonic()
+    for thread in threads:
+        thread.join()
+    calls, attempts = sum(made) - calls, sum(int(count(b"")) for count in failed) - attempts - len(failed)
+    for channel in channels:
+        channel.close()
+    return attempts / calls, calls / (time.monotonic() - at)
+
+
 def failing(ports: list[int], seconds: float) -> list[Row]:
-    """Attempts for each call while every replica fails, at about 1,000 calls a second."""
-    addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
-    with mesh.insecure_channel(f"static:///{addresses}", service_config({"retryPolicy": RETRY})) as channel:
-        call = channel.unary_unary(FAIL)
-        calls = attempts = 0
-        lock = threading.Lock()
-        begun = time.monotonic()
-        measured_from = begun + seconds / 3  # by then the initial reserve is used up
-
-        def load(share: int) -> None:
-            nonlocal calls, attempts
-            for index in range(int(seconds * 1000 / 8)):
-                delay = begun + (index * 8 + share) / 1000 - time.monotonic()
-                if delay > 0:
-                    time.sleep(delay)
-                try:
-                    call(REQUEST, timeout=5.0)
-                except grpc.RpcError as error:
-                    if time.monotonic() > measured_from:
-                        with lock:
-                            calls += 1
-                            attempts += len(error.explain().attempts)  # type: ignore[attr-defined]
-
-        threads = [threading.Thread(target=load, args=(share,)) for share in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rate = calls / (seconds * 2 / 3)
-    return [Row(f"attempts for a call, every replica failing, {rate:.0f} calls/s", "—", attempts / max(calls, 1), 1.15)]
+    """Attempts for each call while every replica fails: the client's own, and with a layer between that retries."""
+    leaves = "static:///" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    with mesh.insecure_channel(leaves, retrying()) as one:
+        alone, rate = attempts_made(one.unary_unary(FAIL), ports, seconds)
+    with replicas(2, "--through", leaves) as between:
+        middle = "static:///" + ",".join(f"127.0.0.1:{port}" for port in between)
+        with mesh.insecure_channel(middle, retrying()) as two:
+            layered, layered_rate = attempts_made(two.unary_unary(THROUGH), ports, seconds)
+    return [
+        Row(f"attempts a call, every replica failing, {rate:.0f} calls/s", "-", alone, 1.15),
+        Row(f"the same over two layers, {layered_rate:.0f} calls/s", "-", layered, 1.21),
+    ]
 
 
-def pausing(seconds: float) -> list[Row]:
-    """p99 with one of three replicas standing still for 300 ms every 3 s, hedged and not, side by side."""
+def pausing(seconds: float, rate: int = 100) -> list[Row]:
+    """p99 with one of three replicas standing still for 300 ms every 3 s, hedged and not, side by side.
+
+    Calls are sent on schedule, whatever became of those before (open loop), and timed from when they were due.
+    """
+    hedge = {"maxAttempts": 2, "hedgingDelay": "0.05s", "delayPercentile": 96}
+    round_robin: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     with replicas(2) as steady, replicas(1, "--pause", "0.3", "--every", "3") as unsteady:
-        addresses = ",".join(f"127.0.0.1:{port}" for port in steady + unsteady)
-        hedge = {"maxAttempts": 2, "hedgingDelay": "0.05s", "delayPercentile": 95}
+        target = "static:///" + ",".join(f"127.0.0.1:{port}" for port in steady + unsteady)
         with (
-            mesh.insecure_channel(f"static:///{addresses}", service_config({"hedgingPolicy": hedge})) as a,
-            mesh.insecure_channel(
-                f"static:///{addresses}", service_config({}, loadBalancingConfig=[{"round_robin": {}}])
-            ) as b,
+            mesh.insecure_channel(target, service_config({"hedgingPolicy": hedge}, **round_robin)) as hedging,
+            mesh.insecure_channel(target, service_config({}, **round_robin)) as waiting,
         ):
-            calls = {"on": a.unary_unary(UNARY), "off": b.unary_unary(UNARY)}
+            methods: dict[str, Any] = {"on": hedging.unary_unary(UNARY), "off": waiting.unary_unary(UNARY)}
             took: dict[str, list[float]] = {"on": [], "off": []}
-            attempts = 0
-
-            def load(name: str) -> None:
-                nonlocal attempts
-                end = time.monotonic() + seconds
-                while (begun := time.monotonic()) < end:
+            calls: list[Any] = []
+            begun = time.monotonic()
+            for index in range(int(seconds * rate)):
+                due = begun + index / rate
+                time.sleep(max(0.0, due - time.monotonic()))
+                for name, method in methods.items():
+                    call = method.future(REQUEST, timeout=5.0)
+                    call.add_done_callback(lambda _, due=due, name=name: took[name].append(time.monotonic() - due))
                     if name == "on":
-                        call = calls[name].future(REQUEST, timeout=5.0)
-                        call.result()
-                        attempts += len(call.explain().attempts)
-                    else:
-                        calls[name](REQUEST, timeout=5.0)
-                    took[name].append(time.monotonic() - begun)
-                    time.sleep(0.01)
-
-            threads = [threading.Thread(target=load, args=(name,)) for name in took for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+                        calls.append(call)
+            attempts = [call.result() and len(call.explain().attempts) for call in calls]
     p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in took.items()}
-    more = 100 * (attempts / len(took["on"]) - 1)
+    more = 100 * (sum(attempts) / len(attempts) - 1)
     return [
         Row(
             f"p99, one of 3 replicas pausing, hedged ({p99['on'] * 1000:.0f} ms)",
@@ -302,7 +312,7 @@ def pausing(seconds: float) -> list[Row]:
             p99["on"] / p99["off"],
             0.30,
         ),
-        Row("attempts more than calls, hedged", "—", more, 5.0, " %"),
+        Row("attempts more than calls, hedged", "-", more, 5.0, " %"),
     ]
 
 
@@ -317,7 +327,7 @@ def memory(ports: list[int], times: int) -> list[Row]:
         work(times)
         gc.collect()
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return [Row(f"growth of memory over {times:,} calls", "—", grown, 2.0, " MiB")]
+    return [Row(f"growth of memory over {times:,} calls", "-", grown, 2.0, " MiB")]
 
 
 def main() -> None:

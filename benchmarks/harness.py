@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def ratio(results: Mapping[str, list[float]], side: str, against: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table: what was measured, and what was to be reached."""
+    """A line of the table: what was measured, and what was to be reached (math.inf: nothing)."""
 
     what: str
     against: str
@@ -68,6 +69,8 @@ class Row:
     unit: str = ""
 
     def __str__(self) -> str:
+        if self.reach == math.inf:
+            return f"{self.what:<58} {self.against:<34} {self.measured:>8.3f}{self.unit:<3} {'':>9}  for comparison"
         verdict = "reached" if self.measured <= self.reach else "NOT reached"
         return (
             f"{self.what:<58} {self.against:<34} {self.measured:>8.3f}{self.unit:<3}"

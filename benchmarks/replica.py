@@ -1,35 +1,61 @@
 """A replica to measure against: ``python -m benchmarks.replica`` prints its port and serves until its stdin closes.
 
-Methods of ``bench.Echo``: ``Unary`` echoes; ``Stream`` answers with as many messages as the request says; ``Fail`` is UNAVAILABLE.
-``--pause SECONDS --every SECONDS`` has the whole process stand still now and then.
+Methods of ``bench.Echo``: ``Unary`` echoes; ``Stream`` answers with as many messages as the request says; ``Fail`` is
+UNAVAILABLE, and ``Failed`` says how often; ``Through`` calls ``Fail`` at ``--through TARGET`` with retries, as a
+layer between. ``--pause SECONDS --every SECONDS`` has the whole process stand still now and then.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from typing import Any
 
 import grpc
 
+import mesh
+from mesh.server.deadlines import ServerInterceptor
+
 MESSAGE = b"x" * 64
+
+
+RETRY = {
+    "maxAttempts": 3,
+    "initialBackoff": "0.025s",
+    "maxBackoff": "0.25s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+
+def retrying() -> list[tuple[str, str]]:
+    """Channel options with retries for all methods."""
+    return [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": RETRY}]}))]
 
 
 class Handlers(grpc.GenericRpcHandler):
     """The methods, which need no generated code."""
 
-    def __init__(self, gate: threading.Event) -> None:
+    def __init__(self, gate: threading.Event, through: str) -> None:
         self._gate = gate
-        self._methods = {
+        self._failed = itertools.count()
+        if through:
+            self._below = mesh.insecure_channel(through, retrying()).unary_unary("/bench.Echo/Fail")
+        self._methods: dict[str, Any] = {
             "/bench.Echo/Unary": grpc.unary_unary_rpc_method_handler(self._unary),
             "/bench.Echo/Stream": grpc.unary_stream_rpc_method_handler(self._stream),
             "/bench.Echo/Fail": grpc.unary_unary_rpc_method_handler(self._fail),
+            "/bench.Echo/Failed": grpc.unary_unary_rpc_method_handler(self._count),
+            "/bench.Echo/Through": grpc.unary_unary_rpc_method_handler(self._through),
         }
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         return self._methods.get(handler_call_details.method)
 
     def _unary(self, request: bytes, _context: grpc.ServicerContext) -> bytes:
@@ -41,18 +67,35 @@ class Handlers(grpc.GenericRpcHandler):
             yield MESSAGE
 
     def _fail(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
+        next(self._failed)
         context.abort(grpc.StatusCode.UNAVAILABLE, "as asked")
         raise AssertionError("abort raises")
+
+    def _count(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
+        return str(next(self._failed)).encode()
+
+    def _through(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            return self._below(request)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details() or "")
+            raise AssertionError("abort raises") from None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--every", type=float, default=0.0)
+    parser.add_argument("--through", default="")
     arguments = parser.parse_args()
     gate = threading.Event()
     gate.set()
-    server = grpc.server(futures.ThreadPoolExecutor(16), handlers=[Handlers(gate)], options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(
+        futures.ThreadPoolExecutor(16),
+        handlers=[Handlers(gate, arguments.through)],
+        interceptors=[ServerInterceptor()],
+        options=[("grpc.so_reuseport", 0)],
+    )
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     server.start()
     over = threading.Event()
