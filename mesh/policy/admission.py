@@ -35,6 +35,10 @@ BY_NAME = {criticality.name: criticality for criticality in Criticality}
 """The values of the metadata key."""
 
 
+BUSY = 1.0
+"""Seconds for which a server is busy after a call had to wait."""
+
+
 class Reason(enum.Enum):
     """Why a call was refused."""
 
@@ -213,7 +217,7 @@ class Admission:
         with self._lock:
             if self._closed is not None:
                 return (self._refuse(ticket, self._closed),)
-            self._busy_until = now + self.config.interval
+            self._busy_until = now + BUSY
             self.limiter.queued = True
             if self.config.overload is Mode.DRY_RUN and self.in_flight < self.config.most:
                 if self.in_flight >= self.limiter.limit:
@@ -224,9 +228,12 @@ class Admission:
             self._waiting += 1
             if self._waiting <= self.config.queue_size:
                 return ()
-            oldest = next(lane for _, lane in reversed(self._lanes) if lane).popleft()
+            lane = next(lane for _, lane in reversed(self._lanes) if any(not ticket.gone for ticket in lane))
+            oldest = lane.popleft()
+            while oldest.gone:
+                oldest = lane.popleft()
             self._waiting -= 1
-            return () if oldest.gone else (self._refuse(oldest, Reason.FULL),)
+            return (self._refuse(oldest, Reason.FULL),)
 
     def dispatch(self, now: float, most: int | None = None) -> list[Ticket]:
         """Settle tickets: drop those that waited too long, and admit as many (``most`` at most) as there are permits.
@@ -243,7 +250,6 @@ class Admission:
                     ticket = lane[0]
                     if ticket.gone:
                         lane.popleft()
-                        self._waiting -= 1
                     elif self.config.overload is Mode.ON and codel.drops(now - ticket.arrived, now):
                         lane.popleft()
                         self._waiting -= 1
@@ -257,7 +263,7 @@ class Admission:
                     else:
                         break
             if self._waiting:
-                self._busy_until = now + self.config.interval
+                self._busy_until = now + BUSY
                 self.limiter.queued = True
         return settled
 
@@ -265,9 +271,10 @@ class Admission:
         """A call that waited is gone: give back what it may have got meanwhile. Returns the tickets settled by that."""
         with self._lock:
             ticket.gone = True
-            if not ticket.admitted:
-                return ()
-            self.in_flight -= 1
+            if ticket.admitted:
+                self.in_flight -= 1
+            elif ticket.refused is None:
+                self._waiting -= 1
         return self.dispatch(now)
 
     def leave(self, latency: Latency, seconds: float, ending: Ending, now: float) -> None:

@@ -115,15 +115,17 @@ class Registration:
         """End all leases, in ``within`` seconds at most: those that the registry isn't told of end by themselves."""
         if self._task is None or self._channel is None:
             return
+        end = time.monotonic() + within
         # First no more renewals: they would find the ended leases unknown, and register again.
         task, self._task = self._task, None
         task.cancel()
         await asyncio.wait([task], timeout=within)
-        # A lease may be on its way to us: without waiting for it nobody would ever end it.
+        # A lease may be on its way to us: without waiting for it nobody would end it before its time.
         if self._registering is not None and not self._registering.done():
             await asyncio.wait([self._registering], timeout=within)
             self._registering.cancel()
             await asyncio.wait([self._registering])
+        within = max(0.0, end - time.monotonic())
         stub = pb_grpc.RegistryStub(self._channel)
         ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
         for outcome in await asyncio.gather(*ended, return_exceptions=True):
@@ -157,6 +159,8 @@ class Registration:
         """Register what has no lease."""
         for instance in self.leases.missing():
             self._registering = asyncio.get_running_loop().create_task(self._register_one(stub, instance))
+            # Who awaits it may be gone when it fails.
+            self._registering.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._registering)
 
     async def _register_one(self, stub: Any, instance: pb.Instance) -> None:

@@ -141,11 +141,28 @@ class TestShedding:
         assert repr(last) == "<Ticket SHEDDABLE refused: full>"
 
     def test_one_that_is_gone_makes_room_without_being_refused(self) -> None:
-        house = full(queue_size=1)
-        gone = house.queue(SHED)
-        assert house.admission.abandon(gone, house.now) == ()
+        house = full(queue_size=2)
+        gone, stays = house.queue(SHED), house.queue(SHED)
+        house.admission.abandon(gone, house.now)
         assert house.queue().refused is None
-        assert (gone.refused, house.admission.waiting) == (None, 1)
+        assert (house.admission.waiting, stays.refused) == (2, None)
+        assert house.queue().refused is None
+        assert (gone.refused, stays.refused) == (None, Reason.FULL)
+
+    def test_one_that_went_from_the_middle_is_passed_over(self) -> None:
+        house = full(queue_size=2)
+        first, gone = house.queue(SHED), house.queue(SHED)
+        house.admission.abandon(gone, house.now)
+        last = house.queue(SHED)
+        assert [house.queue().refused for _ in range(2)] == [None, None]
+        assert (first.refused, gone.refused, last.refused) == (Reason.FULL, None, Reason.FULL)
+
+    def test_one_that_was_refused_as_it_went_is_not_counted_twice(self) -> None:
+        house = full(queue_size=1)
+        gone, stays = house.queue(SHED), house.queue()
+        assert gone.refused is Reason.FULL
+        house.admission.abandon(gone, house.now)
+        assert (house.admission.waiting, stays.refused) == (1, None)
 
 
 class TestLeaving:
@@ -232,7 +249,7 @@ class TestLate:
         assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now) is Reason.LATE
         assert house.admission.unfit(self.slow(), 0.6, CRITICAL, house.now) is None
         assert house.admission.refusals == {(Reason.LATE, CRITICAL): 1}
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now + 1.0) is None
+        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now + 2.0) is None
 
     def test_a_dry_run_counts(self) -> None:
         house = full(late=Mode.DRY_RUN)
