@@ -120,7 +120,8 @@ class RegistryResolver(Resolver):
 
     def _known(self) -> Update:
         endpoints = self._roster.endpoints()
-        return Update(endpoints, "" if endpoints else f"registry {self._registry}: no instance of {self._service}")
+        error = "" if endpoints else f"registry {self._registry}: no instance of {self._service}"
+        return Update(endpoints, error, service_config=self._roster.service_config)
 
     def __repr__(self) -> str:
         return f"<RegistryResolver {self._service} at {self._registry}>"

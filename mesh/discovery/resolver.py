@@ -17,11 +17,14 @@ class Update:
     ``error``: why it could not find out, or why there are none.
     ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist) instead
     of waiting for better news until their deadline (a registry that is away).
+    ``service_config``: the JSON of the config that holds for the service, empty when there is none; None when this says
+    nothing of it, and what was known holds.
     """
 
     endpoints: tuple[Endpoint, ...] | None
     error: str = ""
     final: bool = False
+    service_config: str | None = None
 
 
 class Resolver(abc.ABC):

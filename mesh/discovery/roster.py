@@ -7,7 +7,7 @@ A registry is believed as long as it lives. One that was restarted (its epoch is
 the services one by one, so what was known before is *held*: it stays among the endpoints until the service has
 registered again, or HOLD seconds have passed since the registry first told of any instance; while it tells of none, for
 as long as that lasts. An instance that really is gone by then does no harm: the health of its connection says so, and
-no call goes there.
+no call goes there. So it is with the service's config: a registry that was restarted and has none takes none away.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Roster:
         self._epoch = ""
         self._revision = 0
         self._in_step = False
+        self._config = ""
         self._known: dict[str, Endpoint] = {}
         self._held: dict[str, Endpoint] = {}
         self._held_until: float | None = None
@@ -49,6 +50,11 @@ class Roster:
         """When to call ``settle``; None when nothing is held, or when it is held for as long as it takes."""
         return self._held_until
 
+    @property
+    def service_config(self) -> str:
+        """The JSON of the service's config; empty when none is set."""
+        return self._config
+
     def endpoints(self) -> tuple[Endpoint, ...]:
         """All endpoints, by address; of two instances with one address, the one that the registry knows now."""
         found = {endpoint.address: endpoint for endpoint in (*self._held.values(), *self._known.values())}
@@ -67,6 +73,8 @@ class Roster:
             if step.epoch != self._epoch:
                 self._held |= self._known
                 self._held_until = None
+            if step.epoch == self._epoch or step.snapshot.service_config:
+                self._config = step.snapshot.service_config
             self._known = known
             self._in_step = True
         elif not self._in_step or step.epoch != self._epoch or step.revision < self._revision:
@@ -76,6 +84,8 @@ class Roster:
             self._known |= self._read(step.delta.upserted, complaints)
             for instance_id in step.delta.removed_ids:
                 self._known.pop(instance_id, None)
+            if step.delta.HasField("service_config"):
+                self._config = step.delta.service_config
         self._epoch, self._revision = step.epoch, step.revision
         for instance_id in self._known:
             self._held.pop(instance_id, None)

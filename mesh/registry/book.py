@@ -1,4 +1,4 @@
-"""The registry's book-keeping: instances under leases, and a bounded log of what changed.
+"""The registry's book-keeping: instances under leases, services' configs, and a bounded log of what changed.
 
 The law of this file: no clock, no IO, no chance. ``now`` is monotonic seconds, the epoch is given, and every method
 decides and returns; who waits, wakes watchers and talks to the network is ``service.py``.
@@ -19,16 +19,22 @@ from weft.mesh.v1 import registry_pb2 as pb
 LOG_SIZE = 10_000
 """Changes that the log remembers, over all services."""
 
+_CONFIG = ""  # stands in the log for the service's config, where instances have their ids, which are never empty
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What changed in a service: instances that are new or different, and the ids of those that are gone."""
+    """What changed in a service: instances that are new or different, and the ids of those that are gone.
+
+    ``config``: the service config's JSON when that changed, empty when it was taken back; else None.
+    """
 
     upserted: tuple[pb.Instance, ...] = ()
     removed_ids: tuple[str, ...] = ()
+    config: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.upserted or self.removed_ids)
+        return bool(self.upserted or self.removed_ids or self.config is not None)
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class _Service:
     """``forgotten``: the log no longer tells of this service's changes up to this revision."""
 
     forgotten: int
+    config: str = ""
     leases: dict[str, _Lease] = field(default_factory=dict)
     log: deque[tuple[int, str]] = field(default_factory=deque)
 
@@ -150,6 +157,18 @@ class Book:
         known = self._services.get(service)
         return tuple(known.leases[key].instance for key in sorted(known.leases)) if known else ()
 
+    def configure(self, service: str, config: str) -> None:
+        """Set a service's config, as JSON that whoever calls has validated; empty to take it back."""
+        known = self._service(service)
+        if known.config != config:
+            known.config = config
+            self._record(service, _CONFIG)
+
+    def config(self, service: str) -> str:
+        """The config that is set for a service; empty when there is none."""
+        known = self._services.get(service)
+        return known.config if known else ""
+
     def changes(self, service: str, since: int) -> Delta | None:
         """What changed in a service after revision ``since``, each instance once, as it is now.
 
@@ -167,9 +186,12 @@ class Book:
             if revision <= since:
                 break
             changed.add(instance_id)
+        configured = _CONFIG in changed
+        changed.discard(_CONFIG)
         return Delta(
             upserted=tuple(known.leases[key].instance for key in sorted(changed & known.leases.keys())),
             removed_ids=tuple(sorted(changed - known.leases.keys())),
+            config=known.config if configured else None,
         )
 
     def __repr__(self) -> str:
@@ -203,5 +225,5 @@ class Book:
             service = self._services[oldest]
             self._forgotten, _ = service.log.popleft()
             service.forgotten = self._forgotten
-            if not service.log and not service.leases:
+            if not (service.log or service.leases or service.config):
                 del self._services[oldest]

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from mesh import config
 from mesh.registry.book import Book, Delta
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -48,6 +49,9 @@ MAX_TEXT = 1024
 
 MAX_METADATA = 64
 """Labels on an instance."""
+
+MAX_CONFIG = 256 * 1024
+"""Characters in a service config."""
 
 _FULL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(%\w+)?\]|[^\s:/,\[\]]+):(?P<port>\d{1,5})", re.ASCII)
@@ -126,6 +130,18 @@ class RegistryService(pb_grpc.RegistryServicer):
                         answered = True
                     await changed.wait()
 
+    async def SetServiceConfig(
+        self, request: pb.SetServiceConfigRequest, context: _Context
+    ) -> pb.SetServiceConfigResponse:
+        violations = _service_violations("service", request.service) + _config_violations(request.service_config)
+        await _refuse(context, violations)
+        self._book.configure(request.service, request.service_config)
+        self._tell(request.service)
+        return pb.SetServiceConfigResponse()
+
+    async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
+        return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))
+
     def close(self) -> None:
         """End all streams with UNAVAILABLE, so that their clients look elsewhere, and end no more leases.
 
@@ -144,9 +160,12 @@ class RegistryService(pb_grpc.RegistryServicer):
         """The message that brings a watcher up to date, from a delta if there is one."""
         step = pb.WatchResponse(epoch=self._book.epoch, revision=self._book.revision)
         if delta is None:
-            step.snapshot.CopyFrom(pb.Snapshot(instances=self._book.snapshot(service)))
+            snapshot = pb.Snapshot(instances=self._book.snapshot(service), service_config=self._book.config(service))
+            step.snapshot.CopyFrom(snapshot)
         else:
-            step.delta.CopyFrom(pb.Delta(upserted=delta.upserted, removed_ids=delta.removed_ids))
+            step.delta.CopyFrom(
+                pb.Delta(upserted=delta.upserted, removed_ids=delta.removed_ids, service_config=delta.config)
+            )
         return step
 
     @contextlib.contextmanager
@@ -251,6 +270,20 @@ def _instance_violations(instance: pb.Instance) -> _Violations:
 def _service_violations(path: str, service: str) -> _Violations:
     if len(service) > MAX_TEXT or not _FULL_NAME.fullmatch(service):
         return [(path, 'must be a service\'s full name, such as "weft.user.v1.UserService"')]
+    return []
+
+
+def _config_violations(text: str) -> _Violations:
+    if not text:
+        return []
+    if len(text) > MAX_CONFIG:
+        return [("service_config", f"is longer than {MAX_CONFIG}")]
+    try:
+        config.parse(text)
+    except ValueError as error:
+        # "service config: methodConfig[0].timeout: expected ...", or "service config: not JSON: ..."
+        path, _, what = str(error).removeprefix("service config: ").partition(": ")
+        return [("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)]
     return []
 
 

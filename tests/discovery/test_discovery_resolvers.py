@@ -184,7 +184,8 @@ def user(id: str) -> pb.Instance:
 
 async def test_instances_come_and_go_as_the_registry_learns_of_them() -> None:
     async with serving() as registry, watching(eager(registry.address)) as updates:
-        assert await updates.next() == Update((), f"registry {registry.address}: no instance of {USER}")
+        error = f"registry {registry.address}: no instance of {USER}"
+        assert await updates.next() == Update((), error, service_config="")
         lease = await registry.register(user("a"))
         await updates.until("a")
         await registry.register(user("b"))
@@ -192,6 +193,14 @@ async def test_instances_come_and_go_as_the_registry_learns_of_them() -> None:
         await updates.until("a b")
         await registry.stub.Deregister(pb.DeregisterRequest(lease_id=lease))
         await updates.until("b")
+
+
+async def test_the_services_config_comes_with_its_instances() -> None:
+    async with serving() as registry, watching(eager(registry.address)) as updates:
+        await updates.next()
+        for text in ('{"loadBalancingConfig":[{"round_robin":{}}]}', ""):
+            await registry.stub.SetServiceConfig(pb.SetServiceConfigRequest(service=USER, service_config=text))
+            assert (await updates.next()).service_config == text
 
 
 @pytest.mark.slow

@@ -248,3 +248,34 @@ def test_bytes_from_anywhere_never_raise(data: bytes) -> None:
     with contextlib.suppress(DecodeError):  # as far as it could be read
         step.ParseFromString(data)
     roster_of(snapshot("e", 1, "a")).apply(step, now=0)
+
+
+CONFIG = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+
+
+def configured(epoch: str, revision: int, config: str) -> pb.WatchResponse:
+    return pb.WatchResponse(epoch=epoch, revision=revision, snapshot=pb.Snapshot(service_config=config))
+
+
+def test_the_services_config_is_what_the_registry_said_last() -> None:
+    roster = roster_of(configured("e", 1, CONFIG), delta("e", 2, "a"))
+    assert roster.service_config == CONFIG
+
+    other = pb.WatchResponse(epoch="e", revision=3, delta=pb.Delta(service_config="{}"))
+    assert roster.apply(other, now=0) == ""
+    assert roster.service_config == "{}"
+
+    taken_back = pb.WatchResponse(epoch="e", revision=4, delta=pb.Delta(service_config=""))
+    assert roster.apply(taken_back, now=0) == ""
+    assert roster.service_config == ""
+
+
+def test_a_config_that_was_taken_back_while_the_watch_was_broken_off_is_gone() -> None:
+    assert roster_of(configured("e", 1, CONFIG), configured("e", 9, "")).service_config == ""
+
+
+def test_a_registry_that_was_restarted_and_has_no_config_takes_none_away() -> None:
+    roster = roster_of(configured("e", 1, CONFIG), configured("new", 1, ""))
+    assert roster.service_config == CONFIG
+    assert roster.apply(configured("new", 2, "{}"), now=0) == ""
+    assert roster.service_config == "{}"

@@ -194,6 +194,40 @@ IDS = st.sampled_from(["a", "b", "c"])
 SERVICES = st.sampled_from([USER, ORDER])
 
 
+def test_a_config_is_a_change_like_another() -> None:
+    book = Book("e")
+    book.register(instance(), ttl=10, now=0)
+    book.configure(USER, "{}")
+
+    assert book.config(USER) == "{}"
+    assert book.config(ORDER) == ""
+    assert book.changes(USER, since=0) == Delta(upserted=(instance(),), config="{}")
+    assert book.changes(USER, since=1) == Delta(config="{}")
+
+    book.configure(USER, "{}")
+    assert book.revision == 2, "the same again is no change"
+
+    book.configure(USER, "")
+    assert book.config(USER) == ""
+    assert book.changes(USER, since=2) == Delta(config="")
+    assert book.changes(USER, since=2), "that it was taken back is news"
+
+
+def test_a_config_outlives_its_services_instances_and_the_log() -> None:
+    book = Book("e", log_size=2)
+    book.configure(USER, "{}")
+    for _ in range(3):
+        book.deregister(book.register(instance(service=ORDER), ttl=10, now=0))
+
+    assert book.config(USER) == "{}"
+    assert book.services() == []
+
+    book.configure(USER, "")
+    for _ in range(3):
+        book.deregister(book.register(instance(service=ORDER), ttl=10, now=0))
+    assert USER not in book._services, "and a service of which nothing is known is forgotten"
+
+
 class BookMachine(RuleBasedStateMachine):
     """Whatever happens, the book and its watchers agree with a plain dictionary that is searched from end to end."""
 

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from mesh.registry.service import DEFAULT_TTL, MAX_METADATA, MAX_TEXT, MAX_TTL, MIN_TTL
+from mesh.registry.service import DEFAULT_TTL, MAX_CONFIG, MAX_METADATA, MAX_TEXT, MAX_TTL, MIN_TTL
 from tests.registry.serving import BOUND, ORDER, USER, Serving, eventually, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -317,3 +317,56 @@ async def test_a_registry_that_stops_sends_its_clients_elsewhere_at_once(registr
         error = await failure(call.read())
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert error.details() == "the registry is shutting down"
+
+
+CONFIG = '{"methodConfig": [{"name": [{}], "timeout": "1s"}]}'
+
+
+def config_of(service: str, text: str) -> pb.SetServiceConfigRequest:
+    return pb.SetServiceConfigRequest(service=service, service_config=text)
+
+
+async def test_a_service_config_is_told_to_watchers_with_the_instances_and_when_it_changes(registry: Serving) -> None:
+    await registry.stub.SetServiceConfig(config_of(USER, CONFIG))
+    watcher = Watcher(registry)
+    assert (await watcher.next()).snapshot.service_config == CONFIG
+
+    await registry.stub.SetServiceConfig(config_of(ORDER, CONFIG))
+    await registry.register(instance("a"))
+    assert not (await watcher.next()).delta.HasField("service_config")
+
+    await registry.stub.SetServiceConfig(config_of(USER, ""))
+    step = await watcher.next()
+    assert step.delta.HasField("service_config")
+    assert step.delta.service_config == ""
+
+    got = await registry.stub.GetServiceConfig(pb.GetServiceConfigRequest(service=ORDER))
+    assert got.service_config == CONFIG
+    got = await registry.stub.GetServiceConfig(pb.GetServiceConfigRequest(service=USER))
+    assert got.service_config == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "what"),
+    [
+        ('{"methodConfig": [{"timeout": 3}]}', "service_config.methodConfig[0].timeout", "expected a duration"),
+        ("{", "service_config", "not JSON: "),
+        ("[]", "service_config", "the whole: expected an object"),
+        (" " * (MAX_CONFIG + 1), "service_config", f"is longer than {MAX_CONFIG}"),
+    ],
+)
+async def test_a_bad_service_config_is_refused_with_the_fields_path_and_the_good_one_stays(
+    registry: Serving, text: str, field: str, what: str
+) -> None:
+    await registry.stub.SetServiceConfig(config_of(USER, CONFIG))
+    error = await failure(registry.stub.SetServiceConfig(config_of(USER, text)))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in str(error.details())
+    bad = error_details_pb2.BadRequest()
+    rpc_status.from_call(error).details[0].Unpack(bad)
+    assert [violation.field for violation in bad.field_violations] == [field]
+    assert what in bad.field_violations[0].description
+
+    got = await registry.stub.GetServiceConfig(pb.GetServiceConfigRequest(service=USER))
+    assert got.service_config == CONFIG

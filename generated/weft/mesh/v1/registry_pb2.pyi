@@ -391,6 +391,9 @@ class Snapshot(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INSTANCES_FIELD_NUMBER: _builtins.int
+    SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
+    service_config: _builtins.str
+    """The service config's JSON; empty when none is set."""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
         """The instances."""
@@ -399,10 +402,11 @@ class Snapshot(_message.Message):
         self,
         *,
         instances: _abc.Iterable[Global___Instance] | None = ...,
+        service_config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "service_config", b"service_config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +420,9 @@ class Delta(_message.Message):
 
     UPSERTED_FIELD_NUMBER: _builtins.int
     REMOVED_IDS_FIELD_NUMBER: _builtins.int
+    SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
+    service_config: _builtins.str
+    """The service config's JSON, when it has changed; empty when it was taken back."""
     @_builtins.property
     def upserted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
         """Instances that are new, or replace the one with their id."""
@@ -429,11 +436,101 @@ class Delta(_message.Message):
         *,
         upserted: _abc.Iterable[Global___Instance] | None = ...,
         removed_ids: _abc.Iterable[_builtins.str] | None = ...,
+        service_config: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_service_config", b"_service_config", "service_config", b"service_config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_service_config", b"_service_config", "removed_ids", b"removed_ids", "service_config", b"service_config", "upserted", b"upserted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__service_config: _TypeAlias = _typing.Literal["service_config"]  # noqa: Y015
+    _WhichOneofArgType__service_config: _TypeAlias = _typing.Literal["_service_config", b"_service_config"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__service_config) -> _WhichOneofReturnType__service_config | None: ...
+
+Global___Delta: _TypeAlias = Delta  # noqa: Y015
+
+@_typing.final
+class SetServiceConfigRequest(_message.Message):
+    """What SetServiceConfig takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service's full name."""
+    service_config: _builtins.str
+    """The service config's JSON, as service_config.proto defines it; empty to take back what is set."""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        service_config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed_ids", b"removed_ids", "upserted", b"upserted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service", "service_config", b"service_config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Delta: _TypeAlias = Delta  # noqa: Y015
+Global___SetServiceConfigRequest: _TypeAlias = SetServiceConfigRequest  # noqa: Y015
+
+@_typing.final
+class SetServiceConfigResponse(_message.Message):
+    """What SetServiceConfig returns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetServiceConfigResponse: _TypeAlias = SetServiceConfigResponse  # noqa: Y015
+
+@_typing.final
+class GetServiceConfigRequest(_message.Message):
+    """What GetServiceConfig takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service's full name."""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetServiceConfigRequest: _TypeAlias = GetServiceConfigRequest  # noqa: Y015
+
+@_typing.final
+class GetServiceConfigResponse(_message.Message):
+    """What GetServiceConfig returns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
+    service_config: _builtins.str
+    """The service config's JSON; empty when none is set."""
+    def __init__(
+        self,
+        *,
+        service_config: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service_config", b"service_config"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetServiceConfigResponse: _TypeAlias = GetServiceConfigResponse  # noqa: Y015

@@ -62,6 +62,16 @@ class RegistryStub:
                 request_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.WatchRequest.SerializeToString,
                 response_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.SetServiceConfig = channel.unary_unary(
+                '/weft.mesh.v1.Registry/SetServiceConfig',
+                request_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigRequest.SerializeToString,
+                response_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigResponse.FromString,
+                _registered_method=True)
+        self.GetServiceConfig = channel.unary_unary(
+                '/weft.mesh.v1.Registry/GetServiceConfig',
+                request_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigRequest.SerializeToString,
+                response_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -104,9 +114,27 @@ class RegistryServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Watch sends a snapshot of a service's instances, then what changes, each with its revision. A watcher that was cut off
-        resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the registry no longer has
-        them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+        """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
+        that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
+        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetServiceConfig(self, request, context):
+        """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
+        whole, and a config with anything wrong in it changes nothing. Whoever sets configs sets them again when the registry
+        was restarted: like the instances they are kept in memory.
+
+        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServiceConfig(self, request, context):
+        """GetServiceConfig returns the config that is set for a service.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +167,16 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.WatchRequest.FromString,
                     response_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.WatchResponse.SerializeToString,
+            ),
+            'SetServiceConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetServiceConfig,
+                    request_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigRequest.FromString,
+                    response_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigResponse.SerializeToString,
+            ),
+            'GetServiceConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServiceConfig,
+                    request_deserializer=weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigRequest.FromString,
+                    response_serializer=weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -279,6 +317,60 @@ class Registry:
             '/weft.mesh.v1.Registry/Watch',
             weft_dot_mesh_dot_v1_dot_registry__pb2.WatchRequest.SerializeToString,
             weft_dot_mesh_dot_v1_dot_registry__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetServiceConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.mesh.v1.Registry/SetServiceConfig',
+            weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigRequest.SerializeToString,
+            weft_dot_mesh_dot_v1_dot_registry__pb2.SetServiceConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServiceConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.mesh.v1.Registry/GetServiceConfig',
+            weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigRequest.SerializeToString,
+            weft_dot_mesh_dot_v1_dot_registry__pb2.GetServiceConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

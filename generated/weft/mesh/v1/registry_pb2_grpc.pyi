@@ -52,10 +52,19 @@ class RegistryStub:
     ListInstances: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]
     """ListInstances returns the instances known now."""
     Watch: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]
-    """Watch sends a snapshot of a service's instances, then what changes, each with its revision. A watcher that was cut off
-    resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the registry no longer has
-    them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+    """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
+    that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
+    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
     """
+    SetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]
+    """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
+    whole, and a config with anything wrong in it changes nothing. Whoever sets configs sets them again when the registry
+    was restarted: like the instances they are kept in memory.
+
+    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+    """
+    GetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]
+    """GetServiceConfig returns the config that is set for a service."""
 
 @_typing.type_check_only
 class RegistryAsyncStub(RegistryStub):
@@ -81,10 +90,19 @@ class RegistryAsyncStub(RegistryStub):
     ListInstances: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]  # type: ignore[assignment]
     """ListInstances returns the instances known now."""
     Watch: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]  # type: ignore[assignment]
-    """Watch sends a snapshot of a service's instances, then what changes, each with its revision. A watcher that was cut off
-    resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the registry no longer has
-    them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+    """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
+    that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
+    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
     """
+    SetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]  # type: ignore[assignment]
+    """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
+    whole, and a config with anything wrong in it changes nothing. Whoever sets configs sets them again when the registry
+    was restarted: like the instances they are kept in memory.
+
+    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+    """
+    GetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]  # type: ignore[assignment]
+    """GetServiceConfig returns the config that is set for a service."""
 
 class RegistryServicer(metaclass=_abc_1.ABCMeta):
     """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
@@ -137,9 +155,30 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.WatchResponse], _abc.AsyncIterator[_registry_pb2.WatchResponse]]:
-        """Watch sends a snapshot of a service's instances, then what changes, each with its revision. A watcher that was cut off
-        resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the registry no longer has
-        them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+        """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
+        that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
+        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
         """
+
+    @_abc_1.abstractmethod
+    def SetServiceConfig(
+        self,
+        request: _registry_pb2.SetServiceConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.SetServiceConfigResponse, _abc.Awaitable[_registry_pb2.SetServiceConfigResponse]]:
+        """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
+        whole, and a config with anything wrong in it changes nothing. Whoever sets configs sets them again when the registry
+        was restarted: like the instances they are kept in memory.
+
+        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+        """
+
+    @_abc_1.abstractmethod
+    def GetServiceConfig(
+        self,
+        request: _registry_pb2.GetServiceConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.GetServiceConfigResponse, _abc.Awaitable[_registry_pb2.GetServiceConfigResponse]]:
+        """GetServiceConfig returns the config that is set for a service."""
 
 def add_RegistryServicer_to_server(servicer: RegistryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
