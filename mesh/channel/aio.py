@@ -63,6 +63,7 @@ class Channel(grpc.aio.Channel):
         self.interceptors = _by_kind(interceptors or ())
         self.closed = False
         self.calls: set[_Driver] = set()
+        self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -85,10 +86,13 @@ class Channel(grpc.aio.Channel):
         if self.closed:
             return
         self.closed = True
-        if grace and self.calls:
-            await asyncio.wait([asyncio.ensure_future(driver.finished()) for driver in self.calls], timeout=grace)
-        for driver in tuple(self.calls):
-            driver.cancel()
+        intercepted = tuple(self.intercepted)
+        if grace and (intercepted or self.calls):
+            ends = [*(driver.finished() for driver in self.calls), *(call.code() for call in intercepted)]
+            await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=grace)
+        for call in (*intercepted, *self.calls):
+            call.cancel()
+        self.assembly.pool.close()
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
@@ -106,11 +110,14 @@ class Channel(grpc.aio.Channel):
             return grpc.ChannelConnectivity.SHUTDOWN
         if self._core is not None:
             return self._core.get_state(try_to_connect)
+        state = STATES[self.assembly.pool.state() if self._running is not None else Connectivity.IDLE]
         if try_to_connect:
             self.start()
-        return STATES[self.assembly.pool.state() if self._running is not None else Connectivity.IDLE]
+        return state  # as it was before, like grpc's
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        if self.closed:
+            raise grpc.aio.UsageError("Channel is closed.")
         if self._core is not None:
             await self._core.wait_for_state_change(last_observed_state)
             return
@@ -266,6 +273,8 @@ class _Multicallable:
         channel, method = self._channel, self._method
         channel.start()
         assembly = channel.assembly
+        if credentials is not None and not assembly.secure:
+            raise grpc.aio.UsageError("Call credentials are only valid on secure channels")
         now = time.monotonic()
         call = assembly.call(method, now, timeout, metadata, wait_for_ready)
         flow = call_flow(call, assembly.cluster, assembly.rng, now)
@@ -288,7 +297,7 @@ class _Multicallable:
         kind, serializer, deserializer, _ = self._arguments
         if not isinstance(metadata, grpc.aio.Metadata):
             metadata = grpc.aio.Metadata.from_tuple(tuple(metadata or ()))
-        return _INTERCEPTED[kind](
+        call = _INTERCEPTED[kind](
             [*self._interceptors, _Innermost(self, compression)],
             requests,
             timeout,
@@ -301,6 +310,9 @@ class _Multicallable:
             deserializer,
             self._channel.loop,
         )
+        self._channel.intercepted.add(call)
+        call.add_done_callback(self._channel.intercepted.discard)
+        return call
 
 
 class UnaryUnary(_Multicallable, grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
@@ -445,6 +457,8 @@ class _Driver(EventDriver):
         if verdict is None or self not in self.channel.calls:
             return
         self.channel.calls.discard(self)
+        if self.replay is not None:
+            self.replay.close()
         if self._scope is not None:
             self._scope.release(self)
             self.channel.assembly.failed(self.call, verdict, self._scope)

@@ -62,10 +62,11 @@ class Assembly:
         open_subchannel: OpenSubchannel,
     ) -> None:
         self.target = target
+        self.secure = credentials is not None
         self.rng = random.Random()
         self._methods: dict[tuple[Any, ...], Method] = {}
         found, resolver = resolver_for(target)
-        given = dict(options or ())
+        given = _checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         self.config = config.parse(text, balanced_by_core=resolver is None) if text else config.ServiceConfig()
@@ -127,6 +128,18 @@ class Assembly:
 
     def __repr__(self) -> str:
         return f"<Assembly {self.target} {self.cluster!r}>"
+
+
+def _checked(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The options by name. What core would refuse is refused here, because core sees it only when a call is made."""
+    given = {}
+    for name, value in options:
+        if not isinstance(value, str | bytes) and not hasattr(value, "__int__"):
+            raise TypeError(f"channel option {name!r}: expected a string, bytes or a number, got {value!r}")
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            raise OverflowError(f"channel option {name!r}: {value} is beyond 32 bits")
+        given[name.decode() if isinstance(name, bytes) else name] = value
+    return given
 
 
 def idempotency_of(path: str) -> Idempotency:

@@ -42,7 +42,9 @@ PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 PUSHBACK = "grpc-retry-pushback-ms"
 
 NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
-CANCELLED_DETAILS = "Locally cancelled by application!"  # grpc's words
+# grpc's words
+CANCELLED_DETAILS = "Locally cancelled by application!"
+CLOSED_DETAILS = "Channel closed!"
 
 
 def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
@@ -55,6 +57,8 @@ def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) 
     try:
         while True:
             wake: Wake
+            if pool.closed:
+                return Verdict(Outcome(Code.CANCELLED, CLOSED_DETAILS, cancelled=True))
             if type(step) is Attempt:
                 outcome = perform(step)
                 wake = Ended(clock(), step.number, outcome)
@@ -70,11 +74,10 @@ def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) 
 
 
 def _wait(step: Step, pool: Pool) -> None:
-    """Block until the step's time is over or its picker was replaced. (Nothing else runs beside a blocking attempt.)"""
+    """Block until the step's time is over, or something changed. (Nothing else runs beside a blocking attempt.)"""
     assert isinstance(step, Wait)
     happened = threading.Event()
-    if step.picker is not None:
-        pool.when_replaced(step.picker, happened.set)
+    pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
     try:
         happened.wait(None if step.until is None else until(step.until))
     finally:

@@ -145,7 +145,7 @@ class AioReplay(_Buffer):
             yield request
 
     async def _fetch(self) -> Any:
-        if self._released:
+        if self._released and self._fetching is None:
             return await self._next()
         # An attempt that is cancelled meanwhile must not end the caller's iterator: the next attempt goes on with it.
         if self._fetching is None:
@@ -155,6 +155,12 @@ class AioReplay(_Buffer):
         finally:
             if self._fetching.done():
                 self._fetching = None
+
+    def close(self) -> None:
+        """The call is over: the caller's iterator, if it is being waited for, is cancelled."""
+        self.release()
+        if self._fetching is not None:
+            self._fetching.cancel()
 
     @property
     def writable(self) -> bool:

@@ -235,6 +235,7 @@ class Pool(abc.ABC):
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.closed = False
         self._lock = threading.Lock()
         self._waiting: set[Callable[[], None]] = set()
 
@@ -255,9 +256,9 @@ class Pool(abc.ABC):
         """The pool's one task, until it is cancelled; then every subchannel is closed."""
 
     def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``."""
+        """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``, or the pool is closed."""
         with self._lock:
-            if self.cluster.picker is picker:
+            if self.cluster.picker is picker and not self.closed:
                 self._waiting.add(callback)
                 return
         callback()
@@ -266,6 +267,14 @@ class Pool(abc.ABC):
         """``callback`` need not be called any more."""
         with self._lock:
             self._waiting.discard(callback)
+
+    def close(self) -> None:
+        """The channel closes: whoever waits is told, and finds ``closed``. (``run`` closes the subchannels.)"""
+        with self._lock:
+            self.closed = True
+            waiting, self._waiting = self._waiting, set()
+        for callback in waiting:
+            callback()
 
     def _change(self, change: Callable[[], object]) -> None:
         """Change the cluster, and tell those who wait when that replaced the picker."""
@@ -343,7 +352,9 @@ class ResolvedPool(Pool):
                 busy = self._tick()
                 await self._tidy(time.monotonic())
                 try:
-                    await asyncio.wait_for(wake.wait(), BUSY_TICK if busy else CALM_TICK)
+                    # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
+                    async with asyncio.timeout(BUSY_TICK if busy else CALM_TICK):
+                        await wake.wait()
                 except TimeoutError:
                     pass
                 wake.clear()

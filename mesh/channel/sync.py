@@ -25,6 +25,7 @@ from mesh import context
 from mesh.channel import background
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
+    CLOSED_DETAILS,
     CODES,
     NEVER_SENT,
     START,
@@ -156,7 +157,8 @@ class Channel(grpc.Channel):
                 return
             self.closed = True
         for driver in list(self._calls):
-            driver.cancel("Channel closed!")
+            driver.cancel(CLOSED_DETAILS)
+        self.assembly.pool.close()
         if self._stop is not None:
             self._stop()
         self._watch.close()
