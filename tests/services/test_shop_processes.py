@@ -40,6 +40,7 @@ def test_help_lists_every_variable_with_its_default(service: str) -> None:
     for line in ("MESH_DATA ", "MESH_DATABASE_URL ", "MESH_LOG_LEVEL ", "MESH_LISTEN ", "MESH_REGISTRY"):
         assert f"  {line}" in told.stdout
     assert "(default: data)" in told.stdout
+    assert ("MESH_USER_AWAY" in told.stdout) == (service == "order")
     assert "127.0.0.1:50051" in told.stdout
 
 
@@ -74,10 +75,42 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(
 def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        told = run(service, MESH_DATA=str(tmp_path), MESH_LISTEN=listen)
+        told = run(service, MESH_DATA=str(tmp_path), MESH_LISTEN=listen, MESH_USER_SERVICE="127.0.0.1:1")
     assert told.returncode == 2
     assert listen in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        (None, "MESH_CONFIG='{file}': can't be read: No such file or directory"),
+        ("MESH_LOG_LEVEL = loud", "MESH_CONFIG='{file}': should be TOML: Invalid value (at line 1, column 18)"),
+        ("log_level = 'info'", "MESH_CONFIG='{file}': log_level is no variable: these begin with MESH_, OTEL_, GRPC_"),
+        ("MESH_LISTEN = ['a']", "MESH_CONFIG='{file}': MESH_LISTEN should be a string, a number, true or false"),
+        ("MESH_LOG_LEVEL = 'loud'", "MESH_LOG_LEVEL='loud': Input should be 'debug', 'info'"),
+        ("MESH_USER_AWAY = 'shrug'", "MESH_USER_AWAY='shrug': Input should be 'refuse' or 'accept'"),
+        ("MESH_USER_TIMEOUT = 0", "MESH_USER_TIMEOUT='0': Input should be greater than 0"),
+        ("MESH_REGISTRY = ''", "MESH_USER_SERVICE='mesh:///weft.user.v1.UserService': "),
+        ("MESH_DATABASE_URL = 'mysql://host/name'", "a database is SQLite or PostgreSQL"),
+    ],
+    ids=["none", "no TOML", "name", "type", "value", "choice", "range", "registry", "database"],
+)
+def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Path, file: str | None, line: str) -> None:
+    path = tmp_path / "order.toml"
+    if file is not None:
+        path.write_text(file)
+    told = run("order", MESH_CONFIG=str(path), MESH_DATA=str(tmp_path / "data"), MESH_LISTEN="127.0.0.1:0")
+    assert told.returncode == 2
+    assert line.format(file=path) in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "user.toml"
+    path.write_text("MESH_LOG_LEVEL = 'loud'\nMESH_LISTEN = 'nowhere'\n")
+    told = run("user", MESH_CONFIG=str(path), MESH_DATA=str(tmp_path), MESH_LOG_LEVEL="info")
+    assert told.stderr.startswith("user: MESH_LISTEN='nowhere'")
 
 
 def test_it_serves_keeps_its_users_and_drains_on_sigterm(

@@ -1,0 +1,57 @@
+"""The shop's contracts break nobody who was built against those of the last release (docs/decisions)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+RELEASED = REPOSITORY / "protos" / "released.binpb"
+USER, ORDER = (Path("protos/weft") / name for name in ("user", "order"))
+
+
+def breaking(checkout: Path) -> str:
+    """What buf says of the contracts in ``checkout``: nothing, when they break nothing."""
+    buf = Path(sys.executable).with_name("buf")
+    done = subprocess.run(
+        [buf, "breaking", "--against", RELEASED], cwd=checkout, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode in {0, 100}, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The contracts, in a folder of their own."""
+    for name in ("protos", "third_party"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copy(REPOSITORY / "buf.yaml", tmp_path)
+    return tmp_path
+
+
+def test_what_was_released_goes_on_working() -> None:
+    assert breaking(REPOSITORY) == ""
+
+
+@pytest.mark.parametrize(
+    ("contract", "before", "after"),
+    [
+        (USER / "v1/user.proto", "string name = 2", "string full_name = 2"),
+        (USER / "v2/user.proto", "UserName name = 2;", "string name = 2;"),
+        (USER / "v2/user.proto", "  string family = 2", "  string family = 3"),
+        (ORDER / "v1/order.proto", "STATE_CONFIRMED = 2", "STATE_CONFIRMED = 9"),
+    ],
+    ids=["v1 field renamed", "v2 field retyped", "v2 field renumbered", "order state renumbered"],
+)
+def test_what_would_break_a_caller_is_found(checkout: Path, contract: Path, before: str, after: str) -> None:
+    changed = (checkout / contract).read_text()
+    assert before in changed
+    (checkout / contract).write_text(changed.replace(before, after, 1))
+    assert str(contract) in breaking(checkout)
