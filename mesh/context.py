@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-
 CRITICALITY = "weft-criticality"
 """The metadata key that says how much a call matters: CRITICAL_PLUS, CRITICAL, SHEDDABLE_PLUS or SHEDDABLE."""
 

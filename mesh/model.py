@@ -254,7 +254,7 @@ Wake = Headers | Ended | Elapsed
 
 
 class Verdict:
-    """How a call ended: the ``outcome``, and the ``attempt`` that it is of; None when the mesh itself ended the call."""
+    """How a call ended: the ``outcome``, and the ``attempt`` that it is of; None when the mesh itself ended it."""
 
     __slots__ = ("attempt", "outcome")
 

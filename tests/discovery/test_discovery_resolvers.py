@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
 
 import grpc
 import pytest
@@ -55,7 +55,7 @@ def of(update: Update) -> str:
 
 @contextlib.asynccontextmanager
 async def watching(resolver: Resolver) -> AsyncIterator[Updates]:
-    async with contextlib.aclosing(cast("AsyncGenerator[Update, None]", resolver.updates())) as updates:
+    async with contextlib.aclosing(resolver.updates()) as updates:
         yield Updates(updates)
 
 
