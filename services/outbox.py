@@ -71,6 +71,16 @@ class Outbox:
             sa.Column("holder", sa.Text, nullable=False),
             sa.Column("revision", sa.BigInteger, nullable=False),
         )
+        # Made once: SQLAlchemy takes as long to make a statement as SQLite does to run it.
+        events, lease = self._events.c, self._lease.c
+        self._add = sa.insert(self._events)
+        self._oldest = sa.select(self._events).order_by(events.sequence).limit(sa.bindparam("size"))
+        self._held = sa.select(lease.holder, lease.revision)
+        self._change = (
+            sa.update(self._lease)
+            .where(lease.revision == sa.bindparam("seen_revision"), lease.holder == sa.bindparam("seen_holder"))
+            .values(holder=sa.bindparam("to_holder"), revision=sa.bindparam("to_revision"))
+        )
 
     def add(
         self,
@@ -85,19 +95,20 @@ class Outbox:
         """Write an event in the caller's transaction. ``time``: when it happened; now, without one. The rest: as an
         ``Event`` has it."""
         connection.execute(
-            sa.insert(self._events).values(
-                id=str(uuid.uuid4()),
-                type=event_type,
-                subject=subject,
-                time=time if time is not None else dt.datetime.now(dt.UTC),
-                data=data.SerializeToString(),
-                trace=dict(trace),
-            )
+            self._add,
+            {
+                "id": str(uuid.uuid4()),
+                "type": event_type,
+                "subject": subject,
+                "time": time if time is not None else dt.datetime.now(dt.UTC),
+                "data": data.SerializeToString(),
+                "trace": dict(trace),
+            },
         )
 
     def waiting(self, connection: sa.Connection, size: int) -> list[Row]:
         """The ``size`` oldest events that wait, in their order."""
-        found = connection.execute(sa.select(self._events).order_by(self._events.c.sequence).limit(size))
+        found = connection.execute(self._oldest, {"size": size})
         return [
             Row(row.sequence, Event(row.id, self.source, row.type, row.subject, row.time, row.data, row.trace))
             for row in found
@@ -113,16 +124,20 @@ class Outbox:
 
     def lease(self, connection: sa.Connection) -> Lease:
         """The lease as it is."""
-        row = connection.execute(sa.select(self._lease.c.holder, self._lease.c.revision)).one()
+        row = connection.execute(self._held).one()
         return Lease(row.holder, row.revision)
 
     def change(self, connection: sa.Connection, seen: Lease, holder: str = _NOBODY) -> Lease | None:
         """Take, renew or (for nobody) give back the lease; None when it is no longer as it was ``seen``."""
         changed = Lease(holder, seen.revision + 1)
         done = connection.execute(
-            sa.update(self._lease)
-            .where(self._lease.c.revision == seen.revision, self._lease.c.holder == seen.holder)
-            .values(holder=changed.holder, revision=changed.revision)
+            self._change,
+            {
+                "seen_revision": seen.revision,
+                "seen_holder": seen.holder,
+                "to_revision": changed.revision,
+                "to_holder": changed.holder,
+            },
         )
         return changed if done.rowcount == 1 else None
 

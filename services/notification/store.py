@@ -38,6 +38,12 @@ processed_events = sa.Table(
     sa.Column("process_time", UtcDateTime, nullable=False),
 )
 
+# Made once: SQLAlchemy takes as long to make a statement as SQLite does to run it.
+_PROCESSED = sa.select(processed_events.c.event_id).where(processed_events.c.event_id == sa.bindparam("event_id"))
+_REMEMBER = sa.insert(processed_events)
+_TELL = sa.insert(notifications)
+_LAST = sa.select(sa.func.max(notifications.c.sequence))
+
 _TURNS = 0x6E6F7469  # "noti": any number that nothing else locks in the same database
 
 
@@ -55,22 +61,20 @@ class NotificationStore:
                 # One writer at a time, as with SQLite: a row then never shows up behind one with a higher number,
                 # where whoever watches has already been.
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURNS)))
-            before = sa.select(processed_events.c.event_id).where(processed_events.c.event_id == event_id)
-            if connection.execute(before).first() is not None:
+            if connection.execute(_PROCESSED, {"event_id": event_id}).first() is not None:
                 return False
+            connection.execute(_REMEMBER, {"event_id": event_id, "process_time": notification.create_time})
             connection.execute(
-                sa.insert(processed_events).values(event_id=event_id, process_time=notification.create_time)
-            )
-            connection.execute(
-                sa.insert(notifications).values(
-                    id=notification.id,
-                    user_id=notification.user_id,
-                    order_id=notification.order_id,
-                    kind=notification.kind.value,
-                    text=notification.text,
-                    event_time=notification.event_time,
-                    create_time=notification.create_time,
-                )
+                _TELL,
+                {
+                    "id": notification.id,
+                    "user_id": notification.user_id,
+                    "order_id": notification.order_id,
+                    "kind": notification.kind.value,
+                    "text": notification.text,
+                    "event_time": notification.event_time,
+                    "create_time": notification.create_time,
+                },
             )
             return True
 
@@ -116,6 +120,4 @@ class NotificationStore:
 
     async def last(self) -> int:
         """The sequence number of the newest notification; 0 without any."""
-        return await self._database.read(
-            lambda connection: connection.execute(sa.select(sa.func.max(notifications.c.sequence))).scalar() or 0
-        )
+        return await self._database.read(lambda connection: connection.execute(_LAST).scalar() or 0)
