@@ -99,6 +99,19 @@ class Cluster:
         self._swap()
         return new, gone
 
+    def reconfigure(self, config: ServiceConfig, now: float) -> None:
+        """Take another config. Every node keeps its memory, and the budget and the throttle what they hold, unless it
+        is their own settings that are others now."""
+        before, self.config = self.config, config
+        if config.budget != before.budget:
+            self.budget = Budget(config.budget, self._new_lock(), now)
+        if config.throttle != before.throttle:
+            self.throttle = Throttle(config.throttle, self._new_lock())
+        self.balancer = config.balancer or BalancerConfig()
+        for node in self.nodes.values():
+            node.decay, node.penalty = self.balancer.decay_time, self.balancer.failure_penalty
+        self._swap()
+
     def unresolved(self, error: str, *, final: bool) -> None:
         """The resolver could not find out who is there. Endpoints known from before stay; without any, calls wait for
         better news, or fail at once where the answer is ``final``."""

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mesh.config import BalancerConfig, ServiceConfig
+from mesh.config import BalancerConfig, BudgetConfig, ServiceConfig, ThrottleConfig
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster import Cluster
 from mesh.policy.pick import PowerOfTwo, RoundRobin
@@ -63,6 +63,33 @@ def test_an_update_tells_who_is_new_and_who_is_gone() -> None:
     cluster = cluster_of(0)
     assert cluster.update(endpoints("abc")) == (endpoints("abc"), [])
     assert cluster.update(endpoints("cda")) == (endpoints("d"), ["b"])
+
+
+def test_another_config_keeps_every_nodes_memory_and_what_the_budget_holds() -> None:
+    cluster = cluster_of(0)
+    cluster.update(endpoints("ab"))
+    set_states(cluster, READY)
+    node, budget, throttle = cluster.nodes["a"], cluster.budget, cluster.throttle
+    node.start()
+    balancer = BalancerConfig("peak_ewma", decay_time=3.0, failure_penalty=1.0)
+    cluster.reconfigure(ServiceConfig(balancer=balancer), now=1.0)
+
+    assert cluster.nodes["a"] is node
+    assert (node.in_flight, node.decay, node.penalty) == (1, 3.0, 1.0)
+    assert cluster.budget is budget
+    assert cluster.throttle is throttle
+    assert ready(cluster) == "ab"
+
+    cluster.reconfigure(
+        ServiceConfig(
+            balancer=BalancerConfig("round_robin"), budget=BudgetConfig(ratio=0.5), throttle=ThrottleConfig(10, 0.1)
+        ),
+        now=2.0,
+    )
+    assert isinstance(cluster.picker, RoundRobin)
+    assert cluster.nodes["a"] is node
+    assert cluster.budget is not budget
+    assert repr(cluster.throttle) == "<Throttle 10/10>"
 
 
 def test_an_update_keeps_the_memory_and_the_state_of_all_that_stay() -> None:
