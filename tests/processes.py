@@ -33,7 +33,7 @@ def eventually(condition: Callable[[], T], within: float = 10.0, what: str = "")
 
 def _ports() -> Iterator[int]:
     # Below the kernel's range for outgoing connections, so that none of those takes a port between its choice and its
-    # use; from a start of their own, so that test runs (xdist's workers, another checkout's) rarely try the same.
+    # use.
     least, most = 10000, 30000
     port = random.Random(os.getpid()).randrange(least, most)
     while True:
@@ -44,26 +44,36 @@ def _ports() -> Iterator[int]:
 _candidates = _ports()
 
 
-def _is_free(port: int) -> bool:
+def _take(port: int) -> bool:
+    """Take ``port`` for as long as this process lives, unless something listens on it or another test run took it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
             return False
+    # The port is for TCP; having it for UDP, too, tells the other runs (xdist's workers, another checkout's).
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mark:
+        try:
+            mark.bind((HOST, port))
+        except OSError:
+            return False
+        mark.detach()  # open until the process ends
         return True
 
 
 def free_ports(count: int) -> range:
-    """``count`` ports in a row that nothing listens on; no two calls in a process return the same."""
-    taken: list[int] = []
-    while len(taken) < count:
+    """``count`` ports in a row that nothing listens on; no two calls return the same, in any test run."""
+    first, taken = 0, 0
+    while taken < count:
         port = next(_candidates)
-        if not _is_free(port) or (taken and port != taken[-1] + 1):
-            taken.clear()
-        if _is_free(port):
-            taken.append(port)
-    return range(taken[0], taken[0] + count)
+        if not _take(port):
+            taken = 0
+        elif taken and port == first + taken:
+            taken += 1
+        else:
+            first, taken = port, 1
+    return range(first, first + count)
 
 
 class Process:
