@@ -75,7 +75,7 @@ class Channel(grpc.aio.Channel):
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
-            self._running = self.loop.create_task(self.assembly.pool.run(), context=contextvars.Context())
+            self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             # The multicallables hold the channel, so it lives as long as any stub.
             weakref.finalize(self, _stop, self.loop, self._running)
 

@@ -13,20 +13,24 @@ A call goes through, from the caller's side to the wire:
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
 
-from mesh import config, context
+from mesh import context
 from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
+from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
+from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
 from mesh.model import CallSpec, Endpoint, Idempotency, Metadatum, Verdict
 from mesh.policy.cluster import Cluster
@@ -48,9 +52,9 @@ OpenSubchannel = Callable[
 
 
 class Assembly:
-    """What stands behind a channel: its cluster and pool, and the policies of its methods.
+    """What stands behind a channel: its config, its cluster and pool, and the policies of its methods.
 
-    Made without IO, thread or loop. ``pool.run`` brings it to life.
+    Made without IO, thread or loop. ``run`` brings it to life.
     """
 
     def __init__(
@@ -65,39 +69,91 @@ class Assembly:
         self.secure = credentials is not None
         self.rng = random.Random()
         self._methods: dict[tuple[Any, ...], Method] = {}
+        self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
         given = _checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
-        self.config = config.parse(text, balanced_by_core=resolver is None) if text else config.ServiceConfig()
-        health_service = found.health_service if self.config.health_service is None else self.config.health_service
+        self._configs = Configs(target, balanced_by_core=resolver is None)
+        self._configs.offer(Source.OPTION, text or "")
+        # With an option the others are never asked.
+        self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
         self.cluster = Cluster(target, self.config, self.rng, time.monotonic(), threading.Lock)
         self.pool: Pool
         if resolver is None:
             if text:
-                given["grpc.service_config"] = config.for_core(text)
+                given["grpc.service_config"] = for_core(text)
             subchannel = open_subchannel(target, tuple(given.items()), credentials, compression)
             self.pool = OwnPool(self.cluster, Endpoint(target), subchannel)
         else:
             keepalive = dict(KEEPALIVE) if found.scheme == "mesh" else {}
-            arguments = {**keepalive, **_authority(found.authority), **given}
-            arguments["grpc.service_config"] = _endpoint_config(health_service)
-            core = tuple(arguments.items())
-            self.pool = ResolvedPool(
-                self.cluster, resolver, lambda address: open_subchannel(address, core, credentials, compression)
-            )
+            core = {**keepalive, **_authority(found.authority), **given}
+
+            def open_endpoint(address: str) -> Subchannel:
+                health_service = self.config.health_service
+                core_config = _endpoint_config(found.health_service if health_service is None else health_service)
+                arguments = (*core.items(), ("grpc.service_config", core_config))
+                return open_subchannel(address, arguments, credentials, compression)
+
+            configured = functools.partial(self._offer, Source.REGISTRY)
+            self.pool = ResolvedPool(self.cluster, resolver, open_endpoint, configured)
+
+    @property
+    def config(self) -> ServiceConfig:
+        """The service config that holds now."""
+        return self._configs.current
+
+    def run(self) -> Coroutine[Any, Any, None]:
+        """The channel's one task, until it is cancelled. The config file is read before, so the first call has it."""
+        if self._config_file is None:
+            return self.pool.run()
+        self._read(self._config_file)
+        return self._run(self._config_file)
+
+    async def _run(self, config_file: ConfigFile) -> None:
+        reading = asyncio.create_task(self._reread(config_file))
+        try:
+            await self.pool.run()
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+
+    async def _reread(self, config_file: ConfigFile) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            self._read(config_file)
+
+    def _read(self, config_file: ConfigFile) -> None:
+        try:
+            text = config_file.news()
+        except ValueError as error:
+            self._configs.refuse(Source.FILE, str(error))
+        else:
+            if text is not None:
+                self._offer(Source.FILE, text)
+
+    def _offer(self, source: Source, text: str) -> None:
+        """Have another config hold from the next call on, if ``text`` makes one. Calls in flight go on with theirs."""
+        with self._lock:
+            if not self._configs.offer(source, text):
+                return
+            for method in self._methods.values():
+                method.policy = self._policy(method.path)
+        self.pool.reconfigure(self.config)
+
+    def _policy(self, path: str) -> MethodPolicy:
+        policy = self.config.method(path, idempotency_of(path))
+        return policy if self._retries else replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""
         key = (kind, path, serializer, deserializer, registered)
-        found = self._methods.get(key)
-        if found is None:
-            policy = self.config.method(path, idempotency_of(path))
-            if not self._retries:
-                policy = replace(policy, retry=config.NEVER_RETRY, hedge=config.NEVER_HEDGE)
-            found = Method(kind, path, serializer, deserializer, registered, policy)
-            self._methods[key] = found
-        return found
+        with self._lock:
+            found = self._methods.get(key)
+            if found is None:
+                found = Method(kind, path, serializer, deserializer, registered, self._policy(path))
+                self._methods[key] = found
+            return found
 
     def call(
         self,

@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mesh.config import MethodPolicy
+from mesh.config import MethodPolicy, ServiceConfig
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster import Cluster
@@ -280,6 +280,10 @@ class Pool(abc.ABC):
         """Change the cluster, and tell those who wait when that replaced the picker."""
         waiting: set[Callable[[], None]] = set()
         with self._lock:
+    def reconfigure(self, config: ServiceConfig) -> None:
+        """Have the cluster take another config."""
+        self._change(lambda: self.cluster.reconfigure(config, time.monotonic()))
+
             before: Picker = self.cluster.picker
             change()
             if self.cluster.picker is not before:
@@ -319,15 +323,25 @@ class OwnPool(Pool):
 
 
 class ResolvedPool(Pool):
-    """The pool of a target of the mesh's own: fed by a resolver, its subchannels' states looked at on a tick."""
+    """The pool of a target of the mesh's own: fed by a resolver, its subchannels' states looked at on a tick.
 
-    def __init__(self, cluster: Cluster, resolver: Resolver, open_subchannel: Callable[[str], Subchannel]) -> None:
+    ``configured`` is told each service config that the resolver learns of, before the endpoints that come with it.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        resolver: Resolver,
+        open_subchannel: Callable[[str], Subchannel],
+        configured: Callable[[str], None],
+    ) -> None:
         super().__init__(cluster)
         self._resolver = resolver
         self._open_subchannel = open_subchannel
         self._subchannels: dict[str, Subchannel] = {}
         self._retired: list[tuple[float, Node, Subchannel]] = []
         self._wake: Callable[[], object] = lambda: None
+        self._configured = configured
 
     def get(self, address: str) -> Subchannel | None:
         subchannel = self._subchannels.get(address)
@@ -388,6 +402,8 @@ class ResolvedPool(Pool):
         for endpoint in new:
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
+                if update.service_config is not None:
+                    self._configured(update.service_config)
 
     def _tick(self) -> bool:
         """Look at every state, and connect what is idle; returns whether connections are being made."""
@@ -404,9 +420,15 @@ class ResolvedPool(Pool):
     async def _tidy(self, now: float) -> None:
         """Close what has retired, and the channels of retries long past."""
         with self._lock:
-            over = [entry for entry in self._retired if now - entry[0] > RETIRE_AFTER and not entry[1].in_flight]
-            self._retired = [entry for entry in self._retired if entry not in over]
-        for _, _, subchannel in over:
+            over: list[Subchannel] = []
+            staying = []
+            for entry in self._retired:
+                if now - entry[0] > RETIRE_AFTER and not entry[1].in_flight:
+                    over.append(entry[2])
+                else:
+                    staying.append(entry)
+            self._retired = staying
+        for subchannel in over:
             await subchannel.close()
         for address, subchannel in tuple(self._subchannels.items()):
             node = self.cluster.nodes.get(address)

@@ -77,7 +77,7 @@ class Channel(grpc.Channel):
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
-                running = background.spawn(self.assembly.pool.run())
+                running = background.spawn(self.assembly.run())
                 # The multicallables hold the channel, so it lives as long as any stub.
                 self._stop = weakref.finalize(self, running.cancel)
 

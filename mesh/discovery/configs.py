@@ -1,0 +1,131 @@
+"""Where a channel's service config comes from: the channel's option, a file that is read again when it changes, the
+registry.
+
+Rule 1: the first of them that has a config gives it, whole; nothing is merged.
+Rule 2: a config is taken whole or not at all. One with anything wrong in it is logged once, with the field's path, and
+what its source said last stays (A21).
+Rule 3: a source that can't be read has not changed its mind.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import os
+from pathlib import Path
+
+from mesh import config
+
+FILE_VARIABLE = "MESH_SERVICE_CONFIG"
+"""The environment variable that names the file. It holds a service config, or
+``{"services": {"weft.user.v1.UserService": {...}, "dns:///search:50051": {...}, "*": {...}}}``: a config for each
+service of a ``mesh:///`` target and for each other target, and one for all the rest."""
+
+PERIOD = 1.0
+"""Between two looks at the file. Seconds."""
+
+_LOG = logging.getLogger("mesh.config")
+
+
+class Source(enum.IntEnum):
+    """Who gave a config; the lower number goes first."""
+
+    OPTION = 0
+    FILE = 1
+    REGISTRY = 2
+
+
+class Configs:
+    """What the sources of one channel say, and the ``current`` config that follows from it.
+
+    ``channel`` is what log lines call it. ``balanced_by_core``: its balancing policy is for gRPC core to read.
+    """
+
+    def __init__(self, channel: str, *, balanced_by_core: bool = False) -> None:
+        self.current = config.ServiceConfig()
+        self._channel = channel
+        self._balanced_by_core = balanced_by_core
+        self._parsed: dict[Source, config.ServiceConfig] = {}
+        self._complaints: dict[Source, str] = {}
+
+    def offer(self, source: Source, text: str) -> bool:
+        """Take what a source says now; empty when it has no config. Returns whether ``current`` is another since.
+
+        Raises:
+            ValueError: the channel's option is wrong, which its caller can mend; other sources' errors are logged.
+        """
+        try:
+            parsed = config.parse(text, balanced_by_core=self._balanced_by_core) if text else None
+        except ValueError as error:
+            if source is Source.OPTION:
+                raise
+            self.refuse(source, str(error))
+            return False
+        self._complaints.pop(source, None)
+        if parsed is None:
+            self._parsed.pop(source, None)
+        else:
+            self._parsed[source] = parsed
+        before, self.current = self.current, self._parsed[min(self._parsed)] if self._parsed else config.ServiceConfig()
+        return self.current != before
+
+    def refuse(self, source: Source, why: str) -> None:
+        """A source said what can't be taken: say so, once for each reason."""
+        if self._complaints.get(source) != why:
+            self._complaints[source] = why
+            _LOG.error("%s: the %s's config is not taken, what held stays: %s", self._channel, source.name.lower(), why)
+
+    def __repr__(self) -> str:
+        return f"<Configs {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"
+
+
+class ConfigFile:
+    """The file's part for one channel, looked at again and again. ``names``: what the file may call the channel."""
+
+    def __init__(self, path: str, *names: str) -> None:
+        self._path = Path(path)
+        self._names = (*names, "*")
+        self._seen: object = None
+
+    @classmethod
+    def of_environment(cls, *names: str) -> ConfigFile | None:
+        """The file that ``MESH_SERVICE_CONFIG`` names, if it names one."""
+        path = os.environ.get(FILE_VARIABLE)
+        return cls(path, *names) if path else None
+
+    def news(self) -> str | None:
+        """The JSON of the channel's config when the file is another than at the last look, empty when it has none for
+        this channel; None when the file is as it was.
+
+        Raises:
+            ValueError: the file can't be read or isn't what it should be; told once, until it changes again.
+        """
+        seen = self._stamp()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            root = json.loads(self._path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{self._path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self._path}: not JSON: {error}") from None
+        services = root.get("services") if isinstance(root, dict) else None
+        if services is None:
+            return json.dumps(root)
+        if not isinstance(services, dict):
+            raise ValueError(f"{self._path}: services: expected an object of configs by service")
+        return next((json.dumps(services[name]) for name in self._names if name in services), "")
+
+    def _stamp(self) -> object:
+        """What changes when the file does; with the inode, because a file renamed into place may be as old and as long
+        as the one before."""
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            return error.errno
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def __repr__(self) -> str:
+        return f"<ConfigFile {self._path} for {self._names[0]}>"
