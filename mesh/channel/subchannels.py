@@ -276,14 +276,14 @@ class Pool(abc.ABC):
         for callback in waiting:
             callback()
 
-    def _change(self, change: Callable[[], object]) -> None:
-        """Change the cluster, and tell those who wait when that replaced the picker."""
-        waiting: set[Callable[[], None]] = set()
-        with self._lock:
     def reconfigure(self, config: ServiceConfig) -> None:
         """Have the cluster take another config."""
         self._change(lambda: self.cluster.reconfigure(config, time.monotonic()))
 
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change the cluster, and tell those who wait when that replaced the picker."""
+        waiting: set[Callable[[], None]] = set()
+        with self._lock:
             before: Picker = self.cluster.picker
             change()
             if self.cluster.picker is not before:
@@ -337,11 +337,11 @@ class ResolvedPool(Pool):
     ) -> None:
         super().__init__(cluster)
         self._resolver = resolver
+        self._configured = configured
         self._open_subchannel = open_subchannel
         self._subchannels: dict[str, Subchannel] = {}
         self._retired: list[tuple[float, Node, Subchannel]] = []
         self._wake: Callable[[], object] = lambda: None
-        self._configured = configured
 
     def get(self, address: str) -> Subchannel | None:
         subchannel = self._subchannels.get(address)
@@ -388,6 +388,8 @@ class ResolvedPool(Pool):
             async for update in updates:
                 if update.endpoints is None:
                     _LOG.warning("%s: %s", self.cluster.name, update.error)
+                if update.service_config is not None:
+                    self._configured(update.service_config)
                 self._change(functools.partial(self._update, update))
 
     def _update(self, update: Update) -> None:
@@ -402,8 +404,6 @@ class ResolvedPool(Pool):
         for endpoint in new:
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
-                if update.service_config is not None:
-                    self._configured(update.service_config)
 
     def _tick(self) -> bool:
         """Look at every state, and connect what is idle; returns whether connections are being made."""
