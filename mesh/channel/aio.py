@@ -113,6 +113,7 @@ class Channel(grpc.aio.Channel):
         state = STATES[self.assembly.pool.state() if self._running is not None else Connectivity.IDLE]
         if try_to_connect:
             self.start()
+            self.assembly.pool.wanted()
         return state  # as it was before, like grpc's
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:

@@ -163,7 +163,12 @@ class Assembly:
         metadata: Sequence[Metadatum] | None,
         wait_for_ready: bool | None,
     ) -> CallSpec:
-        """A new call, with what it inherits from the inbound call being handled."""
+        """A new call, with what it inherits from the inbound call being handled.
+
+        Raises ValueError or TypeError for metadata that gRPC can't send.
+        """
+        if metadata:
+            _check_metadata(metadata)
         policy = method.policy
         if wait_for_ready is None:
             wait_for_ready = bool(policy.wait_for_ready)
@@ -184,6 +189,23 @@ class Assembly:
 
     def __repr__(self) -> str:
         return f"<Assembly {self.target} {self.cluster!r}>"
+
+
+_KEY = re.compile(r"[0-9a-z_.-]+")
+_VALUE = re.compile(r"[\x20-\x7e]*")
+
+
+def _check_metadata(metadata: Sequence[tuple[Any, Any]]) -> None:
+    """Raise what grpc raises, and before an endpoint is waited for."""
+    for key, value in metadata:
+        if not isinstance(key, str | bytes) or not isinstance(value, str | bytes):
+            raise TypeError(f"metadata was invalid: {(key, value)}")
+        name = key if isinstance(key, str) else key.decode("latin-1")
+        legal = _KEY.fullmatch(name)
+        if legal and not name.endswith("-bin"):
+            legal = _VALUE.fullmatch(value if isinstance(value, str) else value.decode("latin-1"))
+        if not legal:
+            raise ValueError(f"metadata was invalid: {(key, value)}")
 
 
 def _checked(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -209,11 +231,12 @@ def idempotency_of(path: str) -> Idempotency:
 
 
 def _endpoint_config(health_service: str | None) -> str:
-    # round_robin, because pick_first ignores health (A17); over one address they pick alike.
-    core: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if health_service is not None:
-        core["healthCheckConfig"] = {"serviceName": health_service}
-    return json.dumps(core)
+    if health_service is None:
+        return "{}"  # pick_first: one connection for an address, also when it is a name with several
+    # round_robin, because pick_first ignores health (A17).
+    return json.dumps(
+        {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": health_service}}
+    )
 
 
 def _authority(name: str | None) -> dict[str, str]:

@@ -77,6 +77,8 @@ def _wait(step: Step, pool: Pool) -> None:
     """Block until the step's time is over, or something changed. (Nothing else runs beside a blocking attempt.)"""
     assert isinstance(step, Wait)
     happened = threading.Event()
+    if step.picker is not None:
+        pool.wanted()
     pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
     try:
         happened.wait(None if step.until is None else until(step.until))
@@ -197,6 +199,7 @@ class EventDriver:
             self.changed()
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
+            self.pool.wanted()
             self.pool.when_replaced(step.picker, self.elapsed)
         until = step.until
         if until != self._until:

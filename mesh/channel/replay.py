@@ -81,7 +81,10 @@ class Replay(_Buffer):
         self, requests: Iterable[Any], serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]
     ) -> None:
         super().__init__(serializer, on_overflow)
-        self._requests = iter(requests)
+        try:
+            self._requests = iter(requests)
+        except TypeError as error:
+            self._error = error  # which each attempt meets, and grpc ends the call with
         self._taking = threading.Lock()  # one attempt at a time waits for the caller's next request
 
     def requests(self) -> Iterator[Request]:
@@ -120,7 +123,10 @@ class AioReplay(_Buffer):
         if isinstance(source, AsyncIterable):
             self._next = aiter(source).__anext__
         else:
-            self._next = _asynchronous(iter(source or ()))
+            try:
+                self._next = _asynchronous(iter(source or ()))
+            except TypeError as error:
+                self._error = error  # which each attempt meets, and grpc ends the call with
         self._taking = asyncio.Lock()
         self._fetching: asyncio.Future[Any] | None = None
 

@@ -255,6 +255,10 @@ class Pool(abc.ABC):
     async def run(self) -> None:
         """The pool's one task, until it is cancelled; then every subchannel is closed."""
 
+    def wanted(self) -> None:
+        """A call wants an endpoint and finds none: connect those whose connection was lost and not made anew."""
+        return
+
     def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``, or the pool is closed."""
         with self._lock:
@@ -341,9 +345,14 @@ class ResolvedPool(Pool):
         self._open_subchannel = open_subchannel
         self._subchannels: dict[str, Subchannel] = {}
         self._retired: list[tuple[float, Node, Subchannel]] = []
+        # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
+        # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
+        self._resting: set[str] = set()
         self._wake: Callable[[], object] = lambda: None
 
     def get(self, address: str) -> Subchannel | None:
+        if self._resting:
+            self.wanted()
         subchannel = self._subchannels.get(address)
         if subchannel is not None:
             if subchannel.ready():
@@ -355,6 +364,11 @@ class ResolvedPool(Pool):
         subchannel = self._subchannels.get(address)
         if subchannel is not None:
             self._observe([(address, subchannel.state())])
+
+    def wanted(self) -> None:
+        if self._resting:
+            self._resting.clear()
+            self._wake()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -406,13 +420,18 @@ class ResolvedPool(Pool):
         self._wake()
 
     def _tick(self) -> bool:
-        """Look at every state, and connect what is idle; returns whether connections are being made."""
+        """Look at every state, and connect what is idle and not at rest; returns whether connections are being made."""
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
+        known = self.cluster.states
+        for address, state in states:
+            if state == Connectivity.IDLE and known.get(address) == Connectivity.READY:
+                self._resting.add(address)
         self._observe(states)
         if any(state == Connectivity.TRANSIENT_FAILURE for _, state in states):
             self._resolver.resolve_now()
         connecting = sum(state == Connectivity.CONNECTING for _, state in states)
-        idle = [address for address, state in states if state == Connectivity.IDLE]
+        resting = self._resting
+        idle = [address for address, state in states if state == Connectivity.IDLE and address not in resting]
         for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
             self._subchannels[address].connect()
         return bool(connecting or idle)

@@ -99,6 +99,7 @@ class Channel(grpc.Channel):
             return
         if try_to_connect:
             self.start()
+            self.assembly.pool.wanted()
         self._watch.subscribe(callback)
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
@@ -158,10 +159,10 @@ class Channel(grpc.Channel):
             self.closed = True
         for driver in list(self._calls):
             driver.cancel(CLOSED_DETAILS)
+        self._watch.close()
         self.assembly.pool.close()
         if self._stop is not None:
             self._stop()
-        self._watch.close()
 
     def __enter__(self) -> Channel:
         return self
