@@ -46,7 +46,7 @@ class Handlers(grpc.GenericRpcHandler):
         self._gate = gate
         self._failed = itertools.count()
         if through:
-            self._below = mesh.insecure_channel(through, retrying()).unary_unary("/bench.Echo/Fail")
+            self._below: Any = mesh.insecure_channel(through, retrying()).unary_unary("/bench.Echo/Fail")
         self._methods: dict[str, Any] = {
             "/bench.Echo/Unary": grpc.unary_unary_rpc_method_handler(self._unary),
             "/bench.Echo/Stream": grpc.unary_stream_rpc_method_handler(self._stream),
