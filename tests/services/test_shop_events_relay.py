@@ -53,16 +53,31 @@ class Bus(MemoryBus):
         self.loses_words = False
         self.given: list[Event] = []
         self.silent = False
+        self.at_once = 0
+        """How often an event came while another of its subject was on its way."""
+        self._under_way: set[str] = set()
+        self._rng = random.Random(6)
 
     async def publish(self, event: Event) -> None:
         if self.silent:
             await asyncio.Event().wait()
         if self.away:
             raise BusAwayError("away")
+        self.at_once += event.subject in self._under_way
+        self._under_way.add(event.subject)
+        try:
+            # Events on their way may overtake each other.
+            await asyncio.sleep(0.001 * self._rng.randrange(4))
+        finally:
+            self._under_way.discard(event.subject)
         self.given.append(event)
         await super().publish(event)
         if self.loses_words:
             raise BusAwayError("no word")
+
+    async def keeps(self, count: int) -> None:
+        """Return when so many events are kept."""
+        await until(lambda: len(self.kept) >= count)
 
     def numbers(self, subject: str) -> list[int]:
         """The numbers of a subject's events, in the order in which the bus kept them."""
@@ -173,8 +188,10 @@ async def test_one_of_several_relays_works_and_another_follows_the_killed(
     number = 0
     while relays:
         assert sum(each.holds for each in relays) <= 1
-        await write(databases[0], "a", *range(number, number + 20))
-        number += 20
+        for _ in range(5):
+            await write(databases[0], "a", *range(number, number + 20))
+            number += 20
+            await bus.keeps(number - 10)  # amid its work
         await until(lambda: any(each.holds for each in relays))
         holder = next(each for each in relays if each.holds)
         relays.remove(holder)
@@ -182,6 +199,7 @@ async def test_one_of_several_relays_works_and_another_follows_the_killed(
             await kill(holder)
         else:
             await holder.__aexit__(None, None, None)
+    assert bus.at_once == 0
     assert bus.numbers("a") == list(range(number))
     assert await waiting(databases[0]) == 0
 
