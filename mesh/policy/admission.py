@@ -250,7 +250,7 @@ class Admission:
                     ticket = lane[0]
                     if ticket.gone:
                         lane.popleft()
-                    elif self.config.overload is Mode.ON and codel.drops(now - ticket.arrived, now):
+                    elif self._drops(codel, now - ticket.arrived, self.in_flight < bound, now):
                         lane.popleft()
                         self._waiting -= 1
                         settled.append(self._refuse(ticket, Reason.DELAY))
@@ -331,6 +331,13 @@ class Admission:
                 return None
             self.refusals[reason, criticality] += 1
         return reason
+
+    def _drops(self, codel: CoDel, delay: float, free: bool, now: float) -> bool:
+        if self.config.overload is not Mode.ON or not codel.drops(delay, now):
+            return False
+        # Delay that stands over a few calls, with permits to spare, is a process that was kept from running: no
+        # overload that refusing them would end.
+        return not free or self._waiting > self.config.least
 
     def _set_bounds(self) -> None:
         if self.config.overload is Mode.OFF:

@@ -126,12 +126,18 @@ class AioGate(Gate):
 
     grpc.aio accepts one call in about five passes of the loop, so handlers that hold the loop keep it from accepting:
     calls then pile up in core, where nothing sees how long they wait. While the loop is busy, the gate therefore takes
-    a *turn* every TURN: it holds handlers back until no more calls come in, so that what waits waits here, where it is
-    counted, ordered and shed.
+    a *turn* now and then: it holds handlers back until no more calls come in, so that what waits waits here, where it
+    is counted, ordered and shed.
     """
 
-    TURN = 0.02
-    """Seconds between two turns."""
+    TURN, SELDOM = 0.02, 0.32
+    """Seconds between two turns: when handlers hold the loop, and when none was seen to."""
+
+    HELD = 0.002
+    """Seconds in a pass that began handlers, beyond which they hold the loop."""
+
+    BATCH = 64
+    """Handlers that begin in one pass at most; fewer when they hold the loop."""
 
     BUSY = 0.5
     """The share of its time that the loop's thread runs, or would, when it is busy. Below, there are no turns."""
@@ -151,6 +157,9 @@ class AioGate(Gate):
         """Calls seen; counted where handlers are looked up."""
         self._turns = self.admission.config.overload is Mode.ON
         self._clock = _BusyClock()
+        self._every = self.TURN
+        self._batch = 1
+        self._passed = 0.0
         self._turned = 0.0
         self._cpu = 0.0
         self._turning = False
@@ -169,7 +178,7 @@ class AioGate(Gate):
 
     def enter(self, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
-        if now - self._turned >= self.TURN and self._turn_begins(now):
+        if now - self._turned >= self._every and self._turn_begins(now):
             return False
         return self.admission.enter(criticality)
 
@@ -195,6 +204,7 @@ class AioGate(Gate):
     def settle(self) -> None:
         if not self._pumping and self.admission.waiting:
             self._pumping = True
+            self._passed = time.monotonic()
             asyncio.get_running_loop().call_soon(self._pass)
 
     def _turn_begins(self, now: float) -> bool:
@@ -202,6 +212,8 @@ class AioGate(Gate):
         cpu = self._clock()
         self._turning = self._turns and cpu - self._cpu >= self.BUSY * (now - self._turned)
         self._turned, self._cpu, self._quiet = now, cpu, now
+        if self._turning:
+            self._every = min(2 * self._every, self.SELDOM)
         return self._turning
 
     def _pass(self) -> None:
@@ -215,12 +227,19 @@ class AioGate(Gate):
                 return
             self._turning = False
             self._turned, self._cpu = now, self._clock()
-        # One at a time, so that handlers which hold the loop don't all hold it before the next turn.
-        settled = self.admission.dispatch(now, 1)
+            self._batch = 1
+        elif now - self._passed > self.HELD:
+            # Handlers began in the last pass, and held it: one at a time, and a turn soon.
+            self._batch = 1
+            self._every = self.TURN
+        else:
+            self._batch = min(2 * self._batch, self.BATCH)
+        settled = self.admission.dispatch(now, self._batch)
         _wake(settled)
         if any(ticket.admitted for ticket in settled):
-            if now - self._turned >= self.TURN:
+            if now - self._turned >= self._every:
                 self._turn_begins(now)
+            self._passed = now
             loop.call_soon(self._pass)
             return
         self._pumping = False

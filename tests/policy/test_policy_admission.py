@@ -114,6 +114,23 @@ class TestShedding:
         assert codel.standing
         assert all(house.now - ticket.arrived <= 0.03 for ticket in lane)
 
+    @pytest.mark.parametrize(("waiting", "drops"), [(10, False), (11, True)])
+    def test_with_permits_to_spare_a_few_that_waited_long_are_let_in(self, waiting: int, drops: bool) -> None:
+        # The process stood still; or it runs one handler after another, each holding its loop, and falls behind.
+        house = House(target=0.01, interval=0.1)
+        for _ in range(20):
+            for _ in range(waiting):
+                house.queue()
+            house.now += 0.09
+            house.admission.dispatch(house.now, 0)
+            settled = house.admission.dispatch(house.now)
+            for _ in range(house.admission.in_flight):
+                house.admission.release()
+            while house.admission.waiting:
+                settled += house.leave()
+                house.admission.in_flight = 0
+        assert bool(house.admission.refusals) is drops
+
     def test_the_important_go_through_while_the_sheddable_are_shed(self) -> None:
         house = full()
         critical, sheddable = [], []

@@ -1,0 +1,472 @@
+"""What serving costs, and what a server does under more load than it can take: ``python -m benchmarks.server``, or
+``make bench-server``.
+
+Servers are processes of their own; costs are their CPU seconds, all threads. Sides that are compared run interleaved.
+``--only NAME`` runs one part: cost, overload, rolling, watchers, leases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+import mesh.aio
+from mesh.policy.admission import Mode
+from mesh.server.aio import Server
+from mesh.server.settings import ServerSettings
+from weft.mesh.v1 import registry_pb2 as pb
+from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
+
+NAME = "bench.Work"
+REQUEST = b"x" * 64
+SLOTS, SERVICE_TIME = 8, 0.05
+"""What a worker's calls share: so many at once, each for so many seconds, whatever is asked of it."""
+
+DEADLINE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table; ``reach`` None: for comparison."""
+
+    what: str
+    measured: float
+    reach: float | None = None
+    unit: str = ""
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        measured = f"{self.measured:.3g}{self.unit}"
+        if self.reach is None:
+            return f"{self.what:<86} {measured:>10} {'':>10}  for comparison"
+        met = self.measured >= self.reach if self.at_least else self.measured <= self.reach
+        reach = f"{'≥' if self.at_least else '≤'} {self.reach:g}{self.unit}"
+        return f"{self.what:<86} {measured:>10} {reach:>10}  {'reached' if met else 'NOT reached'}"
+
+
+# -- servers ----------------------------------------------------------------------------------------------------------
+
+
+def add(behavior: Callable[..., Any]) -> Callable[[Any, Any], None]:
+    """As generated code adds a servicer: one of five methods, both ways."""
+
+    def add_to_server(_: Any, server: Any) -> None:
+        handlers: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(behavior) for name in ("Do", "Get", "List", "Make", "Drop")
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+        server.add_registered_method_handlers(NAME, handlers)
+
+    return add_to_server
+
+
+async def serve(kind: str) -> None:
+    """Serve as ``kind`` of server, after its port is printed."""
+    slots = asyncio.Semaphore(SLOTS)
+
+    async def echo(request: bytes, _: Any) -> bytes:
+        return request
+
+    async def work(request: bytes, _: Any) -> bytes:
+        async with slots:
+            await asyncio.sleep(SERVICE_TIME)
+        return request
+
+    if kind == "replica":
+        sys.exit(await mesh.aio.serve([(add(echo), None)]))
+    if kind == "bare":
+        server = grpc.aio.server()
+        add(echo)(None, server)
+        print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+        await server.start()
+        await server.wait_for_termination()
+        return
+    settings = ServerSettings(listen="127.0.0.1:0", overload=Mode.OFF if kind == "unlimited" else Mode.ON)
+    served = Server([(add(echo if kind == "mesh" else work), None)], settings)
+    await served.start()
+    print(served.port, flush=True)
+    await served.wait()
+
+
+@contextlib.contextmanager
+def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that is killed at the end."""
+    started = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+@contextlib.contextmanager
+def serving(kind: str) -> Iterator[tuple[int, int]]:
+    """A server process; its pid and port."""
+    with process("-m", "benchmarks.server", "--serve", kind) as started:
+        assert started.stdout is not None
+        yield started.pid, int(started.stdout.readline())
+
+
+@contextlib.contextmanager
+def registry() -> Iterator[tuple[int, str]]:
+    """A registry process; its pid and address."""
+    with process("-m", "mesh.registry", "--listen", "127.0.0.1:0") as started:
+        assert started.stdout is not None
+        for line in started.stdout:
+            if "serving on" in line:
+                yield started.pid, line.split()[-1]
+                return
+
+
+def cpu(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+# -- loads ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a load."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.codes.total()
+
+    @property
+    def success(self) -> float:
+        return self.codes["OK"] / self.total
+
+    def quantile(self, share: float) -> float:
+        return sorted(self.seconds)[int(share * len(self.seconds))] if self.seconds else float("inf")
+
+
+async def offer(call: Callable[[], Awaitable[Any]], rate: float, seconds: float) -> Result:
+    """Begin ``rate`` calls a second, whatever becomes of them (an open loop)."""
+    result = Result()
+
+    async def one() -> None:
+        begun = time.monotonic()
+        try:
+            await call()
+        except grpc.RpcError as error:
+            result.codes[error.code().name] += 1  # type: ignore[attr-defined]
+        else:
+            result.codes["OK"] += 1
+            result.seconds.append(time.monotonic() - begun)
+
+    tasks: set[asyncio.Task[None]] = set()
+    start, begun = time.monotonic(), 0
+    while (elapsed := time.monotonic() - start) < seconds:
+        for _ in range(int(elapsed * rate) - begun):
+            tasks.add(task := asyncio.create_task(one()))
+            task.add_done_callback(tasks.discard)
+            begun += 1
+        await asyncio.sleep(0.002)
+    await asyncio.gather(*tasks)
+    return result
+
+
+async def saturate(call: Callable[[], Awaitable[Any]], times: int, at_once: int) -> float:
+    """Make so many calls, always so many at once (a closed loop); calls a second."""
+    left = iter(range(times))
+
+    async def loop() -> None:
+        for _ in left:
+            await call()
+
+    begun = time.monotonic()
+    await asyncio.gather(*(loop() for _ in range(at_once)))
+    return times / (time.monotonic() - begun)
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+async def cost() -> list[Row]:
+    """CPU of a served method against a bare server's."""
+    times, rounds = 400, 40
+    with serving("bare") as bare, serving("mesh") as served:
+        ratios, spent = [], []
+        async with contextlib.AsyncExitStack() as stack:
+            sides = []
+            for pid, port in (bare, served):
+                channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+                method: Any = channel.unary_unary(f"/{NAME}/Do")
+                sides.append((pid, method))
+            for turn in range(rounds + 2):
+                cpus = [0.0, 0.0]
+                for side in (0, 1) if turn % 2 else (1, 0):
+                    pid, method = sides[side]
+                    before = cpu(pid)
+                    await saturate(lambda method=method: method(REQUEST, timeout=5), times, 4)
+                    cpus[side] = (cpu(pid) - before) / times
+                if turn >= 2:  # warm by then
+                    ratios.append(cpus[1] / cpus[0])
+                    spent.append(cpus[0])
+    return [
+        Row(
+            "CPU per call of a served method, everything on, against a bare grpc.aio.server",
+            statistics.median(ratios),
+            1.08,
+        ),
+        Row("  the bare server's own", statistics.median(spent) * 1e6, unit=" µs"),
+    ]
+
+
+async def overload() -> list[Row]:
+    """Twice the capacity, with the limit and without."""
+    seconds = 30.0
+    with serving("work") as (_, port):
+        limited = await overloaded(port, seconds)
+    with serving("unlimited") as (_, port):
+        unlimited = await overloaded(port, 10.0)
+    critical, sheddable = limited.critical, limited.sheddable
+    return [
+        Row(
+            f"offered load at twice capacity for {seconds:g} s: goodput against capacity",
+            limited.goodput,
+            0.9,
+            at_least=True,
+        ),
+        Row("  the same without the limit", unlimited.goodput),
+        Row("the same, CRITICAL that succeeds while SHEDDABLE is shed", critical.success, 0.99, at_least=True),
+        Row("  the same without the limit", unlimited.critical.success),
+        Row("  SHEDDABLE that succeeds, with the limit", sheddable.success),
+        Row("  p99 of CRITICAL that succeeds, with the limit", critical.quantile(0.99) * 1e3, unit=" ms"),
+        Row("recovery after the overload ends, to 1.5 of the normal p99", limited.recovery, 2.0, " s"),
+        Row("  the same without the limit", unlimited.recovery, unit=" s"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """What became of it. ``goodput`` is of the capacity; ``recovery`` in seconds."""
+
+    critical: Result
+    sheddable: Result
+    goodput: float
+    recovery: float
+
+
+async def overloaded(port: int, seconds: float) -> Overload:
+    """Offer a server half of its capacity in CRITICAL calls, and one and a half times as much in SHEDDABLE ones."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: Any = channel.unary_unary(f"/{NAME}/Do")
+
+        def calls(criticality: str) -> Callable[[], Awaitable[Any]]:
+            metadata = (("weft-criticality", criticality),)
+            return lambda: method(REQUEST, timeout=DEADLINE, metadata=metadata)
+
+        capacity = await saturate(lambda: method(REQUEST), 500, SLOTS)
+        normal = await offer(calls("CRITICAL"), capacity / 4, 4)
+        critical, sheddable = await asyncio.gather(
+            offer(calls("CRITICAL"), capacity / 2, seconds), offer(calls("SHEDDABLE"), capacity * 1.5, seconds)
+        )
+        goodput = (critical.codes["OK"] + sheddable.codes["OK"]) / seconds / capacity
+        return Overload(critical, sheddable, goodput, await recovery(method, capacity / 4, normal.quantile(0.99)))
+
+
+async def recovery(method: Any, rate: float, normal: float) -> float:
+    """Seconds until a quarter of a second's calls are as quick as they normally are."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < 10:
+        now = await offer(lambda: method(REQUEST, timeout=DEADLINE), rate, 0.25)
+        if now.codes["OK"] == now.total and now.quantile(0.99) <= 1.5 * normal:
+            break
+    return time.monotonic() - begun
+
+
+async def rolling() -> list[Row]:
+    """Each of three replicas is replaced under load."""
+    with registry() as (_, address), contextlib.ExitStack() as stack:
+
+        def replica() -> subprocess.Popen[str]:
+            environment = {"MESH_LISTEN": "127.0.0.1:0", "MESH_REGISTRY": address}
+            return stack.enter_context(process("-m", "benchmarks.server", "--serve", "replica", **environment))
+
+        replicas = [replica() for _ in range(3)]
+        async with mesh.aio.insecure_channel(f"mesh://{address}/{NAME}") as channel:
+            method: Any = channel.unary_unary(f"/{NAME}/Do")
+            await known(address, 3)
+            await method(REQUEST, timeout=20, wait_for_ready=True)
+            load = asyncio.create_task(offer(lambda: method(REQUEST, timeout=5), 200, 15))
+            for old in replicas:
+                replica()
+                await known(address, 4)
+                old.send_signal(signal.SIGTERM)
+                while old.poll() is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                await known(address, 3)
+            result = await load
+    return [
+        Row(
+            f"rolling restart of 3 replicas at 200 calls/s: failed of {result.total}",
+            result.total - result.codes["OK"],
+            0,
+        )
+    ]
+
+
+async def known(address: str, count: int) -> None:
+    """Wait until the registry knows so many instances."""
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(30):
+        stub: Any = pb_grpc.RegistryStub(channel)
+        while len((await stub.ListInstances(pb.ListInstancesRequest(service=NAME))).instances) != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+def instance(number: int) -> pb.Instance:
+    """One of 10,000: ten in each of 1,000 services."""
+    return pb.Instance(
+        id=f"i{number}", service=f"bench.S{number // 10}", address=f"10.0.{number // 250}.{number % 250}:1"
+    )
+
+
+async def registered(stub: Any) -> list[str]:
+    """Register all 10,000, and return their leases."""
+    leases: list[str] = []
+
+    async def share(numbers: range) -> None:
+        for number in numbers:
+            request = pb.RegisterRequest(instance=instance(number))
+            request.ttl.seconds = 60
+            leases.append((await stub.Register(request)).lease_id)
+
+    await asyncio.gather(*(share(range(start, 10_000, 16)) for start in range(16)))
+    return leases
+
+
+async def watchers() -> list[Row]:
+    """1,000 watchers, one for each of 1,000 services, and all on one of them; a change, and when all have it."""
+    with registry() as (pid, address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = pb_grpc.RegistryStub(channel)
+            await registered(stub)
+            heard: dict[str, list[float]] = {"all": [], "each": []}
+            arrived = asyncio.Semaphore(0)
+
+            async def watch(service: str, kind: str) -> None:
+                stream = stub.Watch(pb.WatchRequest(service=service))
+                await stream.read()
+                arrived.release()
+                while (await stream.read()) is not grpc.aio.EOF:
+                    heard[kind].append(time.monotonic())
+                    arrived.release()
+
+            spent = 0.0
+            delays: list[float] = []
+            for kind, services in (("each", [f"bench.S{n}" for n in range(1000)]), ("all", ["bench.S0"] * 1000)):
+                tasks = [asyncio.create_task(watch(service, kind)) for service in services]
+                for _ in tasks:
+                    await arrived.acquire()
+                for change in range(5):
+                    changed = instance(0)
+                    changed.weight = change + (1 if kind == "each" else 11)
+                    before, begun = cpu(pid), time.monotonic()
+                    await stub.Register(pb.RegisterRequest(instance=changed))
+                    heard[kind].clear()
+                    for _ in range(1 if kind == "each" else 1000):
+                        await arrived.acquire()
+                    spent = cpu(pid) - before
+                    delays += [at - begun for at in heard[kind]] or [time.monotonic() - begun]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+    return [
+        Row(
+            "registry, 1,000 services × 10, 1,000 watchers: one change to all it concerns, p99",
+            sorted(delays)[int(0.99 * len(delays))],
+            1.0,
+            " s",
+        ),
+        Row("  the registry's CPU for a change that all 1,000 watch", spent * 1e3, unit=" ms"),
+    ]
+
+
+async def leases() -> list[Row]:
+    """10,000 leases, each kept alive by a process of its own, as far as the registry can see: on its own stream."""
+    seconds = 10.0
+    with registry() as (pid, address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = pb_grpc.RegistryStub(channel)
+            held = await registered(stub)
+            rng = random.Random(1)
+            sent = 0
+
+            async def keep(lease: str) -> None:
+                nonlocal sent
+                stream = stub.KeepAlive()
+                await asyncio.sleep(rng.uniform(0, 10 / 3))
+                while True:
+                    await stream.write(pb.KeepAliveRequest(lease_ids=[lease]))
+                    await stream.read()
+                    sent += 1
+                    await asyncio.sleep(10 / 3)
+
+            tasks = [asyncio.create_task(keep(lease)) for lease in held]
+            await asyncio.sleep(8)
+            before, sent, begun = cpu(pid), 0, time.monotonic()
+            await asyncio.sleep(seconds)
+            elapsed = time.monotonic() - begun
+            share, rate = (cpu(pid) - before) / elapsed, sent / elapsed
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    return [
+        # This client may not manage all that is due beside the registry on the same machine.
+        Row(
+            "keep-alives of 10,000 leases at TTL 10 s, one stream a process: cores, at 3,000 a second",
+            share * 3000 / rate,
+            0.4,
+        ),
+        Row("  measured at, a second", rate),
+    ]
+
+
+PARTS = {"cost": cost, "overload": overload, "rolling": rolling, "watchers": watchers, "leases": leases}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--serve", default="")
+    parser.add_argument("--only", choices=PARTS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(arguments.serve))
+        return
+    print(f"\n{'what':<86} {'measured':>10} {'reach':>10}")
+    for name, part in PARTS.items():
+        if arguments.only in (None, name):
+            for row in asyncio.run(part()):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
