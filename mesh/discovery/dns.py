@@ -2,7 +2,8 @@
 
 gRPC's own resolver asks only after a disconnect, so clients never find replicas that are added (grpc/grpc#12295). This
 one polls, as grpc-dotnet does, keeps the last good answer while the name server fails, and looks again soon when an
-endpoint fails, though not more often than each second (gRPC's floor is 30 s).
+endpoint fails, though not more often than each second (gRPC's floor is 30 s). An address that an answer leaves out
+stays for as long as two more answers take (``probation.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
+from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
 
@@ -21,6 +23,9 @@ PERIOD = 5.0
 
 FLOOR = 1.0
 """The shortest time between two lookups: after ``resolve_now``, and while nothing was ever found. Seconds."""
+
+PROBATION = 12.0
+"""How long an address stays that answers leave out. Seconds."""
 
 JITTER = 0.2
 """The share that each pause is longer or shorter by, so that clients started together don't ask together."""
@@ -48,6 +53,7 @@ class DnsResolver(Resolver):
         *,
         period: float = PERIOD,
         floor: float = FLOOR,
+        probation: float = PROBATION,
         rng: random.Random | None = None,
         lookup: Lookup = lookup,
     ) -> None:
@@ -57,6 +63,7 @@ class DnsResolver(Resolver):
         self._floor = floor
         self._rng = rng or random.Random()
         self._lookup = lookup
+        self._probation = Probation(probation)
         self._asked = asyncio.Event()
 
     def resolve_now(self) -> None:
@@ -64,7 +71,7 @@ class DnsResolver(Resolver):
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         if _is_address(self._host):
-            yield Update((Endpoint(_join(self._host, self._port)),))
+            yield Update((Endpoint(join(self._host, self._port)),))
             await asyncio.get_running_loop().create_future()
         found = False
         last: Update | None = None
@@ -82,7 +89,7 @@ class DnsResolver(Resolver):
 
     async def _resolve(self, found: bool) -> Update:
         try:
-            addresses = await self._lookup(self._host, self._port)
+            endpoints = await self._find()
         except socket.gaierror as error:
             missing = error.errno in _NO_NAME
             return Update(None, f"dns: {self._host}: {error.strerror}", final=missing and not found)
@@ -90,8 +97,12 @@ class DnsResolver(Resolver):
             return Update(None, f"dns: {self._host!r} is not a name: {error}", final=not found)
         except OSError as error:
             return Update(None, f"dns: {self._host}: {error}")
-        # The system may give another order each time; picking is the balancer's work.
-        return Update(tuple(Endpoint(_join(address, self._port)) for address in sorted(set(addresses))))
+        # By address: the system may give another order each time, and picking is the balancer's work.
+        return Update(self._probation.apply(endpoints, asyncio.get_running_loop().time()))
+
+    async def _find(self) -> list[Endpoint]:
+        """The endpoints that there are now. Raises OSError."""
+        return [Endpoint(join(address, self._port)) for address in await self._lookup(self._host, self._port)]
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -101,7 +112,7 @@ class DnsResolver(Resolver):
             pass
 
     def __repr__(self) -> str:
-        return f"<DnsResolver {_join(self._host, self._port)}>"
+        return f"<DnsResolver {join(self._host, self._port)}>"
 
 
 def _is_address(host: str) -> bool:
@@ -112,5 +123,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _join(host: str, port: int) -> str:
+def join(host: str, port: int) -> str:
+    """An address, with IPv6 in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

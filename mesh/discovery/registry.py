@@ -1,7 +1,9 @@
 """``mesh:///``: the instances that the registry knows, as it learns of them.
 
 One stream for a service, resumed from where it broke off; what is known is kept while the registry is away
-(``roster.py`` says for how long after). gRPC lets all channels of a process to one registry share a connection.
+(``roster.py`` says for how long after), and an instance that is lost for a moment stays (``probation.py``). A client
+that knows nothing yet takes what an earlier one left in the disk cache (``cache.py``), if there is one. gRPC lets all
+channels of a process to one registry share a connection.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from mesh.discovery.cache import Cache
+from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
 from weft.mesh.v1 import registry_pb2 as pb
@@ -27,6 +31,16 @@ JITTER = 0.2
 
 PATIENCE = 10.0
 """A registry that answers a watch with nothing for so long is taken for broken; it owes an answer at once. Seconds."""
+
+PROBATION = 3.0
+"""How long an instance stays that the registry no longer tells of. Seconds."""
+
+RECALL = 1.0
+"""A registry that hasn't answered for so long is away: the disk cache is used. Seconds."""
+
+SAVE_PERIOD = 5.0
+SAVE_AGAIN = 600.0
+"""Changes are saved at most this often; and what doesn't change is, for its age to say that it still holds. Seconds."""
 
 OPTIONS = [
     # Find out that the registry's host is gone: all three are needed.
@@ -52,6 +66,8 @@ class RegistryResolver(Resolver):
         *,
         hold: float = HOLD,
         patience: float = PATIENCE,
+        probation: float = PROBATION,
+        cache: Cache | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._registry = registry
@@ -59,40 +75,49 @@ class RegistryResolver(Resolver):
         self._patience = patience
         self._rng = rng or random.Random()
         self._roster = Roster(service, hold)
+        self._probation = Probation(probation)
+        self._cache = cache
+        self._recalled = cache is None
+        self._answered = False  # the registry has answered the running watch
+        self._changed = asyncio.Event()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         last: Update | None = None
-        async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
-            stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
-            backoff = MIN_BACKOFF
-            while True:
-                begun = _now()
-                async with contextlib.aclosing(self._watch(stub)) as watch:
-                    async for update in watch:
-                        if update != last:
-                            last = update
-                            yield update
-                self._roster.cut()
-                # A registry that answers and dies over and over must not be asked ten times a second.
-                if _now() - begun > MAX_BACKOFF:
-                    backoff = MIN_BACKOFF
-                await asyncio.sleep(backoff * self._rng.uniform(1 - JITTER, 1 + JITTER))
-                backoff = min(backoff * 2, MAX_BACKOFF)
+        saving = asyncio.create_task(self._save())
+        try:
+            async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
+                stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
+                backoff = MIN_BACKOFF
+                while True:
+                    begun = _now()
+                    async with contextlib.aclosing(self._watch(stub)) as watch:
+                        async for update in watch:
+                            if update != last:
+                                last = update
+                                self._changed.set()
+                                yield update
+                    self._roster.cut()
+                    # A registry that answers and dies over and over must not be asked ten times a second.
+                    if _now() - begun > MAX_BACKOFF:
+                        backoff = MIN_BACKOFF
+                    await asyncio.sleep(backoff * self._rng.uniform(1 - JITTER, 1 + JITTER))
+                    backoff = min(backoff * 2, MAX_BACKOFF)
+        finally:
+            saving.cancel()
+            await asyncio.wait([saving])
 
     async def _watch(self, stub: pb_grpc.RegistryAsyncStub) -> AsyncGenerator[Update, None]:
         """One watch from its beginning until it breaks off; the last update says why it did."""
         epoch, revision = self._roster.position
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
         reading = asyncio.ensure_future(call.read())
-        patient_until = _now() + self._patience
-        answered = False
+        begun = _now()
         try:
             while True:
-                until = self._roster.held_until if answered else patient_until
                 # Not wait_for: a read that is cancelled ends the call.
-                await asyncio.wait({reading}, timeout=None if until is None else max(until - _now(), 0.0))
+                await asyncio.wait({reading}, timeout=self._pause(begun))
                 if reading.done():
-                    answered = True
+                    self._answered = True
                     step = reading.result()
                     if not isinstance(step, pb.WatchResponse):
                         # gRPC gives None for a message that can't be read.
@@ -105,23 +130,61 @@ class RegistryResolver(Resolver):
                     if complaint:
                         yield Update(None, f"registry {self._registry}: it sent {complaint}")
                     reading = asyncio.ensure_future(call.read())
-                elif not answered:
+                elif not self._answered and _now() - begun >= self._patience:
                     failure = f"no answer for {self._patience:g} s"
                     break
                 self._roster.settle(_now())
-                yield self._known()
+                if self._recall() or self._answered:
+                    yield self._known()
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {error.details()}"
         finally:
+            self._answered = False
             call.cancel()
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+        if self._recall():
+            yield self._known()
         yield Update(None, f"registry {self._registry}: {failure}")
 
+    def _pause(self, begun: float) -> float | None:
+        """How long a watch may go on as it is, if the registry says nothing more. Seconds; None: for ever."""
+        if self._answered:
+            untils = [until for until in (self._roster.held_until, self._probation.until) if until is not None]
+        else:
+            untils = [begun + self._patience]
+            if not self._recalled:
+                untils.append(begun + RECALL)
+        return max(min(untils) - _now(), 0.0) if untils else None
+
     def _known(self) -> Update:
-        endpoints = self._roster.endpoints()
+        endpoints = self._probation.apply(self._roster.endpoints(), _now())
         error = "" if endpoints else f"registry {self._registry}: no instance of {self._service}"
         return Update(endpoints, error, service_config=self._roster.service_config)
+
+    def _recall(self) -> bool:
+        """Take what the disk cache has, once, if nothing is known by now; returns whether anything is since."""
+        if self._recalled:
+            return False
+        self._recalled = True
+        if self._roster.endpoints():
+            return False
+        snapshot = self._cache.load() if self._cache else None
+        if snapshot is not None:
+            self._roster.remember(snapshot)
+        return bool(self._roster.endpoints())
+
+    async def _save(self) -> None:
+        """Keep the disk cache as the registry has it. (Not in a thread: a megabyte is written in milliseconds.)"""
+        while self._cache is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SAVE_AGAIN):
+                    await self._changed.wait()
+            self._changed.clear()
+            # An empty answer is nothing to begin with, and what the registry didn't confirm now must not look new.
+            if self._answered and self._roster.endpoints():
+                self._cache.save(self._roster.snapshot())
+                await asyncio.sleep(SAVE_PERIOD)
 
     def __repr__(self) -> str:
         return f"<RegistryResolver {self._service} at {self._registry}>"

@@ -92,6 +92,16 @@ class Roster:
         self._begin_hold(now)
         return complaints[0] if complaints else ""
 
+    def remember(self, snapshot: pb.Snapshot) -> None:
+        """Hold what was known in an earlier life of this process, as what another registry said."""
+        self._held |= self._read(snapshot.instances, [])
+        self._config = self._config or snapshot.service_config
+
+    def snapshot(self) -> pb.Snapshot:
+        """All of it, to be remembered."""
+        instances = [_instance(self._service, key, endpoint) for key, endpoint in (self._held | self._known).items()]
+        return pb.Snapshot(instances=instances, service_config=self._config)
+
     def cut(self) -> None:
         """The watch broke off: what is held has its time anew when the registry is back."""
         self._held_until = None
@@ -134,4 +144,16 @@ def _endpoint(instance: pb.Instance) -> Endpoint:
         locality=Locality(where.region, where.zone, where.sub_zone),
         weight=instance.weight or 1,
         metadata=dict(instance.metadata),
+    )
+
+
+def _instance(service: str, instance_id: str, endpoint: Endpoint) -> pb.Instance:
+    where = endpoint.locality
+    return pb.Instance(
+        id=instance_id,
+        service=service,
+        address=endpoint.address,
+        locality=pb.Locality(region=where.region, zone=where.zone, sub_zone=where.sub_zone),
+        weight=endpoint.weight,
+        metadata=endpoint.metadata,
     )

@@ -1,8 +1,9 @@
 """What a target means: which resolver finds its endpoints, or that gRPC itself does.
 
 The mesh's own: ``mesh:///SERVICE`` and ``mesh://REGISTRY/SERVICE``, ``static:///HOST:PORT,HOST:PORT``,
-``dns:///HOST:PORT``. Every other target that grpc takes (``host:port``, ``ipv4:``, ``unix:``, ``xds:``,
-``dns://SERVER/HOST``, ...) is gRPC's. Source: gRPC's naming document, for what gRPC takes and for the default port.
+``dns:///HOST:PORT``, and ``dns:///_SERVICE._PROTO.NAME`` for SRV records. Every other target that grpc takes
+(``host:port``, ``ipv4:``, ``unix:``, ``xds:``, ``dns://SERVER/HOST``, ...) is gRPC's. Source: gRPC's naming document,
+for what gRPC takes and for the default port.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from mesh.discovery.cache import Cache
 from mesh.discovery.dns import DnsResolver
 from mesh.discovery.registry import RegistryResolver
 from mesh.discovery.resolver import Resolver
+from mesh.discovery.srv import SrvResolver
 from mesh.discovery.static import StaticResolver
 
 REGISTRY_VARIABLE = "MESH_REGISTRY"
@@ -28,6 +31,7 @@ GRPC_SCHEMES = ("dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", 
 
 _URI = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<authority>[^/]*)(/(?P<path>.*))?", re.ASCII)
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s]+\]|[^\[\]:/,\s]+):(?P<port>\d+)", re.ASCII)
+_SRV = re.compile(r"_[A-Za-z0-9-]+\._[A-Za-z]+\.(?P<domain>\S+)", re.ASCII)
 _LOCAL = re.compile(r"(unix|unix-abstract|vsock):\S+")
 
 
@@ -39,8 +43,8 @@ class Target:
     ``scheme``: ``mesh``, ``static`` or ``dns`` when a resolver of the mesh finds its endpoints; empty when gRPC does.
     ``health_service``: the name whose health the endpoints must report unless the service config says otherwise: the
     service for ``mesh``; None for others, whose health isn't watched.
-    ``authority``: whom the endpoints' certificates must name: the service for ``mesh``, the name for ``dns``; None when
-    each endpoint's own address is that.
+    ``authority``: whom the endpoints' certificates must name: the service for ``mesh``, the name for ``dns`` (of SRV
+    records the domain that has them); None when each endpoint's own address is that.
     """
 
     text: str
@@ -66,6 +70,8 @@ def resolver_for(text: str) -> tuple[Target, Resolver | None]:
         return Target(text, scheme, health_service=path, authority=path), _mesh(text, authority, path)
     if scheme == "static":
         return Target(text, scheme), _static(text, authority, path)
+    if scheme == "dns" and not authority and (srv := _SRV.fullmatch(path)):
+        return Target(text, scheme, authority=srv["domain"]), _srv(text, path)
     if scheme == "dns" and not authority:
         return Target(text, scheme, authority=path), _dns(text, path)
     if scheme in GRPC_SCHEMES:
@@ -85,7 +91,7 @@ def _mesh(text: str, authority: str, service: str) -> Resolver:
     uri = _URI.fullmatch(registry)
     if (authority and _split(authority) is None) or (uri and uri["scheme"] not in GRPC_SCHEMES):
         raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}")
-    return RegistryResolver(registry, service)
+    return RegistryResolver(registry, service, cache=Cache.of_environment(registry, service))
 
 
 def _static(text: str, authority: str, path: str) -> Resolver:
@@ -107,6 +113,15 @@ def _dns(text: str, path: str) -> Resolver:
     if split is None:
         raise ValueError(f"target {text!r}: {path!r} is not host or host:port")
     return DnsResolver(*split)
+
+
+def _srv(text: str, name: str) -> Resolver:
+    if ":" in name:
+        raise ValueError(f"target {text!r}: SRV records bring their ports; leave it out")
+    try:
+        return SrvResolver(name)
+    except ImportError:
+        raise ValueError(f"target {text!r}: SRV records need dnspython; install weft[dns]") from None
 
 
 def _split(address: str) -> tuple[str, int] | None:

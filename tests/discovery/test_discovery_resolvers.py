@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from mesh.discovery.cache import Cache
 from mesh.discovery.dns import DnsResolver
 from mesh.discovery.registry import RegistryResolver
 from mesh.discovery.resolver import Resolver, Update
@@ -100,8 +101,8 @@ NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 TRY_AGAIN = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-def polling(server: NameServer, period: float = 0.002, floor: float = 0.001) -> DnsResolver:
-    return DnsResolver("users", 1, period=period, floor=floor, rng=random.Random(1), lookup=server)
+def polling(server: NameServer, period: float = 0.002, floor: float = 0.001, probation: float = 0.0) -> DnsResolver:
+    return DnsResolver("users", 1, period=period, floor=floor, probation=probation, rng=random.Random(1), lookup=server)
 
 
 async def test_a_name_is_asked_for_again_and_only_changes_are_told() -> None:
@@ -174,8 +175,12 @@ async def test_the_systems_own_resolver_knows_localhost() -> None:
 # registry
 
 
-def eager(address: str, hold: float = 30.0, patience: float = BOUND) -> RegistryResolver:
-    return RegistryResolver(address, USER, hold=hold, patience=patience, rng=random.Random(1))
+def eager(
+    address: str, hold: float = 30.0, patience: float = BOUND, probation: float = 0.0, cache: Cache | None = None
+) -> RegistryResolver:
+    return RegistryResolver(
+        address, USER, hold=hold, patience=patience, probation=probation, cache=cache, rng=random.Random(1)
+    )
 
 
 def user(id: str) -> pb.Instance:
