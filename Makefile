@@ -91,6 +91,10 @@ bench-call: $(READY) ## the CPU of one call: the mesh, gRPC core's round_robin, 
 bench-events: $(READY) ## from what happens to an order until its user is told, at 100 orders a second
 	@$(BIN)/python -m benchmarks.events
 
+.PHONY: bench-shop
+bench-shop: $(READY) ## CreateOrder through the mesh against the raw rate of SQLite and of PostgreSQL
+	@$(BIN)/python -m benchmarks.shop
+
 # -- upkeep -----------------------------------------------------------------------------------------------------------
 .PHONY: setup
 setup: $(READY) ## the virtual environment with the locked dependencies (the other targets do this themselves)

@@ -36,16 +36,19 @@ class Requests:
             sa.Column("resource_id", sa.String(36), nullable=False),
             sa.Column("create_time", UtcDateTime, nullable=False),
         )
+        columns = self._table.c
+        # Made once: making a statement costs more than SQLite takes to perform it.
+        self._find = sa.select(columns.fingerprint, columns.resource_id).where(
+            columns.request_id == sa.bindparam("request_id")
+        )
+        self._add = sa.insert(self._table)
 
     def find(self, connection: sa.Connection, request_id: str, fingerprint: str) -> str | None:
         """The id of what the request made when it came before; None when it is new.
 
         Raises RequestIdReusedError when it came with other content.
         """
-        columns = self._table.c
-        row = connection.execute(
-            sa.select(columns.fingerprint, columns.resource_id).where(columns.request_id == request_id)
-        ).one_or_none()
+        row = connection.execute(self._find, {"request_id": request_id}).one_or_none()
         if row is None:
             return None
         if row.fingerprint != fingerprint:
@@ -57,7 +60,6 @@ class Requests:
     ) -> None:
         """Remember what the request made."""
         connection.execute(
-            sa.insert(self._table).values(
-                request_id=request_id, fingerprint=fingerprint, resource_id=resource_id, create_time=now
-            )
+            self._add,
+            {"request_id": request_id, "fingerprint": fingerprint, "resource_id": resource_id, "create_time": now},
         )

@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from services import paging
-from services.errors import UnavailableError
+from services.errors import RefusedError, UnavailableError
 from services.order.domain import Order, State, UserDeletedError, UserNotFoundError
 from services.order.messages import items, order_message
 from services.order.settings import OrderSettings
@@ -58,12 +58,17 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
     async def CreateOrder(self, request: pb.CreateOrderRequest, context: Context) -> pb.CreateOrderResponse:
         request_id = request.request_id.lower()
         order = Order.new(str(uuid.uuid4()), user_id=request.user_id.lower(), items=items(request), now=self._now())
-        # Above the user check, because a repeated request gets its order even while the user service is away.
-        taken = await self._store.find(order, request_id)
-        if taken is None:
+        try:
             stale = await self._is_stale(order.user_id)
-            traced = trace(context)
-            taken = await self._store.create(dataclasses.replace(order, user_stale=stale), request_id, traced)
+        except RefusedError:
+            # A repeated request gets its order, even while the user service is away, or when the user is gone since.
+            taken = await self._store.find(order, request_id)
+            if taken is None:
+                raise
+            return pb.CreateOrderResponse(order=order_message(taken))
+        traced = trace(context)
+        taken = await self._store.create(dataclasses.replace(order, user_stale=stale), request_id, traced)
+        if taken.id == order.id:
             log.info("order taken", order_id=taken.id, request_id=request_id, user_stale=stale, **traced)
         return pb.CreateOrderResponse(order=order_message(taken))
 

@@ -71,6 +71,9 @@ requests = Requests(metadata)
 outbox = Outbox(metadata, "/weft/order")
 
 _ITEMS = (items.c.order_id, items.c.sku, items.c.quantity, items.c.currency, items.c.units, items.c.nanos)
+# Statements that are made once: making one costs more than SQLite takes to perform it.
+_ADD_ORDER = sa.insert(orders).inline()
+_ADD_ITEMS = sa.insert(items)
 _GET = sa.select(orders).where(orders.c.id == sa.bindparam("id"))
 _GET_TO_CHANGE = _GET.with_for_update()
 
@@ -119,18 +122,19 @@ class OrderStore:
             # Above the rest, because replicas that get the same request at once then wait here for the first.
             requests.add(connection, request_id, order.fingerprint, order.id, order.create_time)
             connection.execute(
-                sa.insert(orders).values(
-                    id=order.id,
-                    user_id=order.user_id,
-                    create_time=order.create_time,
-                    update_time=order.update_time,
-                    state=order.state.value,
-                    version=order.version,
-                    user_stale=order.user_stale,
-                )
+                _ADD_ORDER,
+                {
+                    "id": order.id,
+                    "user_id": order.user_id,
+                    "create_time": order.create_time,
+                    "update_time": order.update_time,
+                    "state": order.state.value,
+                    "version": order.version,
+                    "user_stale": order.user_stale,
+                },
             )
             connection.execute(
-                sa.insert(items),
+                _ADD_ITEMS,
                 [_item_values(order.id, position, item) for position, item in enumerate(order.items)],
             )
             if remember and not _knows(connection, order.user_id):

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from services.database import Database
+from services.database import BUSY_TIMEOUT, Database
 from services.migrations import migrate
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Open = Callable[[str, Path], Database]
 
-BUSY_TIMEOUT = 0.2
-"""Seconds that writers of the tests' databases wait for each other."""
+SHORT = 0.2
+"""Seconds that writers wait for each other where a test has them wait in vain."""
 
 POSTGRESQL = pytest.param(
     "postgresql",
@@ -62,20 +62,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[st
 @pytest.fixture
 def open_database(database_url: Callable[[str], str]) -> Iterator[Open]:
     """Opens a migrated database by name; more than once, as the replicas of a service do."""
-    yield from _opener(database_url)
+    yield from _opener(database_url, BUSY_TIMEOUT)
 
 
 @pytest.fixture
 def open_sqlite(tmp_path: Path) -> Iterator[Open]:
-    """As ``open_database``, for what is SQLite's alone: the database is ``tmp_path / "<name>.db"``."""
-    yield from _opener(lambda name: f"sqlite:///{tmp_path / name}.db")
+    """As ``open_database``, for what is SQLite's alone: ``tmp_path / "<name>.db"``. Its writers wait for SHORT."""
+    yield from _opener(lambda name: f"sqlite:///{tmp_path / name}.db", SHORT)
 
 
-def _opener(url: Callable[[str], str]) -> Iterator[Open]:
+def _opener(url: Callable[[str], str], busy_timeout: float) -> Iterator[Open]:
     opened: list[Database] = []
 
     def open_database(name: str, versions: Path) -> Database:
-        database = Database(url(name), busy_timeout=BUSY_TIMEOUT)
+        database = Database(url(name), busy_timeout=busy_timeout)
         opened.append(database)
         migrate(database, versions)
         return database

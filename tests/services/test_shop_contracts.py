@@ -55,3 +55,10 @@ def test_what_would_break_a_caller_is_found(checkout: Path, contract: Path, befo
     assert before in changed
     (checkout / contract).write_text(changed.replace(before, after, 1))
     assert str(contract) in breaking(checkout)
+
+
+def test_order_stubs_say_what_they_need() -> None:
+    program = "import sys; sys.modules['google.type'] = None; import weft.user.v1.user_pb2; import weft.order"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.endswith("needs googleapis-common-protos for google.type.Money: pip install 'weft[services]'\n")

@@ -342,16 +342,16 @@ class TestPostgreSQL:
             await users.create(user("bob@example.com"))
         assert await users.get(ann.id) == ann
 
-    async def test_lost_connections_are_made_again(self, open_postgresql: Callable[..., Database]) -> None:
+    async def test_lost_connections_are_made_again(
+        self, open_postgresql: Callable[..., Database], postgresql: PostgreSQL
+    ) -> None:
         database = open_postgresql(user_store.VERSIONS)
         users = UserStore(database)
         ann = await users.create(user())
-        assert await users.get(ann.id) == ann
-        with database.engine.begin() as other:
-            other.exec_driver_sql(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND "
-                "datname = current_database() AND strpos(query, 'users') > 0"
-            )
+        # One after the other, all that is done here is done on one connection.
+        pid = await database.read(lambda c: c.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+        postgresql.execute(f"SELECT pg_terminate_backend({pid})")
+        eventually(lambda: not postgresql.execute(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
         with pytest.raises(UnavailableError):
             await users.get(ann.id)
         assert await users.get(ann.id) == ann
@@ -381,3 +381,50 @@ async def test_what_is_lost_to_another_writer_is_looked_at_again(open_database: 
 def test_a_sqlite_database_needs_a_file(url: str) -> None:
     with pytest.raises(ValueError, match="needs a file"):
         Database(url)
+
+
+async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_harms_nobody(open_database: Open) -> None:
+    database = open_database("user", user_store.VERSIONS)
+    users = UserStore(database)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(connection: sa.Connection) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def fail(connection: sa.Connection) -> None:
+        connection.execute(sa.update(user_store.users).values(name="nobody"))
+        raise RuntimeError("on purpose")
+
+    first = asyncio.create_task(database.write(hold))
+    await asyncio.to_thread(begun.wait, 10)
+    # Meanwhile these wait, and are then written together.
+    writes = [asyncio.create_task(users.create(user(f"{n}@example.com"))) for n in range(5)]
+    writes.insert(3, asyncio.create_task(database.write(fail)))  # type: ignore[arg-type]
+    writes.append(asyncio.create_task(users.create(user("3@example.com"))))
+    cancelled = asyncio.create_task(users.create(user("gone@example.com")))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    go_on.set()
+    await first
+    ended = await asyncio.gather(*writes, return_exceptions=True)
+    kinds = [type(ending) for ending in ended]
+    assert kinds == [User, User, User, RuntimeError, User, User, EmailTakenError]
+    kept = await users.list(10)
+    assert {each.name.whole for each in kept.items} == {"Ann"}
+    assert {each.email for each in kept.items} - {"gone@example.com"} == {f"{n}@example.com" for n in range(5)}
+
+
+async def test_many_who_write_while_the_database_is_locked_wait_no_longer_than_one(
+    open_sqlite: Open, tmp_path: Path
+) -> None:
+    users = UserStore(open_sqlite("user", user_store.VERSIONS))
+    other = sqlite3.connect(tmp_path / "user.db", isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        writes = [users.create(user(f"{n}@example.com")) for n in range(50)]
+        async with asyncio.timeout(5):  # each by itself: 10 s
+            ended = await asyncio.gather(*writes, return_exceptions=True)
+    finally:
+        other.close()
+    assert {type(ending) for ending in ended} == {UnavailableError}
