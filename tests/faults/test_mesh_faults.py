@@ -57,8 +57,10 @@ class Mesh:
 
     def _start(self, address: str, *arguments: str | Path, **environment: str) -> str:
         address = address or f"{HOST}:{free_ports(1)[0]}"
-        told = {"MESH_LISTEN": address, "MESH_REGISTRY": self.registry, "PYTHONPATH": str(REPOSITORY), **environment}
-        self.processes[address] = self._spawn.python(*arguments, environment=told)
+        told = {"MESH_LISTEN": address, "MESH_REGISTRY": self.registry, "PYTHONPATH": str(REPOSITORY)}
+        # On a busy machine a replica that has just started may rightly refuse calls; that is looked at elsewhere.
+        told["MESH_OVERLOAD"] = "off"
+        self.processes[address] = self._spawn.python(*arguments, environment={**told, **environment})
         return address
 
     def recorded(self, address: str, verb: str) -> list[str]:
