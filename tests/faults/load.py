@@ -137,6 +137,7 @@ class Load:
                     call = method(request, timeout=self._timeout)
                     for _ in call:
                         pass
+                    call.code()  # the last message comes before the call's end
                 else:
                     _, call = method.with_call(request, timeout=self._timeout)
             except grpc.RpcError as error:
