@@ -75,12 +75,126 @@ class MethodPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportsConfig:
+    """How endpoints' load reports become weights (A58). ``enabled``: whether they are read at all.
+
+    ``out_of_band`` is the seconds between the reports that are asked of ORCA's service; 0: they come with the answers.
+    """
+
+    enabled: bool = False
+    out_of_band: float = 0.0
+    blackout: float = 10.0
+    expiration: float = 180.0
+    update_period: float = 1.0
+    error_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class BalancerConfig:
-    """Which balancing policy, with its settings."""
+    """Which balancing policy, with its settings; those of the other policies mean nothing.
+
+    ``decay_time``, ``failure_penalty`` and ``starvation`` (seconds without an answer after which an idle endpoint is
+    tried) are peak_ewma's, ``starvation`` and ``choices`` least_request's, the ring's and ``load_factor`` (0: not
+    bounded) ring_hash's. ``subset``: how many endpoints a client uses; 0: all. ``levels``: the policies of the
+    endpoints' priorities, in their order; none: this one for all.
+    """
 
     name: str = "peak_ewma"
     decay_time: float = 10.0
     failure_penalty: float = 5.0
+    starvation: float = 10.0
+    choices: int = 2
+    reports: ReportsConfig = ReportsConfig()
+    hash_header: str = ""
+    min_ring: int = 1024
+    max_ring: int = 4096
+    load_factor: float = 0.0
+    shuffle: bool = False
+    subset: int = 100
+    levels: tuple[BalancerConfig, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessRateConfig:
+    """A50's success rate ejection: below mean - ``stdev_factor`` standard deviations. Percentages from 0 to 100."""
+
+    stdev_factor: float = 1.9
+    enforcement: float = 100.0
+    minimum_hosts: int = 5
+    request_volume: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePercentageConfig:
+    """A50's failure percentage ejection. Percentages from 0 to 100."""
+
+    threshold: float = 85.0
+    enforcement: float = 100.0
+    minimum_hosts: int = 5
+    request_volume: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class EjectionConfig:
+    """When an endpoint is left out for how it answers (A50), and for how long (seconds).
+
+    ``consecutive``: failures of any kind in a row; ``gateway``: UNAVAILABLE or DEADLINE_EXCEEDED in a row;
+    ``timeouts``: DEADLINE_EXCEEDED in a row; 0 turns each off. ``panic``: below this percentage of ready endpoints that
+    aren't ejected, ejections are ignored. ``dry_run``: count what would be ejected, and eject nothing.
+    """
+
+    interval: float = 10.0
+    base_time: float = 30.0
+    max_time: float = 300.0
+    max_percent: float = 10.0
+    success_rate: SuccessRateConfig | None = SuccessRateConfig()
+    failure_percentage: FailurePercentageConfig | None = FailurePercentageConfig()
+    consecutive: int = 5
+    gateway: int = 0
+    timeouts: int = 0
+    panic: float = 50.0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlowStartConfig:
+    """How an endpoint's weight grows once it is ready: max(``least``, (age / ``window``) ^ (1 / ``aggression``)).
+    A ``window`` of 0 is no slow start."""
+
+    window: float = 0.0
+    aggression: float = 1.0
+    least: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneConfig:
+    """When calls stay in the client's own zone: ``enabled``, with at least ``min_cluster`` endpoints in all, and
+    ``min_endpoints`` of the zone's own to be called."""
+
+    enabled: bool = False
+    min_cluster: int = 6
+    min_endpoints: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveConfig:
+    """Google SRE's adaptive throttle: refuse with p = (requests - ``k`` × accepts) / (requests + 1), over ``window``
+    seconds, and never more than ``max_refused`` of calls."""
+
+    k: float = 2.0
+    window: float = 120.0
+    max_refused: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadConfig:
+    """What a client refuses to send: calls beyond ``max_outstanding`` (A32; math.inf: no limit; None: 1024, and none
+    for what gRPC balances itself), and by the adaptive throttle. ``dry_run``: count what would be refused, and refuse
+    nothing."""
+
+    max_outstanding: float | None = None
+    adaptive: AdaptiveConfig | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +222,10 @@ class ServiceConfig:
     budget: BudgetConfig = BudgetConfig()
     throttle: ThrottleConfig | None = None
     health_service: str | None = None
+    ejection: EjectionConfig = EjectionConfig()
+    slow_start: SlowStartConfig = SlowStartConfig()
+    zone: ZoneConfig = ZoneConfig()
+    overload: OverloadConfig = OverloadConfig()
 
     def method(self, path: str, idempotency: Idempotency) -> MethodPolicy:
         """The policy of ``/package.Service/Method``: the most specific name wins, and the descriptor fills what it
@@ -129,19 +247,24 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
     """
     root = _read(text)
     health = root.get("healthCheckConfig", _Field.object)
+    balancer, ejection = (None, None) if balanced_by_core else _balancer(root)
     return ServiceConfig(
         methods=_methods(root),
-        balancer=None if balanced_by_core else _balancer(root),
+        balancer=balancer,
         budget=_budget(root.get("retryBudget", _Field.object)),
         throttle=_throttle(root.get("retryThrottling", _Field.object)),
         health_service=None if health is None else health.get("serviceName", _Field.string),
+        ejection=ejection or EjectionConfig(),
+        slow_start=root.get_or("slowStart", _slow_start, SlowStartConfig()),
+        zone=root.get_or("zoneAwareness", _zone, ZoneConfig()),
+        overload=root.get_or("overload", _overload, OverloadConfig()),
     )
 
 
 def for_core(text: str) -> str:
     """What of a service config is left to gRPC core, where core resolves and balances: all but calls' retries and
     timeouts, which are the mesh's."""
-    ours = ("methodConfig", "retryThrottling", "retryBudget")
+    ours = ("methodConfig", "retryThrottling", "retryBudget", "slowStart", "zoneAwareness", "overload")
     return json.dumps({key: value for key, value in _read(text).items.items() if key not in ours})
 
 
@@ -245,6 +368,24 @@ class _Field:
         if seconds == 0:
             raise self.fail("expected a duration above 0")
         return seconds
+
+    def whole(self) -> int:
+        number = self.not_negative()
+        if not number.is_integer() or number > 2**32:
+            raise self.fail("expected a whole number of 0 or more")
+        return int(number)
+
+    def positive_whole(self) -> int:
+        number = self.whole()
+        if number < 1:
+            raise self.fail("expected a whole number of 1 or more")
+        return number
+
+    def percentage(self) -> float:
+        number = self.number()
+        if not 0 <= number <= 100:
+            raise self.fail("expected a number from 0 to 100")
+        return number
 
     def percentile(self) -> float:
         number = self.number()
@@ -362,25 +503,204 @@ def _hedge(field: _Field) -> HedgingPolicy:
     )
 
 
-def _balancer(root: _Object) -> BalancerConfig | None:
-    entries = root.list("loadBalancingConfig")
-    for entry in entries:
+_Balancing = tuple[BalancerConfig, EjectionConfig | None]
+"""A balancing policy, and the outlier detection around it if there is one."""
+
+
+def _balancer(root: _Object) -> tuple[BalancerConfig | None, EjectionConfig | None]:
+    return _policy(root, "loadBalancingConfig") if root.list("loadBalancingConfig") else (None, None)
+
+
+def _policy(parent: _Object, key: str) -> _Balancing:
+    """The first policy of a list that is known (A24). Names may end in gRPC's "_experimental"."""
+    for entry in parent.list(key):
         policies = entry.object()
         if len(policies.items) != 1:
             raise entry.fail("expected one policy's name with its settings")
         (name,) = policies.items
-        settings = policies.field(name).object()
-        if name == "round_robin":
-            return BalancerConfig(name)
-        if name == "peak_ewma":
-            return BalancerConfig(
-                name,
-                decay_time=settings.get_or("decayTime", _Field.positive_duration, 10.0),
-                failure_penalty=settings.get_or("failurePenalty", _Field.positive_duration, 5.0),
-            )
-    if entries:
-        raise root.field("loadBalancingConfig").fail("none of these policies is known; known: round_robin, peak_ewma")
-    return None
+        read = _POLICIES.get(name.removesuffix("_experimental"))
+        if read is not None:
+            return read(policies.field(name).object())
+    known = ", ".join(sorted(_POLICIES))
+    raise parent.field(key).fail(f"none of these policies is known; known: {known}")
+
+
+def _child(settings: _Object) -> _Balancing:
+    """The policy below one that takes another's endpoints from it; peak_ewma when it names none."""
+    return _policy(settings, "childPolicy") if settings.list("childPolicy") else (BalancerConfig(), None)
+
+
+def _pick_first(settings: _Object) -> _Balancing:
+    return BalancerConfig("pick_first", shuffle=settings.get_or("shuffleAddressList", _Field.boolean, False)), None
+
+
+def _round_robin(_: _Object) -> _Balancing:
+    return BalancerConfig("round_robin"), None
+
+
+def _weighted_round_robin(settings: _Object) -> _Balancing:
+    return BalancerConfig("weighted_round_robin", reports=_reports(settings)), None
+
+
+def _least_request(settings: _Object) -> _Balancing:
+    return BalancerConfig(
+        "least_request",
+        starvation=math.inf,
+        choices=min(10, max(2, settings.get_or("choiceCount", _Field.whole, 2))),  # "2..10, more are 10" - A48
+        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),
+    ), None
+
+
+def _peak_ewma(settings: _Object) -> _Balancing:
+    return BalancerConfig(
+        "peak_ewma",
+        decay_time=settings.get_or("decayTime", _Field.positive_duration, 10.0),
+        failure_penalty=settings.get_or("failurePenalty", _Field.positive_duration, 5.0),
+        starvation=settings.get_or("starvationGuard", _Field.duration, 10.0) or math.inf,
+        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),
+    ), None
+
+
+def _ring_hash(settings: _Object) -> _Balancing:
+    least = settings.get_or("minRingSize", _Field.positive_whole, 1024)
+    most = settings.get_or("maxRingSize", _Field.positive_whole, 4096)
+    if most < least:
+        raise settings.field("maxRingSize").fail("expected no less than minRingSize")
+    factor = settings.get_or("boundedLoadFactor", _Field.not_negative, 0.0)
+    if 0 < factor < 1:
+        raise settings.field("boundedLoadFactor").fail("expected 0, or a number of 1 or more")
+    return BalancerConfig(
+        "ring_hash",
+        hash_header=settings.get_or("requestHashHeader", _Field.string, "").lower(),
+        min_ring=min(least, _RING_CAP),
+        max_ring=min(most, _RING_CAP),
+        load_factor=factor,
+        subset=0,  # every client must see the same ring
+    ), None
+
+
+def _random_subsetting(settings: _Object) -> _Balancing:
+    balancer, ejection = _child(settings)
+    return replace(balancer, subset=settings.need("subsetSize", _Field.positive_whole)), ejection
+
+
+def _priority(settings: _Object) -> _Balancing:
+    children = settings.need("children", _Field.object)
+    levels = []
+    for name in settings.need("priorities", _Field.list):
+        child = children.need(name.string(), _Field.object)
+        levels.append(_policy(child, "config"))
+    if not levels:
+        raise settings.field("priorities").fail("expected at least one name")
+    ejection = next((each for _, each in levels if each is not None), None)
+    return replace(levels[0][0], levels=tuple(balancer for balancer, _ in levels)), ejection
+
+
+def _outlier_detection(settings: _Object) -> _Balancing:
+    balancer, _ = _child(settings)
+    default = EjectionConfig()
+    return balancer, EjectionConfig(
+        interval=settings.get_or("interval", _Field.positive_duration, default.interval),
+        base_time=settings.get_or("baseEjectionTime", _Field.positive_duration, default.base_time),
+        max_time=settings.get_or("maxEjectionTime", _Field.positive_duration, default.max_time),
+        max_percent=settings.get_or("maxEjectionPercent", _Field.percentage, default.max_percent),
+        success_rate=settings.get("successRateEjection", _success_rate),
+        failure_percentage=settings.get("failurePercentageEjection", _failure_percentage),
+        consecutive=settings.get_or("consecutiveFailures", _Field.whole, default.consecutive),
+        gateway=settings.get_or("consecutiveGatewayErrors", _Field.whole, default.gateway),
+        timeouts=settings.get_or("consecutiveTimeouts", _Field.whole, default.timeouts),
+        panic=settings.get_or("panicThreshold", _Field.percentage, default.panic),
+        dry_run=settings.get_or("dryRun", _Field.boolean, False),
+    )
+
+
+def _success_rate(field: _Field) -> SuccessRateConfig:
+    settings, default = field.object(), SuccessRateConfig()
+    return SuccessRateConfig(
+        stdev_factor=settings.get_or("stdevFactor", _Field.whole, 1900) / 1000,
+        enforcement=settings.get_or("enforcementPercentage", _Field.percentage, default.enforcement),
+        minimum_hosts=settings.get_or("minimumHosts", _Field.whole, default.minimum_hosts),
+        request_volume=settings.get_or("requestVolume", _Field.whole, default.request_volume),
+    )
+
+
+def _failure_percentage(field: _Field) -> FailurePercentageConfig:
+    settings, default = field.object(), FailurePercentageConfig()
+    return FailurePercentageConfig(
+        threshold=settings.get_or("threshold", _Field.percentage, default.threshold),
+        enforcement=settings.get_or("enforcementPercentage", _Field.percentage, default.enforcement),
+        minimum_hosts=settings.get_or("minimumHosts", _Field.whole, default.minimum_hosts),
+        request_volume=settings.get_or("requestVolume", _Field.whole, default.request_volume),
+    )
+
+
+def _reports(settings: _Object) -> ReportsConfig:
+    default = ReportsConfig()
+    out_of_band = settings.get_or("enableOobLoadReport", _Field.boolean, False)
+    period = settings.get_or("oobReportingPeriod", _Field.positive_duration, 10.0)
+    return ReportsConfig(
+        enabled=True,
+        out_of_band=period if out_of_band else 0.0,
+        blackout=settings.get_or("blackoutPeriod", _Field.duration, default.blackout),
+        expiration=settings.get_or("weightExpirationPeriod", _Field.positive_duration, default.expiration),
+        update_period=max(0.1, settings.get_or("weightUpdatePeriod", _Field.duration, default.update_period)),
+        error_penalty=settings.get_or("errorUtilizationPenalty", _Field.not_negative, default.error_penalty),
+    )
+
+
+_RING_CAP = 4096  # "a cap on the ring size", gRPC's own - A42
+
+# A policy is a line here, one in policy/balancers.py, and one in the proto.
+_POLICIES: dict[str, Callable[[_Object], _Balancing]] = {
+    "least_request": _least_request,
+    "outlier_detection": _outlier_detection,
+    "peak_ewma": _peak_ewma,
+    "pick_first": _pick_first,
+    "priority": _priority,
+    "random_subsetting": _random_subsetting,
+    "ring_hash": _ring_hash,
+    "round_robin": _round_robin,
+    "weighted_round_robin": _weighted_round_robin,
+}
+
+
+def _slow_start(field: _Field) -> SlowStartConfig:
+    settings, default = field.object(), SlowStartConfig()
+    return SlowStartConfig(
+        window=settings.need("window", _Field.duration),
+        aggression=settings.get_or("aggression", _Field.positive, default.aggression),
+        least=settings.get_or("minWeightPercent", _Field.percentage, 100 * default.least) / 100,
+    )
+
+
+def _zone(field: _Field) -> ZoneConfig:
+    settings, default = field.object(), ZoneConfig()
+    return ZoneConfig(
+        enabled=True,
+        min_cluster=settings.get_or("minClusterSize", _Field.whole, default.min_cluster),
+        min_endpoints=settings.get_or("minEndpoints", _Field.positive_whole, default.min_endpoints),
+    )
+
+
+def _overload(field: _Field) -> OverloadConfig:
+    settings = field.object()
+    return OverloadConfig(
+        max_outstanding=settings.get("maxOutstanding", lambda most: most.whole() or math.inf),
+        adaptive=settings.get("adaptiveThrottle", _adaptive),
+        dry_run=settings.get_or("dryRun", _Field.boolean, False),
+    )
+
+
+def _adaptive(field: _Field) -> AdaptiveConfig:
+    settings, default = field.object(), AdaptiveConfig()
+    k = settings.get_or("k", _Field.number, default.k)
+    if k < 1:
+        raise settings.field("k").fail("expected a number of 1 or more")
+    return AdaptiveConfig(
+        k=k,
+        window=settings.get_or("window", _Field.positive_duration, default.window),
+        max_refused=min(0.99, settings.get_or("maxRefusedPercent", _Field.percentage, 90.0) / 100),
+    )
 
 
 def _budget(budget: _Object | None) -> BudgetConfig:

@@ -148,10 +148,22 @@ class Attempt:
     """Step: start this attempt, and wait until something happens or ``until``.
 
     ``timeout`` None: unbounded. ``previous``: attempts that were sent for the call before this one, which the server
-    is told. The flow writes down what became of it: ``started``, ``ended`` and ``outcome`` are for ``explain()``.
+    is told. The flow writes down what became of it: ``started``, ``ended``, ``outcome`` and ``note`` (what was unusual
+    about the pick) are for ``explain()``.
     """
 
-    __slots__ = ("ended", "endpoint", "metadata", "number", "outcome", "previous", "started", "timeout", "until")
+    __slots__ = (
+        "ended",
+        "endpoint",
+        "metadata",
+        "note",
+        "number",
+        "outcome",
+        "previous",
+        "started",
+        "timeout",
+        "until",
+    )
 
     def __init__(
         self,
@@ -172,6 +184,7 @@ class Attempt:
         self.started = started
         self.ended: float | None = None
         self.outcome: Outcome | None = None
+        self.note = ""
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number} to {self.endpoint.address} {self.outcome or 'running'}>"

@@ -12,7 +12,8 @@ class AttemptRecord:
     """One attempt of a call.
 
     ``started`` is in seconds since the call began, ``seconds`` how long it took. ``code`` is a status code's name,
-    "NEVER_SENT" for an attempt that didn't leave this process, or "RUNNING".
+    "NEVER_SENT" for an attempt that didn't leave this process, or "RUNNING". ``note``: what was unusual about the pick
+    ("panic: ...").
     """
 
     number: int
@@ -21,11 +22,13 @@ class AttemptRecord:
     seconds: float | None
     code: str
     details: str
+    note: str = ""
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" after {_milliseconds(self.seconds)}"
         details = f": {self.details}" if self.details else ""
-        return f"attempt {self.number} to {self.address} at +{_milliseconds(self.started)}: {self.code}{took}{details}"
+        to = f"{self.address} ({self.note})" if self.note else self.address
+        return f"attempt {self.number} to {to} at +{_milliseconds(self.started)}: {self.code}{took}{details}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) ->
             seconds=None if attempt.ended is None else attempt.ended - attempt.started,
             code=_code(attempt.outcome),
             details=attempt.outcome.details if attempt.outcome else "",
+            note=attempt.note,
         )
         for attempt in tuple(call.attempts)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,21 @@ from mesh.config import (
     DEFAULT_RETRY,
     NEVER_HEDGE,
     NEVER_RETRY,
+    AdaptiveConfig,
     BalancerConfig,
     BudgetConfig,
+    EjectionConfig,
+    FailurePercentageConfig,
     HedgingPolicy,
     MethodPolicy,
+    OverloadConfig,
+    ReportsConfig,
     RetryPolicy,
     ServiceConfig,
+    SlowStartConfig,
+    SuccessRateConfig,
     ThrottleConfig,
+    ZoneConfig,
     for_core,
     parse,
 )
@@ -36,8 +45,71 @@ RETRY: dict[str, Any] = {
 HEDGE: dict[str, Any] = {"maxAttempts": 3, "hedgingDelay": "0.05s", "nonFatalStatusCodes": ["UNAVAILABLE"]}
 THROTTLE: dict[str, Any] = {"maxTokens": 10, "tokenRatio": 0.1}
 
+REPORTS: dict[str, Any] = {
+    "enableOobLoadReport": True,
+    "oobReportingPeriod": "5s",
+    "blackoutPeriod": "1s",
+    "weightExpirationPeriod": "60s",
+    "weightUpdatePeriod": "2s",
+    "errorUtilizationPenalty": 0.5,
+}
+EWMA: dict[str, Any] = {"decayTime": "3s", "failurePenalty": "2s", "starvationGuard": "7s", "loadReports": REPORTS}
+LEAST: dict[str, Any] = {"choiceCount": 3, "loadReports": {}}
+RING: dict[str, Any] = {
+    "requestHashHeader": "User",
+    "minRingSize": 10,
+    "maxRingSize": "100",
+    "boundedLoadFactor": 1.25,
+}
+SUCCESS: dict[str, Any] = {
+    "stdevFactor": 1000,
+    "enforcementPercentage": 50,
+    "minimumHosts": 3,
+    "requestVolume": 10,
+}
+PERCENTAGE: dict[str, Any] = {
+    "threshold": 60,
+    "enforcementPercentage": 50,
+    "minimumHosts": 3,
+    "requestVolume": 10,
+}
+OUTLIERS: dict[str, Any] = {
+    "interval": "1s",
+    "baseEjectionTime": "2s",
+    "maxEjectionTime": "3s",
+    "maxEjectionPercent": 40,
+    "successRateEjection": SUCCESS,
+    "failurePercentageEjection": PERCENTAGE,
+    "consecutiveFailures": 7,
+    "consecutiveGatewayErrors": 4,
+    "consecutiveTimeouts": 3,
+    "panicThreshold": 30,
+    "dryRun": True,
+}
+PRIORITY: dict[str, Any] = {
+    "children": {
+        "near": {
+            "config": [{"random_subsetting_experimental": {"subsetSize": 20, "childPolicy": [{"peak_ewma": EWMA}]}}]
+        },
+        "far": {"config": [{"ring_hash": RING}]},
+        "last": {"config": [{"pick_first": {"shuffleAddressList": True}}]},
+        "unused": {"config": 1},
+    },
+    "priorities": ["near", "far", "last"],
+}
+SLOW: dict[str, Any] = {"window": "30s", "aggression": 2, "minWeightPercent": 5}
+ZONES: dict[str, Any] = {"minClusterSize": 4, "minEndpoints": 1}
+ADAPTIVE: dict[str, Any] = {"k": 1.5, "window": "60s", "maxRefusedPercent": 80}
+OVERLOAD: dict[str, Any] = {"maxOutstanding": 10, "adaptiveThrottle": ADAPTIVE, "dryRun": True}
+
 FULL: dict[str, Any] = {
-    "loadBalancingConfig": [{"peak_ewma": {"decayTime": "3s", "failurePenalty": "2s"}}, {"round_robin": {}}],
+    "loadBalancingConfig": [
+        {"outlier_detection_experimental": {**OUTLIERS, "childPolicy": [{"priority_experimental": PRIORITY}]}},
+        {"round_robin": {}},
+    ],
+    "slowStart": SLOW,
+    "zoneAwareness": ZONES,
+    "overload": OVERLOAD,
     "methodConfig": [
         {
             "name": [{"service": "a.B", "method": "Get"}],
@@ -53,6 +125,17 @@ FULL: dict[str, Any] = {
     "healthCheckConfig": {"serviceName": "a.B"},
     "retryBudget": {"ratio": 0.2, "minPerSecond": 5},
 }
+
+
+NEAR = BalancerConfig(
+    decay_time=3.0,
+    failure_penalty=2.0,
+    starvation=7.0,
+    reports=ReportsConfig(True, 5.0, 1.0, 60.0, 2.0, 0.5),
+    subset=20,
+)
+FAR = BalancerConfig("ring_hash", hash_header="user", min_ring=10, max_ring=100, load_factor=1.25, subset=0)
+LAST = BalancerConfig("pick_first", shuffle=True)
 
 
 def parsed(value: object) -> ServiceConfig:
@@ -80,7 +163,23 @@ def test_a_config_is_read_whole() -> None:
             ("a.B", ""): hedged,
             ("", ""): hedged,
         },
-        balancer=BalancerConfig("peak_ewma", decay_time=3.0, failure_penalty=2.0),
+        balancer=replace(NEAR, levels=(NEAR, FAR, LAST)),
+        ejection=EjectionConfig(
+            1.0,
+            2.0,
+            3.0,
+            40.0,
+            SuccessRateConfig(1.0, 50.0, 3, 10),
+            FailurePercentageConfig(60.0, 50.0, 3, 10),
+            consecutive=7,
+            gateway=4,
+            timeouts=3,
+            panic=30.0,
+            dry_run=True,
+        ),
+        slow_start=SlowStartConfig(30.0, 2.0, 0.05),
+        zone=ZoneConfig(enabled=True, min_cluster=4, min_endpoints=1),
+        overload=OverloadConfig(10, AdaptiveConfig(1.5, 60.0, 0.8), dry_run=True),
         budget=BudgetConfig(0.2, 5.0),
         throttle=ThrottleConfig(10.0, 0.1),
         health_service="a.B",
@@ -160,12 +259,43 @@ def test_three_decimals_of_a_token_ratio_count(given: object, taken: float) -> N
     ("entries", "name"),
     [
         ([{"round_robin": {}}], "round_robin"),
-        ([{"ring_hash": {}}, {"round_robin": {}}, {"peak_ewma": {}}], "round_robin"),
+        ([{"grpclb": {}}, {"round_robin": {}}, {"peak_ewma": {}}], "round_robin"),
         ([{"peak_ewma": {}}, {"round_robin": "not looked at"}], "peak_ewma"),
     ],
 )
 def test_the_first_known_balancer_wins(entries: list[object], name: str) -> None:
     assert parsed({"loadBalancingConfig": entries}).balancer == BalancerConfig(name)
+
+
+def test_outlier_detection_that_is_named_has_what_it_names_and_failures_in_a_row() -> None:
+    # As in gRPC: an algorithm that isn't named is off.
+    named = parsed(policy_of("outlier_detection", {"childPolicy": [{"round_robin": {}}]}))
+    assert named.balancer == BalancerConfig("round_robin")
+    assert named.ejection == EjectionConfig(success_rate=None, failure_percentage=None)
+    assert parsed(policy_of("round_robin", {})).ejection == EjectionConfig()
+
+
+def test_a_policy_over_others_has_peak_ewma_below_it_when_it_names_none() -> None:
+    assert parsed(policy_of("outlier_detection", {})).balancer == BalancerConfig()
+    assert parsed(policy_of("random_subsetting", {"subsetSize": 3})).balancer == BalancerConfig(subset=3)
+
+
+@pytest.mark.parametrize(("given", "taken"), [(0, 2), (2, 2), (10, 10), (11, 10)])
+def test_two_to_ten_choices(given: int, taken: int) -> None:
+    balancer = parsed(policy_of("least_request", {"choiceCount": given})).balancer
+    assert balancer is not None
+    assert balancer.choices == taken
+
+
+def test_a_ring_is_capped_as_grpc_caps_it() -> None:
+    balancer = parsed(policy_of("ring_hash", {"minRingSize": 5000, "maxRingSize": 8_000_000})).balancer
+    assert balancer is not None
+    assert (balancer.min_ring, balancer.max_ring) == (4096, 4096)
+
+
+def test_0_is_no_guard_and_no_limit() -> None:
+    assert parsed(policy_of("peak_ewma", {"starvationGuard": "0s"})).balancer == BalancerConfig(starvation=INFINITE)
+    assert parsed({"overload": {"maxOutstanding": 0}}).overload.max_outstanding == INFINITE
 
 
 def test_without_a_balancer_none_is_named() -> None:
@@ -231,6 +361,10 @@ def ewma(key: str, value: object) -> tuple[dict[str, Any], str]:
         {"loadBalancingConfig": [{"other": {}}, {"peak_ewma": {key: value}}]},
         f"loadBalancingConfig[1].peak_ewma.{key}",
     )
+
+
+def policy_of(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"loadBalancingConfig": [{name: settings}]}
 
 
 def name(key: str, value: object) -> tuple[dict[str, Any], str]:
@@ -304,9 +438,52 @@ REFUSED: list[Case] = [
     at("loadBalancingConfig[0].round_robin", OBJECT, {"loadBalancingConfig": [{"round_robin": 1}]}),
     at(
         "loadBalancingConfig",
-        "none of these policies is known; known: round_robin, peak_ewma",
-        {"loadBalancingConfig": [{"ring_hash": {}}]},
+        "none of these policies is known; known: least_request, outlier_detection, peak_ewma, pick_first, priority, ",
+        {"loadBalancingConfig": [{"grpclb": {}}]},
     ),
+    at(
+        "loadBalancingConfig[0].random_subsetting.childPolicy",
+        "none of",
+        policy_of("random_subsetting", {"subsetSize": 1, "childPolicy": [{"grpclb": {}}]}),
+    ),
+    at("loadBalancingConfig[0].random_subsetting.subsetSize", "required", policy_of("random_subsetting", {})),
+    at(
+        "loadBalancingConfig[0].ring_hash.maxRingSize",
+        "no less than minRingSize",
+        policy_of("ring_hash", {"minRingSize": 20, "maxRingSize": 10}),
+    ),
+    at(
+        "loadBalancingConfig[0].ring_hash.boundedLoadFactor",
+        "1 or more",
+        policy_of("ring_hash", {"boundedLoadFactor": 0.5}),
+    ),
+    at("loadBalancingConfig[0].ring_hash.minRingSize", "1 or more", policy_of("ring_hash", {"minRingSize": 0})),
+    at("loadBalancingConfig[0].least_request.choiceCount", "whole", policy_of("least_request", {"choiceCount": 2.5})),
+    at("loadBalancingConfig[0].priority.priorities", "required", policy_of("priority", {"children": {}})),
+    at(
+        "loadBalancingConfig[0].priority.priorities",
+        "at least one",
+        policy_of("priority", {"children": {}, "priorities": []}),
+    ),
+    at(
+        "loadBalancingConfig[0].priority.children.a",
+        "required",
+        policy_of("priority", {"children": {}, "priorities": ["a"]}),
+    ),
+    at(
+        "loadBalancingConfig[0].outlier_detection.maxEjectionPercent",
+        "from 0 to 100",
+        policy_of("outlier_detection", {"maxEjectionPercent": 101}),
+    ),
+    at(
+        "loadBalancingConfig[0].weighted_round_robin.errorUtilizationPenalty",
+        "0 or more",
+        policy_of("weighted_round_robin", {"errorUtilizationPenalty": -1}),
+    ),
+    at("slowStart.window", "required", {"slowStart": {}}),
+    at("zoneAwareness.minEndpoints", "1 or more", {"zoneAwareness": {"minEndpoints": 0}}),
+    at("overload.maxOutstanding", "whole", {"overload": {"maxOutstanding": 2**33}}),
+    at("overload.adaptiveThrottle.k", "1 or more", {"overload": {"adaptiveThrottle": {"k": 0.9}}}),
 ]
 
 WRONG_CODES: list[object] = ["BROKEN", "", 17, -1, 14.5, NAN, HUGE, True, [], {}, None]
@@ -325,7 +502,7 @@ def test_what_is_wrong_is_refused_with_its_path(case: tuple[dict[str, Any], str]
     text = str(caught.value)
     assert text.startswith(f"service config: {path}: ")
     assert why in text
-    assert len(text) < 250
+    assert len(text) < 300
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", "[" * 100_000, "1" * 5000, "\ud800"])
@@ -435,6 +612,15 @@ def test_the_proto_and_the_reader_know_the_same_keys(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("mesh.config.json.loads", lambda _: root)
     parse("")
     first, second = root["methodConfig"]
+    outliers = root["loadBalancingConfig"][0]["outlier_detection_experimental"]
+    priority = outliers["childPolicy"][0]["priority_experimental"]
+    children = priority["children"]
+    subsetting = children["near"]["config"][0]["random_subsetting_experimental"]
+    ewma = subsetting["childPolicy"][0]["peak_ewma"]
+    least = recording(LEAST)
+    root["loadBalancingConfig"] = [Recording({"least_request": {}})]
+    dict.__setitem__(root["loadBalancingConfig"][0], "least_request", least)
+    parse("")
     read = {
         "ServiceConfig": root,
         "MethodConfig": first,
@@ -444,12 +630,31 @@ def test_the_proto_and_the_reader_know_the_same_keys(monkeypatch: pytest.MonkeyP
         "RetryThrottling": root["retryThrottling"],
         "HealthCheckConfig": root["healthCheckConfig"],
         "RetryBudget": root["retryBudget"],
-        "PeakEwma": root["loadBalancingConfig"][0]["peak_ewma"],
+        "PeakEwma": ewma,
+        "PickFirst": children["last"]["config"][0]["pick_first"],
+        "LoadReports": ewma["loadReports"],
+        "LeastRequest": least,
+        "RingHash": children["far"]["config"][0]["ring_hash"],
+        "RandomSubsetting": subsetting,
+        "Priority": priority,
+        "PriorityChild": children["near"],
+        "OutlierDetection": outliers,
+        "SuccessRateEjection": outliers["successRateEjection"],
+        "FailurePercentageEjection": outliers["failurePercentageEjection"],
+        "SlowStart": root["slowStart"],
+        "ZoneAwareness": root["zoneAwareness"],
+        "Overload": root["overload"],
+        "AdaptiveThrottle": root["overload"]["adaptiveThrottle"],
     }
     messages = service_config_pb2.DESCRIPTOR.message_types_by_name
     assert {name: each.asked for name, each in read.items()} == {name: keys_of(messages[name]) for name in read}
     # A balancer's name is itself the key.
     assert set(messages) - set(read) == {"LoadBalancingConfig", "RoundRobin"}
     monkeypatch.undo()
+    needed: dict[str, dict[str, Any]] = {
+        "random_subsetting": {"subsetSize": 3},
+        "priority": {"children": {"a": {"config": [{"round_robin": {}}]}}, "priorities": ["a"]},
+    }
     for balancer in keys_of(messages["LoadBalancingConfig"]):
-        assert parsed({"loadBalancingConfig": [{balancer: {}}]}).balancer == BalancerConfig(balancer)
+        for suffix in ("", "_experimental"):
+            assert parsed(policy_of(balancer + suffix, needed.get(balancer, {}))).balancer is not None

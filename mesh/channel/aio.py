@@ -514,6 +514,8 @@ class _Driver(EventDriver):
         """Core's call of attempt ``number`` has ended."""
         code = _ready(inner.code())
         if code is grpc.StatusCode.OK:
+            if self.pool.cluster.reads_reports:
+                self.pool.answered(address, _ready(inner.trailing_metadata()))
             self.ended(number, Outcome(0, result=inner))
             return
         outcome = failed(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import random
 import re
 import threading
@@ -32,7 +33,7 @@ from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, Reso
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
-from mesh.model import CallSpec, Endpoint, Idempotency, Metadatum, Verdict
+from mesh.model import CallSpec, Endpoint, Idempotency, Locality, Metadatum, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
 
@@ -79,6 +80,9 @@ class Assembly:
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
         self.cluster = Cluster(target, self.config, self.rng, time.monotonic(), threading.Lock)
+        self.cluster.locality = Locality(
+            *(os.environ.get(f"MESH_{each}", "") for each in ("REGION", "ZONE", "SUB_ZONE"))
+        )
         self.pool: Pool
         if resolver is None:
             if text:
@@ -208,7 +212,7 @@ def _check_metadata(metadata: Sequence[tuple[Any, Any]]) -> None:
             raise ValueError(f"metadata was invalid: {(key, value)}")
 
 
-def _checked(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(options: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
     """The options by name. What core would refuse is refused here, because core sees it only when a call is made."""
     given = {}
     for name, value in options:

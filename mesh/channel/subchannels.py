@@ -259,6 +259,12 @@ class Pool(abc.ABC):
         """A call wants an endpoint and finds none: connect those whose connection was lost and not made anew."""
         return
 
+    def answered(self, address: str, trailing_metadata: Any) -> None:
+        """An answer came with these trailers. Told only where the balancing policy reads load reports."""
+        from mesh.channel import reports
+
+        reports.take(self.cluster, address, time.monotonic(), trailing_metadata)
+
     def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``, or the pool is closed."""
         with self._lock:
@@ -306,6 +312,7 @@ class OwnPool(Pool):
 
     def __init__(self, cluster: Cluster, endpoint: Endpoint, subchannel: Subchannel) -> None:
         super().__init__(cluster)
+        cluster.gate.unlimited()
         self.subchannel = subchannel
         cluster.update((endpoint,))
         cluster.observe([(endpoint.address, Connectivity.READY)])
@@ -349,6 +356,7 @@ class ResolvedPool(Pool):
         # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
         self._resting: set[str] = set()
         self._wake: Callable[[], object] = lambda: None
+        cluster.alarm = lambda: self._wake()
 
     def get(self, address: str) -> Subchannel | None:
         if self._resting:
@@ -420,7 +428,9 @@ class ResolvedPool(Pool):
         self._wake()
 
     def _tick(self) -> bool:
-        """Look at every state, and connect what is idle and not at rest; returns whether connections are being made."""
+        """Do what time brings, look at every state, and connect what is idle and not at rest; returns whether
+        connections are being made."""
+        self._change(lambda: self.cluster.sweep(time.monotonic()))
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
         known = self.cluster.states
         for address, state in states:

@@ -362,6 +362,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
         channel.start()
         assembly = channel.assembly
         pool = assembly.pool
+        reads_reports = assembly.cluster.reads_reports
         now = time.monotonic()
         call = assembly.call(method, now, timeout, metadata, wait_for_ready)
 
@@ -376,6 +377,9 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
             try:
                 if with_call:
                     result = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
+                elif reads_reports:
+                    result, inner = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
+                    pool.answered(address, inner.trailing_metadata())
                 else:
                     result = core(request, attempt.timeout, sent, credentials, wait, compression)
             except grpc.RpcError as error:
@@ -384,6 +388,8 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
                 if channel.closed or not subchannel.closed:
                     raise
                 return NEVER_SENT  # the endpoint is gone: its channel closed between the look and the call
+            if with_call and reads_reports:
+                pool.answered(address, result[1].trailing_metadata())
             return Outcome(0, result=result)
 
         verdict = run_blocking(call_flow(call, assembly.cluster, assembly.rng, now), perform, pool)
@@ -591,6 +597,8 @@ class _Driver(LockedDriver):
 
     def _over(self, number: int, address: str, inner: Any) -> None:
         if inner.code() is grpc.StatusCode.OK:
+            if self.pool.cluster.reads_reports:
+                self.pool.answered(address, inner.trailing_metadata())
             self.ended(number, Outcome(0, result=inner))
         elif self._unary and self._replay is None:
             self._failed(number, address, inner)

@@ -4,19 +4,27 @@ Rule 1: a node lives as long as its address is in the set; an update keeps the m
 Rule 2: an empty set never evicts an endpoint that works.
 Rule 3: the picker is replaced, never changed; ``picker`` is read without a lock.
 Rule 4: everything else is called by one thread at a time (the channel's pool holds its lock around it).
+Rule 5: among those that are READY there is always one to pick: what would leave none is ignored.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from mesh.config import BalancerConfig, ServiceConfig
-from mesh.model import Connectivity, Endpoint, Lock
+from mesh.model import Connectivity, Endpoint, Locality, Lock
+from mesh.policy.admission import Criticality
+from mesh.policy.balancers import Given, picker_for
+from mesh.policy.breaker import State
 from mesh.policy.budget import Budget, Throttle
 from mesh.policy.hedge import Latencies
 from mesh.policy.load import Node
-from mesh.policy.pick import Picker, picker_for
+from mesh.policy.outlier import Ejections
+from mesh.policy.overload import Gate
+from mesh.policy.pick import Picker, Probing
+from mesh.policy.subset import Levels, Subset, nearest
+from mesh.policy.weigh import NOTHING, weigh
 
 # A channel's state from its endpoints': the first row with an endpoint in that state gives it (gRPC's connectivity
 # semantics, as round_robin aggregates).
@@ -28,11 +36,19 @@ AGGREGATION = (
 )
 
 
+def _nobody() -> None:
+    """Nobody is to be woken."""
+
+
 class Cluster:
     """The endpoints of one service, and what their calls share.
 
     ``name`` is what errors call it; ``error`` is the latest reason why no endpoint can be called. ``new_lock`` makes
     the short locks that nodes and counts need among threads; who has one thread gives ``contextlib.nullcontext``.
+
+    ``sweep`` is to be called now and then (the channel's tick), and soon after ``alarm``, which is called from any
+    thread when an endpoint's calls are news. ``locality`` is the client's own. ``panic``: so many endpoints are ejected
+    that ejections are ignored. ``reads_reports``: the balancing policy goes by what endpoints report of their load.
     """
 
     def __init__(
@@ -43,15 +59,25 @@ class Cluster:
         self.balancer = config.balancer or BalancerConfig()
         self.budget = Budget(config.budget, new_lock(), now)
         self.throttle = Throttle(config.throttle, new_lock())
+        self.gate = Gate(config.overload, [new_lock() for _ in Criticality])
+        self.ejections = Ejections(config.ejection, rng, now)
         self.nodes: dict[str, Node] = {}
         self.states: dict[str, Connectivity] = {}
         self.error = ""
+        self.alarm: Callable[[], object] = _nobody
+        self.locality = Locality()
+        self.reads_reports = self.balancer.reports.enabled
+        self.panic = False
         self._latencies: dict[str, Latencies] = {}
         self._rng = rng
         self._new_lock = new_lock
         self._resolved = False
         self._refused = False
-        self.picker = Picker(error=f"{name}: not resolved yet")
+        self._now = now  # of the last sweep, for what needs no more than that
+        self._weigh_at = now
+        self._subset = Subset()
+        self._levels = Levels()
+        self.picker = self._inner = Picker(error=f"{name}: not resolved yet")
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
@@ -66,12 +92,15 @@ class Cluster:
         return next((state for state in AGGREGATION if state in states), Connectivity.CONNECTING)
 
     def update(self, endpoints: Iterable[Endpoint]) -> tuple[list[Endpoint], list[str]]:
-        """Take a new endpoint set; returns the endpoints that are new and the addresses that are gone.
+        """Take a new endpoint set; returns the endpoints that are new and the addresses that are gone, of those that
+        this client uses (its subset).
 
         Of endpoints with one address the last one holds.
         """
         wanted = {endpoint.address: endpoint for endpoint in endpoints}
-        if not wanted:
+        if wanted:
+            wanted = self._subset.of(wanted, self.balancer.subset, self._rng.getrandbits(64))
+        else:
             wanted = {
                 address: self.nodes[address].endpoint
                 for address, state in self.states.items()
@@ -80,13 +109,12 @@ class Cluster:
         gone = [address for address in self.nodes if address not in wanted]
         for address in gone:
             del self.nodes[address], self.states[address]
+            self.ejections.forget(address)
         new = []
         for address, endpoint in wanted.items():
             node = self.nodes.get(address)
             if node is None:
-                self.nodes[address] = Node(
-                    endpoint, self._new_lock(), self.balancer.decay_time, self.balancer.failure_penalty
-                )
+                self.nodes[address] = self._node(endpoint)
                 self.states[address] = Connectivity.IDLE
                 new.append(endpoint)
             else:
@@ -96,20 +124,40 @@ class Cluster:
             self.error = "the service has no instances"
         elif len(new) == len(wanted):
             self.error = ""  # it was about those before, or about finding any
+        self._levels.update(self.nodes, self._now)
+        self._weigh()
         self._swap()
         return new, gone
 
+    def _node(self, endpoint: Endpoint) -> Node:
+        balancer = self.balancer
+        return Node(
+            endpoint,
+            self._new_lock(),
+            balancer.decay_time,
+            balancer.failure_penalty,
+            self.config.ejection,
+            self._heard,
+        )
+
     def reconfigure(self, config: ServiceConfig, now: float) -> None:
-        """Take another config. Every node keeps its memory, and the budget and the throttle what they hold, unless it
-        is their own settings that are others now."""
+        """Take another config. Every node keeps its memory, and the budget and the throttles what they hold, unless it
+        is their own settings that are others now. Another subset takes hold with the next endpoint set."""
         before, self.config = self.config, config
         if config.budget != before.budget:
             self.budget = Budget(config.budget, self._new_lock(), now)
         if config.throttle != before.throttle:
             self.throttle = Throttle(config.throttle, self._new_lock())
+        if config.overload != before.overload:
+            self.gate.configure(config.overload)
+        self.ejections.configure(config.ejection, now)
         self.balancer = config.balancer or BalancerConfig()
+        self.reads_reports = self.balancer.reports.enabled
         for node in self.nodes.values():
             node.decay, node.penalty = self.balancer.decay_time, self.balancer.failure_penalty
+            node.breaker.configure(config.ejection)
+        self._now = now
+        self._weigh()
         self._swap()
 
     def unresolved(self, error: str, *, final: bool) -> None:
@@ -122,21 +170,64 @@ class Cluster:
 
     def observe(self, states: Iterable[tuple[str, Connectivity]], error: str = "") -> bool:
         """Take the endpoints' states as they are now; returns whether one of them changed."""
-        changed = False
+        changed = connected = False
         for address, state in states:
             if self.states.get(address, state) != state:
                 self.states[address] = state
                 changed = True
+                if state == Connectivity.READY:
+                    self._connected(self.nodes[address])
+                    connected = True
         if changed:
             if error:
                 self.error = error
+            if connected:
+                self._weigh()
             self._swap()
         return changed
 
+    def _connected(self, node: Node) -> None:
+        node.ready_at = self._now
+        node.report.reconnected()
+        self.ejections.reconnected(node)
+
+    def sweep(self, now: float) -> bool:
+        """Do what time brings: ejections, weights, a failover; returns whether the picker was replaced."""
+        self._now = now
+        changed = self.ejections.sweep(self.nodes, now) | self._levels.sweep(now)
+        if now >= self._weigh_at and (self.reads_reports or self.config.slow_start.window):
+            self._weigh_at = now + self.balancer.reports.update_period
+            changed |= self._weigh()
+        if changed:
+            self._swap()
+        return changed
+
+    def report(self, address: str, now: float, utilization: float, qps: float, eps: float) -> None:
+        """What an endpoint says of its load: the share of it in use, and calls and failures a second. From any
+        thread."""
+        node = self.nodes.get(address)
+        if node is not None:
+            node.report.take(now, utilization, qps, eps, self.balancer.reports)
+
+    def _heard(self, node: Node) -> None:
+        self.ejections.heard(node)
+        self.alarm()
+
+    def _weigh(self) -> bool:
+        changed = False
+        for place, nodes in enumerate(self._levels.nodes.values()):
+            changed |= weigh(nodes, self._policy(place), self.config.slow_start, self._now)
+        return changed
+
+    def _policy(self, place: int) -> BalancerConfig:
+        """The balancing policy of the priority at ``place``."""
+        levels = self.balancer.levels
+        return levels[min(place, len(levels) - 1)] if levels else self.balancer
+
     def _swap(self) -> None:
-        ready = [node for address, node in self.nodes.items() if self.states[address] == Connectivity.READY]
+        place, ready = self._levels.serving(self.states, self._now)
         if ready:
-            self.picker = picker_for(self.balancer, ready, self._rng)
+            self.picker = self._serving(place, ready)
         elif not self.nodes:
             queue = not (self._resolved or self._refused)
             self.picker = Picker(queue=queue, error=f"{self.name}: {self.error}", unresolved=queue)
@@ -150,6 +241,29 @@ class Cluster:
                 else f"{self.name}: no endpoint is ready yet",
             )
 
+    def _serving(self, place: int, ready: Sequence[Node]) -> Picker:
+        """The picker over ``ready``, those of one priority."""
+        policy = self._policy(place)
+        usable, probes = ready, []
+        self.panic = False
+        note = ""
+        if self.ejections.out:
+            usable = [node for node in ready if node.breaker.state is State.CLOSED]
+            probes = [node for node in ready if node.breaker.state is State.HALF_OPEN]
+            if not usable or 100 * len(usable) < self.config.ejection.panic * len(ready):
+                self.panic = True
+                note = f"panic: {len(ready) - len(usable)} of {len(ready)} are ejected, so none is"
+                usable = ready
+        level = list(self._levels.nodes.values())[place]
+        usable = nearest(usable, level, self.locality, self.config.zone)
+        # What has no weight is left to those that have.
+        usable = [node for node in usable if node.weight > NOTHING] or usable
+        self._inner = picker_for(Given(policy, usable, self._rng, self._inner, self.gate.outstanding))
+        self._inner.note = note
+        return Probing(self._inner, probes) if probes else self._inner
+
     def __repr__(self) -> str:
         ready = sum(state == Connectivity.READY for state in self.states.values())
-        return f"<Cluster {self.name} {ready}/{len(self.nodes)} ready>"
+        out = len(self.ejections.out)
+        ejected = f", {out} ejected" if out else ""
+        return f"<Cluster {self.name} {ready}/{len(self.nodes)} ready{ejected}{', panic' if self.panic else ''}>"

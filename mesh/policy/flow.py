@@ -8,7 +8,8 @@ Rule 2: an attempt that never left costs nothing (A6's transparent retry): neith
 policy's.
 Rule 3: once the server has begun to answer an attempt, that attempt is the call (A6's commit).
 Rule 4: what is in flight is given back exactly once, also when the driver closes the flow half-way.
-Rule 5: any wake-up may come at any time, also for attempts that are over; the flow then only looks again.
+Rule 5: what the client itself refuses (``policy/overload.py``) is final, and reaches no endpoint's memory.
+Rule 6: any wake-up may come at any time, also for attempts that are over; the flow then only looks again.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     committing = 0  # the attempt to hand over next
     step: Step
     call.started = now
+    refused = cluster.gate.enter(call, now, rng)
+    if refused is not None:
+        return Verdict(refused)
     cluster.budget.call()
     try:
         while True:
@@ -63,7 +67,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     continue
                 paid = True
                 picker = cluster.picker
-                node = picker.pick(now, rng, tried)
+                node = picker.pick(call, now, rng, tried)
                 if node is not None:
                     number = len(call.attempts) + 1
                     left = deadline - now
@@ -74,6 +78,8 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     attempt = Attempt(
                         number, node.endpoint, None if timeout == inf else timeout, call.metadata, until, sent, now
                     )
+                    if picker.note:
+                        attempt.note = picker.note
                     call.attempts.append(attempt)
                     tried.append(node)
                     running[number] = attempt
@@ -106,7 +112,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 attempt = running.pop(number)
                 attempt.ended = now
                 attempt.outcome = outcome
-                tried[number - 1].end(now, now - attempt.started, outcome)
+                tried[number - 1].end(now, attempt.started, outcome)
                 verdict = Verdict(outcome, attempt)
                 if outcome.code == 0:
                     cluster.throttle.succeeded()
@@ -116,6 +122,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                         cluster.latencies(call.method).record(now - call.attempts[0].started)
                     return verdict
                 if outcome.cancelled:
+                    _abandon(running, tried, CANCELLED, now)
                     return verdict
                 if outcome.never_sent and not (committed or outcome.committed):
                     sent -= 1
@@ -149,6 +156,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     finally:
         if running:
             _abandon(running, tried, BEATEN, now)
+        cluster.gate.leave(call, now)
 
 
 def _expired(picker: Picker) -> Verdict:
@@ -163,7 +171,11 @@ def _abandon(running: dict[int, Attempt], tried: list[Node], outcome: Outcome, n
     while running:
         number, attempt = running.popitem()
         attempt.ended, attempt.outcome = now, outcome
-        tried[number - 1].ignore()
+        node = tried[number - 1]
+        if outcome is BEATEN and now is not None:
+            node.outrun(now, attempt.started)
+        else:
+            node.ignore(attempt.started)
 
 
 BEATEN = Outcome(Code.CANCELLED, "another attempt was the call", cancelled=True)

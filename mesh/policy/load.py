@@ -1,27 +1,23 @@
-"""How busy an endpoint is: its node remembers what is in flight and how slow it has been.
+"""How busy an endpoint is: its node remembers what is in flight, how slow it has been, and how it has answered.
 
 Rule 1: a node's memory is keyed by its address and survives updates of the endpoint set.
 Rule 2: in flight is +1 at the pick and -1 exactly once, however the attempt ends.
 Rule 3: a failure that speaks of the endpoint counts as slow, so that failing fast doesn't look like answering fast
 (envoy#20907, Linkerd's load biaser); one that speaks of the request, a cancel or a local refusal counts as nothing.
+Rule 4: loads are compared for each unit of weight, so a heavier endpoint may be busier.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import exp
 
+from mesh.config import EjectionConfig
 from mesh.model import Code, Endpoint, Lock, Outcome
+from mesh.policy.breaker import FAILURE_CODES, Breaker
+from mesh.policy.report import Report
 
-SLOW_CODES = frozenset(
-    {
-        Code.UNAVAILABLE,
-        Code.DEADLINE_EXCEEDED,
-        Code.RESOURCE_EXHAUSTED,
-        Code.INTERNAL,
-        Code.UNKNOWN,
-        Code.DATA_LOSS,
-    }
-)
+SLOW_CODES = FAILURE_CODES | {Code.RESOURCE_EXHAUSTED}
 
 # Latencies closer than this are noise to the peak EWMA: a difference of one in flight then decides, and else chance
 # does.
@@ -29,22 +25,60 @@ NOISE_FACTOR = 2.0
 NOISE_FLOOR = 0.005  # seconds
 
 
+def _nobody(node: Node) -> None:
+    """Nobody listens."""
+
+
 class Node:
     """One endpoint's memory: attempts in flight, and a peak-sensitive average of its latency (Finagle's Peak EWMA).
 
     A latency above the average replaces it at once; one below pulls it down with a weight of 1 - e^(-dt/decay).
     Unobserved, the average decays towards 0 in the same way, so an endpoint that was slow is tried again in time.
+    ``weight`` is its share of the load against others, as the cluster last weighed it. ``ready_at``: when it was last
+    found READY. ``listener`` is told, outside the lock, when the breaker has something for the cluster.
     """
 
-    __slots__ = ("_lock", "cost", "decay", "endpoint", "in_flight", "penalty", "stamp")
+    __slots__ = (
+        "_lock",
+        "breaker",
+        "cost",
+        "decay",
+        "endpoint",
+        "failures",
+        "in_flight",
+        "listener",
+        "penalty",
+        "ready_at",
+        "report",
+        "ring",
+        "stamp",
+        "successes",
+        "weight",
+    )
 
-    def __init__(self, endpoint: Endpoint, lock: Lock, decay: float = 10.0, penalty: float = 5.0) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        lock: Lock,
+        decay: float = 10.0,
+        penalty: float = 5.0,
+        ejection: EjectionConfig | None = None,
+        listener: Callable[[Node], object] = _nobody,
+    ) -> None:
         self.endpoint = endpoint
         self.decay = decay
         self.penalty = penalty
         self.in_flight = 0
         self.cost = 0.0
         self.stamp = 0.0
+        self.weight = 1.0
+        self.ready_at = 0.0
+        self.successes = 0
+        self.failures = 0
+        self.breaker = Breaker(ejection or EjectionConfig())
+        self.report = Report()
+        self.ring: list[int] = []
+        self.listener = listener
         self._lock = lock
 
     def start(self) -> None:
@@ -52,13 +86,16 @@ class Node:
         with self._lock:
             self.in_flight += 1
 
-    def end(self, now: float, seconds: float, outcome: Outcome) -> None:
-        """An attempt has ended after ``seconds``."""
-        if outcome.code:
+    def end(self, now: float, started: float, outcome: Outcome) -> None:
+        """The attempt that started at ``started`` has ended."""
+        code = outcome.code
+        seconds = now - started
+        news = False
+        if code:
             if outcome.never_sent or outcome.cancelled:
-                self.ignore()
+                self.ignore(started)
                 return
-            if outcome.code in SLOW_CODES and seconds < self.penalty:
+            if code in SLOW_CODES and seconds < self.penalty:
                 seconds = self.penalty
         with self._lock:
             self.in_flight -= 1
@@ -68,14 +105,48 @@ class Node:
                 self.stamp = now
             decayed = self.cost * weight
             self.cost = seconds if seconds > decayed else decayed + (1 - weight) * seconds
+            if code in FAILURE_CODES:
+                self.failures += 1
+                news = self.breaker.failed(started, code)
+            else:
+                self.successes += 1
+                if self.breaker.alert:
+                    news = self.breaker.succeeded(started)
+        if news:
+            self.listener(self)
 
-    def ignore(self) -> None:
+    def ignore(self, started: float) -> None:
         """An attempt was cancelled or never left: neither success nor failure."""
         with self._lock:
             self.in_flight -= 1
+            news = self.breaker.alert and self.breaker.ignored(started)
+        if news:
+            self.listener(self)
+
+    def outrun(self, now: float, started: float) -> None:
+        """Another attempt of the call has won. How long this one would have taken isn't known, but that it took longer
+        than it has until now: the average is raised to that, and never lowered, or an endpoint that loses every race
+        would look idle for ever."""
+        with self._lock:
+            seconds = now - started
+            if seconds > self.cost * exp(min(0.0, self.stamp - now) / self.decay):
+                self.cost = seconds
+                self.stamp = max(now, self.stamp)
+        self.ignore(started)
+
+    def counted(self) -> tuple[int, int]:
+        """Successes and failures since this was last asked."""
+        with self._lock:
+            counts = self.successes, self.failures
+            self.successes = self.failures = 0
+        return counts
 
     def __repr__(self) -> str:
-        return f"<Node {self.endpoint.address} in_flight={self.in_flight} cost={self.cost * 1000:.1f}ms>"
+        ejected = f" {self.breaker.state.value}" if self.breaker.state.value != "closed" else ""
+        return f"<Node {self.endpoint.address} in_flight={self.in_flight} cost={self.cost * 1000:.1f}ms{ejected}>"
+
+
+Busier = Callable[[Node, Node], bool]
 
 
 def busier(a: Node, b: Node) -> bool:
@@ -91,6 +162,13 @@ def busier(a: Node, b: Node) -> bool:
         cost_b *= exp((b.stamp - a.stamp) / b.decay)
     cost_a += NOISE_FLOOR
     cost_b += NOISE_FLOOR
+    load_a = (a.in_flight + 1) * b.weight
+    load_b = (b.in_flight + 1) * a.weight
     if cost_a > cost_b * NOISE_FACTOR or cost_b > cost_a * NOISE_FACTOR:
-        return cost_a * (a.in_flight + 1) > cost_b * (b.in_flight + 1)
-    return a.in_flight > b.in_flight
+        return cost_a * load_a > cost_b * load_b
+    return load_a > load_b
+
+
+def fuller(a: Node, b: Node) -> bool:
+    """Whether ``a`` has more in flight than ``b``, for each unit of weight (A48; Envoy's weighted least request)."""
+    return (a.in_flight + 1) * b.weight > (b.in_flight + 1) * a.weight

@@ -1,19 +1,23 @@
 """Which endpoint to take: immutable pickers over the endpoints that may be called, swapped whole on every change
 (gRPC's).
 
-A picker's grammar: ``pick(now, rng, tried)`` returns a node, one that is not in ``tried`` if there is one; None only
-when the picker has no node at all. ``tried`` has the nodes of the call's attempts so far, in their order. The first
-pick of a call is O(1) in endpoints.
+A picker's grammar: ``pick(call, now, rng, tried)`` returns a node, one that is not in ``tried`` if there is one; None
+only when the picker has no node at all. ``tried`` has the nodes of the call's attempts so far, in their order. The
+first pick of a call is O(1) in endpoints, O(log n) on a ring. Of the call only its metadata is read.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import inf
 
-from mesh.config import BalancerConfig
-from mesh.policy.load import Node, busier
+from mesh.model import CallSpec
+from mesh.policy.load import Busier, Node, busier
+
+STEP = 0.6180339887498949
+"""The golden ratio's fraction: its multiples, modulo 1, lie more evenly than chance would have them, in every order."""
 
 
 class Picker:
@@ -21,10 +25,10 @@ class Picker:
 
     ``queue``: whether calls wait for a better picker rather than fail at once. ``error``: why there are none, for the
     caller to read. ``unresolved``: nobody could say who is there, so a call whose deadline comes meanwhile ends as
-    UNAVAILABLE.
+    UNAVAILABLE. ``note``: what is unusual about it, for ``explain()`` ("panic: ...").
     """
 
-    __slots__ = ("error", "nodes", "queue", "unresolved")
+    __slots__ = ("error", "nodes", "note", "queue", "unresolved")
 
     def __init__(
         self, nodes: Sequence[Node] = (), *, queue: bool = True, error: str = "", unresolved: bool = False
@@ -33,16 +37,27 @@ class Picker:
         self.queue = queue
         self.error = error
         self.unresolved = unresolved
+        self.note = ""
 
-    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:  # noqa: ARG002
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:  # noqa: ARG002
         """The node that takes the next attempt."""
         return None
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        return (
-            f"<{name} {len(self.nodes)} ready>" if self.nodes else f"<{name} {'queue' if self.queue else self.error}>"
-        )
+        if not self.nodes:
+            return f"<{name} {'queue' if self.queue else self.error}>"
+        return f"<{name} {len(self.nodes)} ready{f' {self.note}' if self.note else ''}>"
+
+
+class PickFirst(Picker):
+    """The first of them, until it can't be called any more."""
+
+    __slots__ = ()
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+        node = self.nodes[0]
+        return node if node not in tried else another(self.nodes, rng, tried)
 
 
 class RoundRobin(Picker):
@@ -55,21 +70,71 @@ class RoundRobin(Picker):
         # next() of a count is atomic: threads share the turn without a lock.
         self._turn = itertools.count(rng.randrange(len(nodes)))
 
-    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         node = nodes[next(self._turn) % len(nodes)]
-        return node if node not in tried else _another(nodes, rng, tried)
+        return node if node not in tried else another(nodes, rng, tried)
+
+
+class Shares:
+    """Draws nodes by their weights: O(1) a draw, O(n) to make (the alias method, Vose 1991)."""
+
+    __slots__ = ("_nodes", "_others", "_whole")
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        count, total = len(nodes), sum(node.weight for node in nodes)
+        self._nodes = nodes
+        self._whole = [node.weight / total * count for node in nodes]  # of a cell, how much is the node's own
+        self._others = list(nodes)  # and whose the rest is
+        poor = [index for index, share in enumerate(self._whole) if share < 1]
+        rich = [index for index, share in enumerate(self._whole) if share >= 1]
+        while poor and rich:
+            giver, taker = rich[-1], poor.pop()
+            self._others[taker] = nodes[giver]
+            self._whole[giver] -= 1 - self._whole[taker]
+            if self._whole[giver] < 1:
+                poor.append(rich.pop())
+        for index in (*poor, *rich):  # what rounding has left
+            self._whole[index] = 1.0
+
+    def at(self, point: float) -> Node:
+        """The node at a point from 0 to 1 (exclusive): each has as much of that line as its weight gives it."""
+        point *= len(self._nodes)
+        cell = int(point)
+        return self._nodes[cell] if point - cell < self._whole[cell] else self._others[cell]
+
+
+class WeightedRoundRobin(Picker):
+    """Each in turn as often as its weight gives it, spread evenly; from a random start."""
+
+    __slots__ = ("_shares", "_start", "_turn")
+
+    def __init__(self, nodes: Sequence[Node], rng: random.Random) -> None:
+        super().__init__(nodes)
+        self._shares = Shares(self.nodes)
+        self._start = rng.random()
+        self._turn = itertools.count()
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+        node = self._shares.at((self._start + next(self._turn) * STEP) % 1.0)
+        return node if node not in tried else another(self.nodes, rng, tried)
 
 
 class PowerOfTwo(Picker):
     """Two distinct nodes at random, the less busy one takes it (P2C: Mitzenmacher 2001; A48 and Finagle).
 
-    Of two alike the first drawn is taken, which is chance again.
+    Of two alike the first drawn is taken, which is chance again. One that is idle and from which nothing was heard for
+    ``starvation`` seconds is taken whatever it was like (Kratos), so that what is remembered of it can be corrected.
     """
 
-    __slots__ = ()
+    __slots__ = ("_busier", "_starvation")
 
-    def pick(self, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+    def __init__(self, nodes: Sequence[Node], busier: Busier = busier, starvation: float = inf) -> None:
+        super().__init__(nodes)
+        self._busier = busier
+        self._starvation = starvation
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         count = len(nodes)
         draw = rng.random  # int(draw() * n) costs a quarter of randrange(n), and is as even for any n here
@@ -79,18 +144,68 @@ class PowerOfTwo(Picker):
             second = nodes[int(draw() * (count - 1))]
             if second is first:
                 second = nodes[-1]
-            if second not in tried and (first in tried or busier(first, second)):
-                first = second
-        return first if first not in tried else _another(nodes, rng, tried)
+            if self._busier(first, second):
+                first, second = second, first
+            starved = second.stamp + self._starvation < now and not second.in_flight
+            if (starved or first in tried) and second not in tried:
+                return second
+        return first if first not in tried else another(nodes, rng, tried)
 
 
-def _another(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
+class Choices(Picker):
+    """As ``PowerOfTwo``, for more choices than two (A48's choiceCount), and for weights that differ: nodes are drawn as
+    often as their weights give them, and loads compared for each unit of weight."""
+
+    __slots__ = ("_busier", "_choices", "_shares", "_starvation")
+
+    def __init__(
+        self, nodes: Sequence[Node], busier: Busier = busier, starvation: float = inf, choices: int = 2
+    ) -> None:
+        super().__init__(nodes)
+        self._busier = busier
+        self._starvation = starvation
+        self._choices = choices
+        self._shares = Shares(self.nodes)
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+        best = self._shares.at(rng.random())
+        for _ in range(self._choices - 1):
+            other = self._shares.at(rng.random())
+            if other is best:  # once more: distinct choices are better ones
+                other = self._shares.at(rng.random())
+            if other is best or other in tried:
+                continue
+            if self._busier(best, other) or best in tried:
+                best, other = other, best
+            if other.stamp + self._starvation < now and not other.in_flight and other not in tried:
+                return other
+        return best if best not in tried else another(self.nodes, rng, tried)
+
+
+class Probing(Picker):
+    """Another picker, and nodes that come back from ejection: each of them takes one call first, to show what it is
+    worth. Never a call's second attempt: the call has paid already."""
+
+    __slots__ = ("_due", "_inner")
+
+    def __init__(self, inner: Picker, due: Sequence[Node]) -> None:
+        super().__init__(inner.nodes)
+        self.note = inner.note
+        self._inner = inner
+        # next() of an iterator is atomic: among threads, exactly one gets each.
+        self._due: Iterator[Node] = iter(tuple(due))
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:
+        if not tried:
+            node = next(self._due, None)
+            if node is not None:
+                node.breaker.probe(now)
+                return node
+        return self._inner.pick(call, now, rng, tried)
+
+
+def another(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
     """One at random that was not tried; when all were, the one tried longest ago (FIELD 6.9: begin anew, don't get
     stuck)."""
     fresh = [node for node in nodes if node not in tried]
     return rng.choice(fresh) if fresh else max(nodes, key=tried[::-1].index)
-
-
-def picker_for(config: BalancerConfig, nodes: Sequence[Node], rng: random.Random) -> Picker:
-    """A picker over the nodes that may be called (at least one), as the config names it."""
-    return RoundRobin(nodes, rng) if config.name == "round_robin" else PowerOfTwo(nodes)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from math import sqrt
+from math import inf, sqrt
 
 import pytest
 
-from mesh.config import BalancerConfig
-from mesh.model import Code, Endpoint, Outcome
+from mesh.config import BalancerConfig, MethodPolicy
+from mesh.model import CallSpec, Code, Endpoint, Outcome
+from mesh.policy.balancers import Given, picker_for
 from mesh.policy.load import Node, busier
-from mesh.policy.pick import Picker, PowerOfTwo, RoundRobin, picker_for
+from mesh.policy.pick import Picker, PowerOfTwo, RoundRobin
 
 OK = Outcome(Code.OK)
+CALL = CallSpec("/weft.test.v1.Test/Do", MethodPolicy(), inf)
 BALANCERS = ["round_robin", "peak_ewma"]
 
 
@@ -23,11 +25,11 @@ def nodes_of(count: int) -> list[Node]:
 
 
 def picker_of(balancer: str, nodes: list[Node], seed: int = 1) -> Picker:
-    return picker_for(BalancerConfig(balancer), nodes, random.Random(seed))
+    return picker_for(Given(BalancerConfig(balancer), nodes, random.Random(seed)))
 
 
 def picked(picker: Picker, now: float, rng: random.Random, tried: list[Node] | None = None) -> Node:
-    node = picker.pick(now, rng, tried or [])
+    node = picker.pick(CALL, now, rng, tried or [])
     assert node is not None
     return node
 
@@ -99,7 +101,7 @@ def test_a_picker_says_what_it_is(balancer: str, name: str) -> None:
 
 
 def test_over_no_endpoints_nothing_is_picked() -> None:
-    assert Picker().pick(0.0, random.Random(1)) is None
+    assert Picker().pick(CALL, 0.0, random.Random(1)) is None
     assert repr(Picker()) == "<Picker queue>"
     assert repr(Picker(queue=False, error="all down")) == "<Picker all down>"
 
@@ -138,14 +140,14 @@ class Simulated:
             self.now += every
             for end, begin, node in [each for each in running if each[0] <= self.now]:
                 code = self.codes.get(node, Code.OK)
-                node.end(end, end - begin, Outcome(code, cancelled=cancelled and code != Code.OK))
+                node.end(end, begin, Outcome(code, cancelled=cancelled and code != Code.OK))
             running = [each for each in running if each[0] > self.now]
             node = picked(self.picker, self.now, self.rng)
             node.start()
             self.counts[node] += 1
             running.append((self.now + self.times[node], self.now, node))
         for end, begin, node in running:
-            node.end(end, end - begin, OK)
+            node.end(end, begin, OK)
         assert all(node.in_flight == 0 for node in self.nodes)
         return [self.counts[node] / calls for node in self.nodes]
 
@@ -221,10 +223,10 @@ def test_a_peak_is_believed_at_once_and_forgotten_slowly() -> None:
     (node,) = nodes_of(1)
     for now, seconds in ((0.0, 0.1), (0.0, 1.0)):
         node.start()
-        node.end(now, seconds, OK)
+        node.end(now, now - seconds, OK)
     assert node.cost == 1.0
     node.start()
-    node.end(10.0, 0.1, OK)  # one decay time later: 1/e of the old, the rest of the new
+    node.end(10.0, 10.0 - 0.1, OK)  # one decay time later: 1/e of the old, the rest of the new
     assert node.cost == pytest.approx(1 / 2.71828 + (1 - 1 / 2.71828) * 0.1, rel=1e-4)
     assert repr(node) == f"<Node e0 in_flight=0 cost={node.cost * 1000:.1f}ms>"
 
@@ -243,14 +245,14 @@ SLOW = {
 def test_which_failures_count_as_slow(code: Code) -> None:
     node = Node(Endpoint("e0"), contextlib.nullcontext(), penalty=3.0)
     node.start()
-    node.end(1.0, 0.25, Outcome(code))
+    node.end(1.0, 1.0 - 0.25, Outcome(code))
     assert node.cost == pytest.approx(3.0 if code in SLOW else 0.25)
 
 
 def test_a_failure_slower_than_the_penalty_counts_as_it_is() -> None:
     (node,) = nodes_of(1)
     node.start()
-    node.end(1.0, 9.0, Outcome(Code.DEADLINE_EXCEEDED))
+    node.end(1.0, 1.0 - 9.0, Outcome(Code.DEADLINE_EXCEEDED))
     assert node.cost == 9.0
 
 
@@ -262,7 +264,7 @@ def test_a_failure_slower_than_the_penalty_counts_as_it_is() -> None:
 def test_what_says_nothing_of_the_endpoint_leaves_its_memory(outcome: Outcome) -> None:
     (node,) = nodes_of(1)
     node.start()
-    node.end(5.0, 1.0, outcome)
+    node.end(5.0, 5.0 - 1.0, outcome)
     assert (node.in_flight, node.cost, node.stamp) == (0, 0.0, 0.0)
 
 
@@ -270,7 +272,7 @@ def test_answers_out_of_order_do_not_inflate_the_average() -> None:
     (node,) = nodes_of(1)
     for now in (100.0, 0.0, 50.0):
         node.start()
-        node.end(now, 1.0, OK)
+        node.end(now, now - 1.0, OK)
     assert (node.cost, node.stamp) == (1.0, 100.0)
 
 
@@ -278,7 +280,7 @@ def test_busier_weighs_latency_with_what_is_in_flight() -> None:
     fast, slow = nodes_of(2)
     for node, seconds in ((fast, 0.1), (slow, 0.4)):
         node.start()
-        node.end(1.0, seconds, OK)
+        node.end(1.0, 1.0 - seconds, OK)
     assert busier(slow, fast)
     assert not busier(fast, slow)
     for _ in range(4):
@@ -291,7 +293,7 @@ def test_of_latencies_alike_the_one_with_more_in_flight_is_busier(seconds: float
     one, other = nodes_of(2)
     for node, took in ((one, 0.1), (other, seconds)):
         node.start()
-        node.end(1.0, took, OK)
+        node.end(1.0, 1.0 - took, OK)
     assert not busier(one, other)
     assert not busier(other, one)
     one.start()
@@ -301,8 +303,8 @@ def test_of_latencies_alike_the_one_with_more_in_flight_is_busier(seconds: float
 def test_an_old_peak_weighs_less() -> None:
     old, new = nodes_of(2)
     old.start()
-    old.end(0.0, 5.0, OK)
+    old.end(0.0, 0.0 - 5.0, OK)
     new.start()
-    new.end(60.0, 0.1, OK)
+    new.end(60.0, 60.0 - 0.1, OK)
     assert busier(new, old)
     assert not busier(old, new)

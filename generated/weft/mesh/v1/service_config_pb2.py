@@ -27,33 +27,65 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!weft/mesh/v1/service_config.proto\x12\x0cweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xac\x02\n\rServiceConfig\x12@\n\x15load_balancing_config\x18\x01 \x03(\x0b\x32!.weft.mesh.v1.LoadBalancingConfig\x12\x31\n\rmethod_config\x18\x02 \x03(\x0b\x32\x1a.weft.mesh.v1.MethodConfig\x12\x37\n\x10retry_throttling\x18\x03 \x01(\x0b\x32\x1d.weft.mesh.v1.RetryThrottling\x12<\n\x13health_check_config\x18\x04 \x01(\x0b\x32\x1f.weft.mesh.v1.HealthCheckConfig\x12/\n\x0cretry_budget\x18\x05 \x01(\x0b\x32\x19.weft.mesh.v1.RetryBudget\"\x95\x01\n\x13LoadBalancingConfig\x12<\n\x0bround_robin\x18\x01 \x01(\x0b\x32\x18.weft.mesh.v1.RoundRobinH\x00R\x0bround_robin\x12\x36\n\tpeak_ewma\x18\x02 \x01(\x0b\x32\x16.weft.mesh.v1.PeakEwmaH\x00R\tpeak_ewmaB\x08\n\x06policy\"\x0c\n\nRoundRobin\"m\n\x08PeakEwma\x12-\n\ndecay_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x66\x61ilure_penalty\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xde\x02\n\x0cMethodConfig\x12 \n\x04name\x18\x01 \x03(\x0b\x32\x12.weft.mesh.v1.Name\x12\x32\n\x0ewait_for_ready\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.BoolValue\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cretry_policy\x18\x04 \x01(\x0b\x32\x19.weft.mesh.v1.RetryPolicy\x12\x33\n\x0ehedging_policy\x18\x05 \x01(\x0b\x32\x1b.weft.mesh.v1.HedgingPolicy\x12\x32\n\x0f\x61ttempt_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x66\x61ult_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x04Name\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\"\xdb\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\r\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x02\x12\x36\n\x16retryable_status_codes\x18\x05 \x03(\x0b\x32\x16.google.protobuf.Value\"\xa9\x01\n\rHedgingPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\r\x12\x30\n\rhedging_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x16non_fatal_status_codes\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\x12\x18\n\x10\x64\x65lay_percentile\x18\x04 \x01(\x01\":\n\x0fRetryThrottling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btoken_ratio\x18\x02 \x01(\x02\"G\n\x11HealthCheckConfig\x12\x32\n\x0cservice_name\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.StringValue\"p\n\x0bRetryBudget\x12+\n\x05ratio\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.DoubleValue\x12\x34\n\x0emin_per_second\x18\x02 \x01(\x0b\x32\x1c.google.protobuf.DoubleValueb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!weft/mesh/v1/service_config.proto\x12\x0cweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xb8\x03\n\rServiceConfig\x12@\n\x15load_balancing_config\x18\x01 \x03(\x0b\x32!.weft.mesh.v1.LoadBalancingConfig\x12\x31\n\rmethod_config\x18\x02 \x03(\x0b\x32\x1a.weft.mesh.v1.MethodConfig\x12\x37\n\x10retry_throttling\x18\x03 \x01(\x0b\x32\x1d.weft.mesh.v1.RetryThrottling\x12<\n\x13health_check_config\x18\x04 \x01(\x0b\x32\x1f.weft.mesh.v1.HealthCheckConfig\x12/\n\x0cretry_budget\x18\x05 \x01(\x0b\x32\x19.weft.mesh.v1.RetryBudget\x12+\n\nslow_start\x18\x06 \x01(\x0b\x32\x17.weft.mesh.v1.SlowStart\x12\x33\n\x0ezone_awareness\x18\x07 \x01(\x0b\x32\x1b.weft.mesh.v1.ZoneAwareness\x12(\n\x08overload\x18\x08 \x01(\x0b\x32\x16.weft.mesh.v1.Overload\"\xf3\x04\n\x13LoadBalancingConfig\x12<\n\x0bround_robin\x18\x01 \x01(\x0b\x32\x18.weft.mesh.v1.RoundRobinH\x00R\x0bround_robin\x12\x36\n\tpeak_ewma\x18\x02 \x01(\x0b\x32\x16.weft.mesh.v1.PeakEwmaH\x00R\tpeak_ewma\x12\x39\n\npick_first\x18\x03 \x01(\x0b\x32\x17.weft.mesh.v1.PickFirstH\x00R\npick_first\x12O\n\x14weighted_round_robin\x18\x04 \x01(\x0b\x32\x19.weft.mesh.v1.LoadReportsH\x00R\x14weighted_round_robin\x12\x42\n\rleast_request\x18\x05 \x01(\x0b\x32\x1a.weft.mesh.v1.LeastRequestH\x00R\rleast_request\x12\x36\n\tring_hash\x18\x06 \x01(\x0b\x32\x16.weft.mesh.v1.RingHashH\x00R\tring_hash\x12N\n\x11random_subsetting\x18\x07 \x01(\x0b\x32\x1e.weft.mesh.v1.RandomSubsettingH\x00R\x11random_subsetting\x12\x34\n\x08priority\x18\x08 \x01(\x0b\x32\x16.weft.mesh.v1.PriorityH\x00R\x08priority\x12N\n\x11outlier_detection\x18\t \x01(\x0b\x32\x1e.weft.mesh.v1.OutlierDetectionH\x00R\x11outlier_detectionB\x08\n\x06policy\"\x0c\n\nRoundRobin\"\xd3\x01\n\x08PeakEwma\x12-\n\ndecay_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x66\x61ilure_penalty\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10starvation_guard\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cload_reports\x18\x04 \x01(\x0b\x32\x19.weft.mesh.v1.LoadReports\")\n\tPickFirst\x12\x1c\n\x14shuffle_address_list\x18\x01 \x01(\x08\"\xd0\x02\n\x0bLoadReports\x12\x1e\n\x16\x65nable_oob_load_report\x18\x01 \x01(\x08\x12\x37\n\x14oob_reporting_period\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x62lackout_period\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12;\n\x18weight_expiration_period\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14weight_update_period\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12>\n\x19\x65rror_utilization_penalty\x18\x06 \x01(\x0b\x32\x1b.google.protobuf.FloatValue\"U\n\x0cLeastRequest\x12\x14\n\x0c\x63hoice_count\x18\x01 \x01(\r\x12/\n\x0cload_reports\x18\x02 \x01(\x0b\x32\x19.weft.mesh.v1.LoadReports\"r\n\x08RingHash\x12\x1b\n\x13request_hash_header\x18\x01 \x01(\t\x12\x15\n\rmin_ring_size\x18\x02 \x01(\x04\x12\x15\n\rmax_ring_size\x18\x03 \x01(\x04\x12\x1b\n\x13\x62ounded_load_factor\x18\x04 \x01(\x01\"`\n\x10RandomSubsetting\x12\x13\n\x0bsubset_size\x18\x01 \x01(\r\x12\x37\n\x0c\x63hild_policy\x18\x02 \x03(\x0b\x32!.weft.mesh.v1.LoadBalancingConfig\"\xa4\x01\n\x08Priority\x12\x36\n\x08\x63hildren\x18\x01 \x03(\x0b\x32$.weft.mesh.v1.Priority.ChildrenEntry\x12\x12\n\npriorities\x18\x02 \x03(\t\x1aL\n\rChildrenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.weft.mesh.v1.PriorityChild:\x02\x38\x01\"B\n\rPriorityChild\x12\x31\n\x06\x63onfig\x18\x01 \x03(\x0b\x32!.weft.mesh.v1.LoadBalancingConfig\"\xb3\x05\n\x10OutlierDetection\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12\x62\x61se_ejection_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11max_ejection_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x14max_ejection_percent\x18\x04 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12@\n\x15success_rate_ejection\x18\x05 \x01(\x0b\x32!.weft.mesh.v1.SuccessRateEjection\x12L\n\x1b\x66\x61ilure_percentage_ejection\x18\x06 \x01(\x0b\x32\'.weft.mesh.v1.FailurePercentageEjection\x12\x37\n\x0c\x63hild_policy\x18\x07 \x03(\x0b\x32!.weft.mesh.v1.LoadBalancingConfig\x12:\n\x14\x63onsecutive_failures\x18\x08 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12@\n\x1a\x63onsecutive_gateway_errors\x18\t \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12:\n\x14\x63onsecutive_timeouts\x18\n \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x35\n\x0fpanic_threshold\x18\x0b \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x0f\n\x07\x64ry_run\x18\x0c \x01(\x08\"\xf2\x01\n\x13SuccessRateEjection\x12\x32\n\x0cstdev_factor\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12<\n\x16\x65nforcement_percentage\x18\x02 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x33\n\rminimum_hosts\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x34\n\x0erequest_volume\x18\x04 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\"\xf5\x01\n\x19\x46\x61ilurePercentageEjection\x12/\n\tthreshold\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12<\n\x16\x65nforcement_percentage\x18\x02 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x33\n\rminimum_hosts\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x34\n\x0erequest_volume\x18\x04 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\"\x84\x01\n\tSlowStart\x12)\n\x06window\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\naggression\x18\x02 \x01(\x01\x12\x38\n\x12min_weight_percent\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.DoubleValue\"|\n\rZoneAwareness\x12\x36\n\x10min_cluster_size\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x33\n\rmin_endpoints\x18\x02 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\"\x8d\x01\n\x08Overload\x12\x35\n\x0fmax_outstanding\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\x12\x39\n\x11\x61\x64\x61ptive_throttle\x18\x02 \x01(\x0b\x32\x1e.weft.mesh.v1.AdaptiveThrottle\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"\xa1\x01\n\x10\x41\x64\x61ptiveThrottle\x12\'\n\x01k\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.DoubleValue\x12)\n\x06window\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x13max_refused_percent\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.DoubleValue\"\xde\x02\n\x0cMethodConfig\x12 \n\x04name\x18\x01 \x03(\x0b\x32\x12.weft.mesh.v1.Name\x12\x32\n\x0ewait_for_ready\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.BoolValue\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cretry_policy\x18\x04 \x01(\x0b\x32\x19.weft.mesh.v1.RetryPolicy\x12\x33\n\x0ehedging_policy\x18\x05 \x01(\x0b\x32\x1b.weft.mesh.v1.HedgingPolicy\x12\x32\n\x0f\x61ttempt_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x66\x61ult_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x04Name\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\"\xdb\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\r\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x02\x12\x36\n\x16retryable_status_codes\x18\x05 \x03(\x0b\x32\x16.google.protobuf.Value\"\xa9\x01\n\rHedgingPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\r\x12\x30\n\rhedging_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x16non_fatal_status_codes\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\x12\x18\n\x10\x64\x65lay_percentile\x18\x04 \x01(\x01\":\n\x0fRetryThrottling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btoken_ratio\x18\x02 \x01(\x02\"G\n\x11HealthCheckConfig\x12\x32\n\x0cservice_name\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.StringValue\"p\n\x0bRetryBudget\x12+\n\x05ratio\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.DoubleValue\x12\x34\n\x0emin_per_second\x18\x02 \x01(\x0b\x32\x1c.google.protobuf.DoubleValueb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.mesh.v1.service_config_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PRIORITY_CHILDRENENTRY']._loaded_options = None
+  _globals['_PRIORITY_CHILDRENENTRY']._serialized_options = b'8\001'
   _globals['_SERVICECONFIG']._serialized_start=146
-  _globals['_SERVICECONFIG']._serialized_end=446
-  _globals['_LOADBALANCINGCONFIG']._serialized_start=449
-  _globals['_LOADBALANCINGCONFIG']._serialized_end=598
-  _globals['_ROUNDROBIN']._serialized_start=600
-  _globals['_ROUNDROBIN']._serialized_end=612
-  _globals['_PEAKEWMA']._serialized_start=614
-  _globals['_PEAKEWMA']._serialized_end=723
-  _globals['_METHODCONFIG']._serialized_start=726
-  _globals['_METHODCONFIG']._serialized_end=1076
-  _globals['_NAME']._serialized_start=1078
-  _globals['_NAME']._serialized_end=1117
-  _globals['_RETRYPOLICY']._serialized_start=1120
-  _globals['_RETRYPOLICY']._serialized_end=1339
-  _globals['_HEDGINGPOLICY']._serialized_start=1342
-  _globals['_HEDGINGPOLICY']._serialized_end=1511
-  _globals['_RETRYTHROTTLING']._serialized_start=1513
-  _globals['_RETRYTHROTTLING']._serialized_end=1571
-  _globals['_HEALTHCHECKCONFIG']._serialized_start=1573
-  _globals['_HEALTHCHECKCONFIG']._serialized_end=1644
-  _globals['_RETRYBUDGET']._serialized_start=1646
-  _globals['_RETRYBUDGET']._serialized_end=1758
+  _globals['_SERVICECONFIG']._serialized_end=586
+  _globals['_LOADBALANCINGCONFIG']._serialized_start=589
+  _globals['_LOADBALANCINGCONFIG']._serialized_end=1216
+  _globals['_ROUNDROBIN']._serialized_start=1218
+  _globals['_ROUNDROBIN']._serialized_end=1230
+  _globals['_PEAKEWMA']._serialized_start=1233
+  _globals['_PEAKEWMA']._serialized_end=1444
+  _globals['_PICKFIRST']._serialized_start=1446
+  _globals['_PICKFIRST']._serialized_end=1487
+  _globals['_LOADREPORTS']._serialized_start=1490
+  _globals['_LOADREPORTS']._serialized_end=1826
+  _globals['_LEASTREQUEST']._serialized_start=1828
+  _globals['_LEASTREQUEST']._serialized_end=1913
+  _globals['_RINGHASH']._serialized_start=1915
+  _globals['_RINGHASH']._serialized_end=2029
+  _globals['_RANDOMSUBSETTING']._serialized_start=2031
+  _globals['_RANDOMSUBSETTING']._serialized_end=2127
+  _globals['_PRIORITY']._serialized_start=2130
+  _globals['_PRIORITY']._serialized_end=2294
+  _globals['_PRIORITY_CHILDRENENTRY']._serialized_start=2218
+  _globals['_PRIORITY_CHILDRENENTRY']._serialized_end=2294
+  _globals['_PRIORITYCHILD']._serialized_start=2296
+  _globals['_PRIORITYCHILD']._serialized_end=2362
+  _globals['_OUTLIERDETECTION']._serialized_start=2365
+  _globals['_OUTLIERDETECTION']._serialized_end=3056
+  _globals['_SUCCESSRATEEJECTION']._serialized_start=3059
+  _globals['_SUCCESSRATEEJECTION']._serialized_end=3301
+  _globals['_FAILUREPERCENTAGEEJECTION']._serialized_start=3304
+  _globals['_FAILUREPERCENTAGEEJECTION']._serialized_end=3549
+  _globals['_SLOWSTART']._serialized_start=3552
+  _globals['_SLOWSTART']._serialized_end=3684
+  _globals['_ZONEAWARENESS']._serialized_start=3686
+  _globals['_ZONEAWARENESS']._serialized_end=3810
+  _globals['_OVERLOAD']._serialized_start=3813
+  _globals['_OVERLOAD']._serialized_end=3954
+  _globals['_ADAPTIVETHROTTLE']._serialized_start=3957
+  _globals['_ADAPTIVETHROTTLE']._serialized_end=4118
+  _globals['_METHODCONFIG']._serialized_start=4121
+  _globals['_METHODCONFIG']._serialized_end=4471
+  _globals['_NAME']._serialized_start=4473
+  _globals['_NAME']._serialized_end=4512
+  _globals['_RETRYPOLICY']._serialized_start=4515
+  _globals['_RETRYPOLICY']._serialized_end=4734
+  _globals['_HEDGINGPOLICY']._serialized_start=4737
+  _globals['_HEDGINGPOLICY']._serialized_end=4906
+  _globals['_RETRYTHROTTLING']._serialized_start=4908
+  _globals['_RETRYTHROTTLING']._serialized_end=4966
+  _globals['_HEALTHCHECKCONFIG']._serialized_start=4968
+  _globals['_HEALTHCHECKCONFIG']._serialized_end=5039
+  _globals['_RETRYBUDGET']._serialized_start=5041
+  _globals['_RETRYBUDGET']._serialized_end=5153
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,9 @@ class ServiceConfig(_message.Message):
     RETRY_THROTTLING_FIELD_NUMBER: _builtins.int
     HEALTH_CHECK_CONFIG_FIELD_NUMBER: _builtins.int
     RETRY_BUDGET_FIELD_NUMBER: _builtins.int
+    SLOW_START_FIELD_NUMBER: _builtins.int
+    ZONE_AWARENESS_FIELD_NUMBER: _builtins.int
+    OVERLOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_balancing_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
         """The balancing policies in order of preference: the first that is known is used. gRPC balances its own targets itself.
@@ -80,6 +83,33 @@ class ServiceConfig(_message.Message):
         Change: when few calls are made and more of them should be tried again, or the servers have nothing to spare.
         """
 
+    @_builtins.property
+    def slow_start(self) -> Global___SlowStart:
+        """weft: gives endpoints that have just become ready less to do at first.
+
+        Default: off.
+        Source: Envoy's slow start.
+        Change: when a fresh process is slow (caches, JIT, connection pools).
+        """
+
+    @_builtins.property
+    def zone_awareness(self) -> Global___ZoneAwareness:
+        """weft: keeps calls in the client's own zone, which MESH_REGION and MESH_ZONE name as they do for servers.
+
+        Default: off.
+        Source: Envoy's zone aware routing.
+        Change: when crossing zones costs time or money, and every zone has endpoints for its own clients.
+        """
+
+    @_builtins.property
+    def overload(self) -> Global___Overload:
+        """weft: what a client refuses to send.
+
+        Default: more than 1024 calls at once, for the mesh's targets.
+        Source: gRFC A32; Google's SRE book, "Handling Overload".
+        Change: when a client makes more calls at once, or should hold back from a service that refuses it.
+        """
+
     def __init__(
         self,
         *,
@@ -88,10 +118,13 @@ class ServiceConfig(_message.Message):
         retry_throttling: Global___RetryThrottling | None = ...,
         health_check_config: Global___HealthCheckConfig | None = ...,
         retry_budget: Global___RetryBudget | None = ...,
+        slow_start: Global___SlowStart | None = ...,
+        zone_awareness: Global___ZoneAwareness | None = ...,
+        overload: Global___Overload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["health_check_config", b"health_check_config", "retry_budget", b"retry_budget", "retry_throttling", b"retry_throttling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["health_check_config", b"health_check_config", "overload", b"overload", "retry_budget", b"retry_budget", "retry_throttling", b"retry_throttling", "slow_start", b"slow_start", "zone_awareness", b"zone_awareness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["health_check_config", b"health_check_config", "load_balancing_config", b"load_balancing_config", "method_config", b"method_config", "retry_budget", b"retry_budget", "retry_throttling", b"retry_throttling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["health_check_config", b"health_check_config", "load_balancing_config", b"load_balancing_config", "method_config", b"method_config", "overload", b"overload", "retry_budget", b"retry_budget", "retry_throttling", b"retry_throttling", "slow_start", b"slow_start", "zone_awareness", b"zone_awareness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -105,6 +138,13 @@ class LoadBalancingConfig(_message.Message):
 
     ROUND_ROBIN_FIELD_NUMBER: _builtins.int
     PEAK_EWMA_FIELD_NUMBER: _builtins.int
+    PICK_FIRST_FIELD_NUMBER: _builtins.int
+    WEIGHTED_ROUND_ROBIN_FIELD_NUMBER: _builtins.int
+    LEAST_REQUEST_FIELD_NUMBER: _builtins.int
+    RING_HASH_FIELD_NUMBER: _builtins.int
+    RANDOM_SUBSETTING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    OUTLIER_DETECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
         """Each endpoint in turn, from a random start.
@@ -123,17 +163,88 @@ class LoadBalancingConfig(_message.Message):
         Change: back to it from another policy.
         """
 
+    @_builtins.property
+    def pick_first(self) -> Global___PickFirst:
+        """The first endpoint that can be called, until it can't be any more.
+
+        Default: not used.
+        Source: gRPC.
+        Change: to it when one endpoint is to have all the calls, and the others are spares.
+        """
+
+    @_builtins.property
+    def weighted_round_robin(self) -> Global___LoadReports:
+        """Each endpoint in turn as often as its weight gives it: what it reports of its load, else the weight it was
+        registered with.
+
+        Default: not used.
+        Source: gRFC A58.
+        Change: to it when endpoints differ in size and report their load.
+        """
+
+    @_builtins.property
+    def least_request(self) -> Global___LeastRequest:
+        """Of some endpoints at random, the one with the least in flight.
+
+        Default: not used.
+        Source: gRFC A48. gRPC's name, least_request_experimental, is taken, too; so for all policies.
+        Change: to it when latency says nothing of load, as with long streams.
+        """
+
+    @_builtins.property
+    def ring_hash(self) -> Global___RingHash:
+        """Calls with one key to one endpoint, as long as it is there.
+
+        Default: not used.
+        Source: gRFC A42 and A76.
+        Change: to it when endpoints keep something for a key, a cache say.
+        """
+
+    @_builtins.property
+    def random_subsetting(self) -> Global___RandomSubsetting:
+        """So many endpoints at random, each client others; the child policy is over those.
+
+        Default: of more than 100 endpoints a client uses 100; with ring_hash all.
+        Source: gRFC A68.
+        Change: fewer, when very many clients' connections weigh on the servers.
+        """
+
+    @_builtins.property
+    def priority(self) -> Global___Priority:
+        """A policy for each of the endpoints' priorities.
+
+        Default: one policy for all; the lowest number with an endpoint that is ready serves.
+        Source: gRFC A56.
+        Change: when the spares are to be balanced otherwise.
+        """
+
+    @_builtins.property
+    def outlier_detection(self) -> Global___OutlierDetection:
+        """Leaves out endpoints that answer worse than the others; the child policy is over the rest.
+
+        Default: used around every policy, with its settings' defaults.
+        Source: gRFC A50.
+        Change: to be quicker or slower to leave an endpoint out, or not to.
+        """
+
     def __init__(
         self,
         *,
         round_robin: Global___RoundRobin | None = ...,
         peak_ewma: Global___PeakEwma | None = ...,
+        pick_first: Global___PickFirst | None = ...,
+        weighted_round_robin: Global___LoadReports | None = ...,
+        least_request: Global___LeastRequest | None = ...,
+        ring_hash: Global___RingHash | None = ...,
+        random_subsetting: Global___RandomSubsetting | None = ...,
+        priority: Global___Priority | None = ...,
+        outlier_detection: Global___OutlierDetection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["peak_ewma", b"peak_ewma", "policy", b"policy", "round_robin", b"round_robin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["least_request", b"least_request", "outlier_detection", b"outlier_detection", "peak_ewma", b"peak_ewma", "pick_first", b"pick_first", "policy", b"policy", "priority", b"priority", "random_subsetting", b"random_subsetting", "ring_hash", b"ring_hash", "round_robin", b"round_robin", "weighted_round_robin", b"weighted_round_robin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak_ewma", b"peak_ewma", "policy", b"policy", "round_robin", b"round_robin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["least_request", b"least_request", "outlier_detection", b"outlier_detection", "peak_ewma", b"peak_ewma", "pick_first", b"pick_first", "policy", b"policy", "priority", b"priority", "random_subsetting", b"random_subsetting", "ring_hash", b"ring_hash", "round_robin", b"round_robin", "weighted_round_robin", b"weighted_round_robin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_policy: _TypeAlias = _typing.Literal["round_robin", "peak_ewma"]  # noqa: Y015
+    _WhichOneofReturnType_policy: _TypeAlias = _typing.Literal["round_robin", "peak_ewma", "pick_first", "weighted_round_robin", "least_request", "ring_hash", "random_subsetting", "priority", "outlier_detection"]  # noqa: Y015
     _WhichOneofArgType_policy: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_policy) -> _WhichOneofReturnType_policy | None: ...
 
@@ -164,6 +275,8 @@ class PeakEwma(_message.Message):
 
     DECAY_TIME_FIELD_NUMBER: _builtins.int
     FAILURE_PENALTY_FIELD_NUMBER: _builtins.int
+    STARVATION_GUARD_FIELD_NUMBER: _builtins.int
+    LOAD_REPORTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def decay_time(self) -> _duration_pb2.Duration:
         """How long a latency is remembered: its weight falls to 1/e in this time.
@@ -182,19 +295,844 @@ class PeakEwma(_message.Message):
         Change: longer, when good answers take seconds.
         """
 
+    @_builtins.property
+    def starvation_guard(self) -> _duration_pb2.Duration:
+        """An idle endpoint from which nothing was heard for this long is given a call, however slow it was. 0s: never.
+
+        Default: 10s.
+        Source: Kratos, which has 3s.
+        Change: longer, when one slow call in so long is one too many.
+        """
+
+    @_builtins.property
+    def load_reports(self) -> Global___LoadReports:
+        """Weigh endpoints by what they report of their load, too. Costs a look at each answer's trailers.
+
+        Default: off: latency and what is in flight say it already.
+        Source: gRFC A58.
+        Change: on, when many clients share endpoints of different sizes, so that each sees little of their load.
+        """
+
     def __init__(
         self,
         *,
         decay_time: _duration_pb2.Duration | None = ...,
         failure_penalty: _duration_pb2.Duration | None = ...,
+        starvation_guard: _duration_pb2.Duration | None = ...,
+        load_reports: Global___LoadReports | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decay_time", b"decay_time", "failure_penalty", b"failure_penalty"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decay_time", b"decay_time", "failure_penalty", b"failure_penalty", "load_reports", b"load_reports", "starvation_guard", b"starvation_guard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay_time", b"decay_time", "failure_penalty", b"failure_penalty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay_time", b"decay_time", "failure_penalty", b"failure_penalty", "load_reports", b"load_reports", "starvation_guard", b"starvation_guard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeakEwma: _TypeAlias = PeakEwma  # noqa: Y015
+
+@_typing.final
+class PickFirst(_message.Message):
+    """Settings of pick_first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHUFFLE_ADDRESS_LIST_FIELD_NUMBER: _builtins.int
+    shuffle_address_list: _builtins.bool
+    """Whether each client has an order of its own.
+
+    Default: false.
+    Source: gRFC A62.
+    Change: when clients are to spread over the endpoints.
+    """
+    def __init__(
+        self,
+        *,
+        shuffle_address_list: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shuffle_address_list", b"shuffle_address_list"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickFirst: _TypeAlias = PickFirst  # noqa: Y015
+
+@_typing.final
+class LoadReports(_message.Message):
+    """How load reports become weights: a weight is queries a second / (utilization + failures a second / queries a second ×
+    penalty).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLE_OOB_LOAD_REPORT_FIELD_NUMBER: _builtins.int
+    OOB_REPORTING_PERIOD_FIELD_NUMBER: _builtins.int
+    BLACKOUT_PERIOD_FIELD_NUMBER: _builtins.int
+    WEIGHT_EXPIRATION_PERIOD_FIELD_NUMBER: _builtins.int
+    WEIGHT_UPDATE_PERIOD_FIELD_NUMBER: _builtins.int
+    ERROR_UTILIZATION_PENALTY_FIELD_NUMBER: _builtins.int
+    enable_oob_load_report: _builtins.bool
+    """Ask ORCA's service for reports, rather than read those that come with answers. A connection more for each endpoint of
+    a sync channel.
+
+    Default: false.
+    Source: gRFC A51.
+    Change: on, for servers that aren't the mesh's: gRPC keeps their reports in answers from Python.
+    """
+    @_builtins.property
+    def oob_reporting_period(self) -> _duration_pb2.Duration:
+        """How often to ask for.
+
+        Default: 10s.
+        Source: gRFC A58.
+        Change: shorter, when load moves faster.
+        """
+
+    @_builtins.property
+    def blackout_period(self) -> _duration_pb2.Duration:
+        """How long an endpoint must have reported before that counts.
+
+        Default: 10s.
+        Source: gRFC A58.
+        Change: 0s, when the first reports can be believed.
+        """
+
+    @_builtins.property
+    def weight_expiration_period(self) -> _duration_pb2.Duration:
+        """How long the last report counts.
+
+        Default: 180s.
+        Source: gRFC A58.
+        Change: shorter, when endpoints may stop reporting.
+        """
+
+    @_builtins.property
+    def weight_update_period(self) -> _duration_pb2.Duration:
+        """How often weights are made anew; 0.1s at the least.
+
+        Default: 1s.
+        Source: gRFC A58.
+        Change: longer, with very many endpoints.
+        """
+
+    @_builtins.property
+    def error_utilization_penalty(self) -> _wrappers_pb2.FloatValue:
+        """What the share of failures is multiplied by.
+
+        Default: 1.
+        Source: gRFC A58.
+        Change: 0, when failures are the requests' fault.
+        """
+
+    def __init__(
+        self,
+        *,
+        enable_oob_load_report: _builtins.bool = ...,
+        oob_reporting_period: _duration_pb2.Duration | None = ...,
+        blackout_period: _duration_pb2.Duration | None = ...,
+        weight_expiration_period: _duration_pb2.Duration | None = ...,
+        weight_update_period: _duration_pb2.Duration | None = ...,
+        error_utilization_penalty: _wrappers_pb2.FloatValue | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blackout_period", b"blackout_period", "error_utilization_penalty", b"error_utilization_penalty", "oob_reporting_period", b"oob_reporting_period", "weight_expiration_period", b"weight_expiration_period", "weight_update_period", b"weight_update_period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blackout_period", b"blackout_period", "enable_oob_load_report", b"enable_oob_load_report", "error_utilization_penalty", b"error_utilization_penalty", "oob_reporting_period", b"oob_reporting_period", "weight_expiration_period", b"weight_expiration_period", "weight_update_period", b"weight_update_period"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadReports: _TypeAlias = LoadReports  # noqa: Y015
+
+@_typing.final
+class LeastRequest(_message.Message):
+    """Settings of least_request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_COUNT_FIELD_NUMBER: _builtins.int
+    LOAD_REPORTS_FIELD_NUMBER: _builtins.int
+    choice_count: _builtins.int
+    """Of how many endpoints, from 2 to 10; more are taken as 10.
+
+    Default: 2.
+    Source: gRFC A48.
+    Change: more, with few endpoints and calls that take long.
+    """
+    @_builtins.property
+    def load_reports(self) -> Global___LoadReports:
+        """Weigh endpoints by what they report of their load, too.
+
+        Default: off.
+        Source: gRFC A58.
+        Change: as with peak_ewma.
+        """
+
+    def __init__(
+        self,
+        *,
+        choice_count: _builtins.int = ...,
+        load_reports: Global___LoadReports | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load_reports", b"load_reports"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_count", b"choice_count", "load_reports", b"load_reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeastRequest: _TypeAlias = LeastRequest  # noqa: Y015
+
+@_typing.final
+class RingHash(_message.Message):
+    """Settings of ring_hash."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_HASH_HEADER_FIELD_NUMBER: _builtins.int
+    MIN_RING_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_RING_SIZE_FIELD_NUMBER: _builtins.int
+    BOUNDED_LOAD_FACTOR_FIELD_NUMBER: _builtins.int
+    request_hash_header: _builtins.str
+    """The header whose value is the key. Calls without it go anywhere.
+
+    Default: none.
+    Source: gRFC A76.
+    Change: always.
+    """
+    min_ring_size: _builtins.int
+    """The least entries on the ring.
+
+    Default: 1024.
+    Source: gRFC A42.
+    Change: up to 4096, for more even shares.
+    """
+    max_ring_size: _builtins.int
+    """The most entries on the ring, except that every endpoint has one.
+
+    Default: 4096, which is also the cap.
+    Source: gRFC A42.
+    Change: down, to save a few hundred kilobytes.
+    """
+    bounded_load_factor: _builtins.float
+    """weft: an endpoint with more than this many times the mean in flight is passed over for the next; 0: never.
+
+    Default: 0.
+    Source: Envoy's hash_balance_factor; Mirrokni, Thorup and Zadimoghaddam 2016.
+    Change: to 1.25 or so, when some keys are called much more than others.
+    """
+    def __init__(
+        self,
+        *,
+        request_hash_header: _builtins.str = ...,
+        min_ring_size: _builtins.int = ...,
+        max_ring_size: _builtins.int = ...,
+        bounded_load_factor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounded_load_factor", b"bounded_load_factor", "max_ring_size", b"max_ring_size", "min_ring_size", b"min_ring_size", "request_hash_header", b"request_hash_header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RingHash: _TypeAlias = RingHash  # noqa: Y015
+
+@_typing.final
+class RandomSubsetting(_message.Message):
+    """Settings of random_subsetting."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSET_SIZE_FIELD_NUMBER: _builtins.int
+    CHILD_POLICY_FIELD_NUMBER: _builtins.int
+    subset_size: _builtins.int
+    """How many endpoints a client uses, of each priority.
+
+    Default: required.
+    Source: gRFC A68.
+    Change: so that clients × this is many times the number of endpoints; else shares differ.
+    """
+    @_builtins.property
+    def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
+        """The policy over them: the first that is known.
+
+        Default: peak_ewma.
+        Source: gRFC A24.
+        Change: as loadBalancingConfig.
+        """
+
+    def __init__(
+        self,
+        *,
+        subset_size: _builtins.int = ...,
+        child_policy: _abc.Iterable[Global___LoadBalancingConfig] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["child_policy", b"child_policy", "subset_size", b"subset_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RandomSubsetting: _TypeAlias = RandomSubsetting  # noqa: Y015
+
+@_typing.final
+class Priority(_message.Message):
+    """Settings of priority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ChildrenEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___PriorityChild: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___PriorityChild | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CHILDREN_FIELD_NUMBER: _builtins.int
+    PRIORITIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def children(self) -> _containers.MessageMap[_builtins.str, Global___PriorityChild]:
+        """The policies, by any name.
+
+        Default: required.
+        Source: gRFC A56.
+        Change: always.
+        """
+
+    @_builtins.property
+    def priorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names in order: the first is that of the endpoints with the lowest priority number, and so on; the last is that of
+        all further ones.
+
+        Default: required.
+        Source: gRFC A56.
+        Change: always.
+        """
+
+    def __init__(
+        self,
+        *,
+        children: _abc.Mapping[_builtins.str, Global___PriorityChild] | None = ...,
+        priorities: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["children", b"children", "priorities", b"priorities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
+@_typing.final
+class PriorityChild(_message.Message):
+    """The policy of one priority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
+        """The policy: the first that is known.
+
+        Default: required.
+        Source: gRFC A24.
+        Change: as loadBalancingConfig.
+        """
+
+    def __init__(
+        self,
+        *,
+        config: _abc.Iterable[Global___LoadBalancingConfig] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriorityChild: _TypeAlias = PriorityChild  # noqa: Y015
+
+@_typing.final
+class OutlierDetection(_message.Message):
+    """Settings of outlier_detection. Failures are UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL, UNKNOWN and DATA_LOSS: other codes
+    speak of the request. Where it is named, the algorithms that it doesn't name are off, as in gRPC, and those that count
+    failures in a row keep their defaults. An endpoint that comes back has one call to show what it is worth.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    BASE_EJECTION_TIME_FIELD_NUMBER: _builtins.int
+    MAX_EJECTION_TIME_FIELD_NUMBER: _builtins.int
+    MAX_EJECTION_PERCENT_FIELD_NUMBER: _builtins.int
+    SUCCESS_RATE_EJECTION_FIELD_NUMBER: _builtins.int
+    FAILURE_PERCENTAGE_EJECTION_FIELD_NUMBER: _builtins.int
+    CHILD_POLICY_FIELD_NUMBER: _builtins.int
+    CONSECUTIVE_FAILURES_FIELD_NUMBER: _builtins.int
+    CONSECUTIVE_GATEWAY_ERRORS_FIELD_NUMBER: _builtins.int
+    CONSECUTIVE_TIMEOUTS_FIELD_NUMBER: _builtins.int
+    PANIC_THRESHOLD_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """weft: count what would be left out, and leave nothing out.
+
+    Default: false.
+    Source: Finagle's dark mode, Envoy's enforcing percentages.
+    Change: on, to see first what it would do.
+    """
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """How often endpoints are compared.
+
+        Default: 10s.
+        Source: gRFC A50.
+        Change: longer, when there are few calls.
+        """
+
+    @_builtins.property
+    def base_ejection_time(self) -> _duration_pb2.Duration:
+        """How long an endpoint is left out, times how often it was of late, and up to a fifth longer by chance.
+
+        Default: 30s.
+        Source: gRFC A50.
+        Change: shorter, when what ails endpoints passes sooner.
+        """
+
+    @_builtins.property
+    def max_ejection_time(self) -> _duration_pb2.Duration:
+        """The longest that it is left out.
+
+        Default: 300s.
+        Source: gRFC A50.
+        Change: with baseEjectionTime.
+        """
+
+    @_builtins.property
+    def max_ejection_percent(self) -> _wrappers_pb2.UInt32Value:
+        """The share of endpoints that may be left out at once. One may be wherever there are three or more; 0: none.
+
+        Default: 10.
+        Source: gRFC A50.
+        Change: up, when a third of the endpoints can carry the load.
+        """
+
+    @_builtins.property
+    def success_rate_ejection(self) -> Global___SuccessRateEjection:
+        """Leave out endpoints whose share of successes is far below the others'.
+
+        Default: on where outlier_detection isn't named; off where it is.
+        Source: gRFC A50.
+        Change: on, with many calls to each endpoint.
+        """
+
+    @_builtins.property
+    def failure_percentage_ejection(self) -> Global___FailurePercentageEjection:
+        """Leave out endpoints that fail more than this share of calls.
+
+        Default: on where outlier_detection isn't named; off where it is.
+        Source: gRFC A50.
+        Change: on, with many calls to each endpoint.
+        """
+
+    @_builtins.property
+    def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
+        """The policy over the others: the first that is known.
+
+        Default: peak_ewma.
+        Source: gRFC A24.
+        Change: as loadBalancingConfig.
+        """
+
+    @_builtins.property
+    def consecutive_failures(self) -> _wrappers_pb2.UInt32Value:
+        """weft: leave an endpoint out after so many failures in a row; 0: don't.
+
+        Default: 5.
+        Source: Envoy and Finagle; Linkerd has 7.
+        Change: up, when callers' deadlines are so short that they often pass.
+        """
+
+    @_builtins.property
+    def consecutive_gateway_errors(self) -> _wrappers_pb2.UInt32Value:
+        """weft: the same for UNAVAILABLE and DEADLINE_EXCEEDED alone.
+
+        Default: 0.
+        Source: Envoy.
+        Change: below consecutiveFailures, when these say more than other failures.
+        """
+
+    @_builtins.property
+    def consecutive_timeouts(self) -> _wrappers_pb2.UInt32Value:
+        """weft: the same for DEADLINE_EXCEEDED alone.
+
+        Default: 0.
+        Source: Envoy's local origin failures.
+        Change: to 2 or 3, when endpoints hang rather than fail.
+        """
+
+    @_builtins.property
+    def panic_threshold(self) -> _wrappers_pb2.UInt32Value:
+        """weft: when fewer than this percentage of the ready endpoints are left, all are used; explain() then says "panic". 0: only
+        when none is left.
+
+        Default: 50.
+        Source: Envoy and Finagle.
+        Change: down, when few endpoints can carry the load.
+        """
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+        base_ejection_time: _duration_pb2.Duration | None = ...,
+        max_ejection_time: _duration_pb2.Duration | None = ...,
+        max_ejection_percent: _wrappers_pb2.UInt32Value | None = ...,
+        success_rate_ejection: Global___SuccessRateEjection | None = ...,
+        failure_percentage_ejection: Global___FailurePercentageEjection | None = ...,
+        child_policy: _abc.Iterable[Global___LoadBalancingConfig] | None = ...,
+        consecutive_failures: _wrappers_pb2.UInt32Value | None = ...,
+        consecutive_gateway_errors: _wrappers_pb2.UInt32Value | None = ...,
+        consecutive_timeouts: _wrappers_pb2.UInt32Value | None = ...,
+        panic_threshold: _wrappers_pb2.UInt32Value | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_ejection_time", b"base_ejection_time", "consecutive_failures", b"consecutive_failures", "consecutive_gateway_errors", b"consecutive_gateway_errors", "consecutive_timeouts", b"consecutive_timeouts", "failure_percentage_ejection", b"failure_percentage_ejection", "interval", b"interval", "max_ejection_percent", b"max_ejection_percent", "max_ejection_time", b"max_ejection_time", "panic_threshold", b"panic_threshold", "success_rate_ejection", b"success_rate_ejection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_ejection_time", b"base_ejection_time", "child_policy", b"child_policy", "consecutive_failures", b"consecutive_failures", "consecutive_gateway_errors", b"consecutive_gateway_errors", "consecutive_timeouts", b"consecutive_timeouts", "dry_run", b"dry_run", "failure_percentage_ejection", b"failure_percentage_ejection", "interval", b"interval", "max_ejection_percent", b"max_ejection_percent", "max_ejection_time", b"max_ejection_time", "panic_threshold", b"panic_threshold", "success_rate_ejection", b"success_rate_ejection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutlierDetection: _TypeAlias = OutlierDetection  # noqa: Y015
+
+@_typing.final
+class SuccessRateEjection(_message.Message):
+    """Settings of success rate ejection: below the mean - stdevFactor/1000 standard deviations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STDEV_FACTOR_FIELD_NUMBER: _builtins.int
+    ENFORCEMENT_PERCENTAGE_FIELD_NUMBER: _builtins.int
+    MINIMUM_HOSTS_FIELD_NUMBER: _builtins.int
+    REQUEST_VOLUME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stdev_factor(self) -> _wrappers_pb2.UInt32Value:
+        """Standard deviations, times 1000.
+
+        Default: 1900.
+        Source: gRFC A50.
+        Change: up, to leave out fewer.
+        """
+
+    @_builtins.property
+    def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
+        """Of endpoints that would be left out, the percentage that is.
+
+        Default: 100.
+        Source: gRFC A50.
+        Change: down, to begin with care.
+        """
+
+    @_builtins.property
+    def minimum_hosts(self) -> _wrappers_pb2.UInt32Value:
+        """How many endpoints must have enough calls.
+
+        Default: 5.
+        Source: gRFC A50.
+        Change: down, for small services.
+        """
+
+    @_builtins.property
+    def request_volume(self) -> _wrappers_pb2.UInt32Value:
+        """How many calls in an interval are enough.
+
+        Default: 100.
+        Source: gRFC A50.
+        Change: down, when there are few calls.
+        """
+
+    def __init__(
+        self,
+        *,
+        stdev_factor: _wrappers_pb2.UInt32Value | None = ...,
+        enforcement_percentage: _wrappers_pb2.UInt32Value | None = ...,
+        minimum_hosts: _wrappers_pb2.UInt32Value | None = ...,
+        request_volume: _wrappers_pb2.UInt32Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["enforcement_percentage", b"enforcement_percentage", "minimum_hosts", b"minimum_hosts", "request_volume", b"request_volume", "stdev_factor", b"stdev_factor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforcement_percentage", b"enforcement_percentage", "minimum_hosts", b"minimum_hosts", "request_volume", b"request_volume", "stdev_factor", b"stdev_factor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuccessRateEjection: _TypeAlias = SuccessRateEjection  # noqa: Y015
+
+@_typing.final
+class FailurePercentageEjection(_message.Message):
+    """Settings of failure percentage ejection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    ENFORCEMENT_PERCENTAGE_FIELD_NUMBER: _builtins.int
+    MINIMUM_HOSTS_FIELD_NUMBER: _builtins.int
+    REQUEST_VOLUME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def threshold(self) -> _wrappers_pb2.UInt32Value:
+        """More failures than this percentage of calls are too many.
+
+        Default: 85.
+        Source: gRFC A50.
+        Change: down, to leave out endpoints that fail now and then.
+        """
+
+    @_builtins.property
+    def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
+        """Of endpoints that would be left out, the percentage that is.
+
+        Default: 100.
+        Source: gRFC A50.
+        Change: down, to begin with care.
+        """
+
+    @_builtins.property
+    def minimum_hosts(self) -> _wrappers_pb2.UInt32Value:
+        """How many endpoints must have enough calls.
+
+        Default: 5.
+        Source: gRFC A50.
+        Change: down, for small services.
+        """
+
+    @_builtins.property
+    def request_volume(self) -> _wrappers_pb2.UInt32Value:
+        """How many calls in an interval are enough.
+
+        Default: 50.
+        Source: gRFC A50.
+        Change: down, when there are few calls.
+        """
+
+    def __init__(
+        self,
+        *,
+        threshold: _wrappers_pb2.UInt32Value | None = ...,
+        enforcement_percentage: _wrappers_pb2.UInt32Value | None = ...,
+        minimum_hosts: _wrappers_pb2.UInt32Value | None = ...,
+        request_volume: _wrappers_pb2.UInt32Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["enforcement_percentage", b"enforcement_percentage", "minimum_hosts", b"minimum_hosts", "request_volume", b"request_volume", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforcement_percentage", b"enforcement_percentage", "minimum_hosts", b"minimum_hosts", "request_volume", b"request_volume", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailurePercentageEjection: _TypeAlias = FailurePercentageEjection  # noqa: Y015
+
+@_typing.final
+class SlowStart(_message.Message):
+    """Gives endpoints that have just become ready less to do at first: max(minWeightPercent, (age / window) ^ (1 /
+    aggression)) of their weight.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    AGGRESSION_FIELD_NUMBER: _builtins.int
+    MIN_WEIGHT_PERCENT_FIELD_NUMBER: _builtins.int
+    aggression: _builtins.float
+    """Above 1 the weight grows faster at first, below 1 slower.
+
+    Default: 1.
+    Source: Envoy.
+    Change: seldom.
+    """
+    @_builtins.property
+    def window(self) -> _duration_pb2.Duration:
+        """How long it lasts.
+
+        Default: required.
+        Source: Envoy.
+        Change: to what a process takes to be warm.
+        """
+
+    @_builtins.property
+    def min_weight_percent(self) -> _wrappers_pb2.DoubleValue:
+        """The weight at the start, in percent.
+
+        Default: 10.
+        Source: Envoy.
+        Change: down, when the first calls are the slowest.
+        """
+
+    def __init__(
+        self,
+        *,
+        window: _duration_pb2.Duration | None = ...,
+        aggression: _builtins.float = ...,
+        min_weight_percent: _wrappers_pb2.DoubleValue | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_weight_percent", b"min_weight_percent", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggression", b"aggression", "min_weight_percent", b"min_weight_percent", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlowStart: _TypeAlias = SlowStart  # noqa: Y015
+
+@_typing.final
+class ZoneAwareness(_message.Message):
+    """Keeps calls in the client's own zone, else in its region, while most endpoints there can be called."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_CLUSTER_SIZE_FIELD_NUMBER: _builtins.int
+    MIN_ENDPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def min_cluster_size(self) -> _wrappers_pb2.UInt32Value:
+        """With fewer endpoints in all, every zone is used.
+
+        Default: 6.
+        Source: Envoy's min_cluster_size.
+        Change: down, for small services whose zones can each carry their own load.
+        """
+
+    @_builtins.property
+    def min_endpoints(self) -> _wrappers_pb2.UInt32Value:
+        """How many endpoints of the zone must be callable.
+
+        Default: 2.
+        Source: Envoy's force_local_zone, which has 1.
+        Change: up, when so few can't carry the zone's load.
+        """
+
+    def __init__(
+        self,
+        *,
+        min_cluster_size: _wrappers_pb2.UInt32Value | None = ...,
+        min_endpoints: _wrappers_pb2.UInt32Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_cluster_size", b"min_cluster_size", "min_endpoints", b"min_endpoints"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_cluster_size", b"min_cluster_size", "min_endpoints", b"min_endpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ZoneAwareness: _TypeAlias = ZoneAwareness  # noqa: Y015
+
+@_typing.final
+class Overload(_message.Message):
+    """What a client refuses to send. Refusals are final, and explain() says why: UNAVAILABLE for what is outstanding,
+    RESOURCE_EXHAUSTED for the throttle. Calls whose metadata "weft-criticality" says SHEDDABLE or SHEDDABLE_PLUS are refused
+    first.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_OUTSTANDING_FIELD_NUMBER: _builtins.int
+    ADAPTIVE_THROTTLE_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Count what would be refused, and refuse nothing.
+
+    Default: false.
+    Source: Finagle's dark mode.
+    Change: on, to see first what it would do.
+    """
+    @_builtins.property
+    def max_outstanding(self) -> _wrappers_pb2.UInt32Value:
+        """How many calls may be in flight at once, those that wait for an endpoint or a retry among them; streams count while they
+        last. Sheddable calls may fill 80 or 90 % of it. 0: no limit.
+
+        Default: 1024 for the mesh's targets; no limit for gRPC's own.
+        Source: gRFC A32.
+        Change: up, for clients that make more calls at once.
+        """
+
+    @_builtins.property
+    def adaptive_throttle(self) -> Global___AdaptiveThrottle:
+        """Refuse calls here while the service refuses them there, with UNAVAILABLE or RESOURCE_EXHAUSTED.
+
+        Default: off.
+        Source: Google's SRE book, "Handling Overload".
+        Change: on, for services that are slower to refuse than to answer.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_outstanding: _wrappers_pb2.UInt32Value | None = ...,
+        adaptive_throttle: Global___AdaptiveThrottle | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_throttle", b"adaptive_throttle", "max_outstanding", b"max_outstanding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_throttle", b"adaptive_throttle", "dry_run", b"dry_run", "max_outstanding", b"max_outstanding"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Overload: _TypeAlias = Overload  # noqa: Y015
+
+@_typing.final
+class AdaptiveThrottle(_message.Message):
+    """Refuses with p = (requests - k × accepts) / (requests + 1), for each criticality by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    MAX_REFUSED_PERCENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def k(self) -> _wrappers_pb2.DoubleValue:
+        """Requests that are sent for each that the service accepts; 1 or more. CRITICAL_PLUS has twice as much, SHEDDABLE_PLUS
+        75 % and SHEDDABLE 60 %, but no less than 1.1.
+
+        Default: 2.
+        Source: Google's SRE book.
+        Change: down, when refusing costs the service nearly as much as answering.
+        """
+
+    @_builtins.property
+    def window(self) -> _duration_pb2.Duration:
+        """Over how long to count. More than calls take.
+
+        Default: 120s.
+        Source: Google's SRE book.
+        Change: shorter, to hold back and to come back sooner.
+        """
+
+    @_builtins.property
+    def max_refused_percent(self) -> _wrappers_pb2.DoubleValue:
+        """The most that is refused, up to 99: the rest finds out that the service is back.
+
+        Default: 90.
+        Source: Finagle; Envoy's admission control has 80.
+        Change: down, for clients with few calls.
+        """
+
+    def __init__(
+        self,
+        *,
+        k: _wrappers_pb2.DoubleValue | None = ...,
+        window: _duration_pb2.Duration | None = ...,
+        max_refused_percent: _wrappers_pb2.DoubleValue | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "max_refused_percent", b"max_refused_percent", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "max_refused_percent", b"max_refused_percent", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptiveThrottle: _TypeAlias = AdaptiveThrottle  # noqa: Y015
 
 @_typing.final
 class MethodConfig(_message.Message):

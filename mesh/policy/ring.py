@@ -1,0 +1,85 @@
+"""Calls with one key to one endpoint: a ring of hashes (A42), by a header of the call (A76).
+
+Each endpoint stands on the ring as often as its weight gives it, and at least once. A key goes to the endpoint next on
+the ring from its hash; a call without the header goes anywhere. An endpoint that can't be called is left out, which
+moves its own keys and no others. With a load factor c, an endpoint that has more than c times the mean in flight is
+passed over for the next on the ring (Mirrokni, Thorup and Zadimoghaddam 2016, "consistent hashing with bounded loads").
+
+Every client has the same ring, whatever process it is: hashes are BLAKE2b's first 8 bytes, not xxHash as in Envoy and
+gRPC, because Python comes with it. Clients of the mesh and of Envoy so agree each among themselves.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from math import ceil, inf
+
+from mesh.model import CallSpec, Metadatum
+from mesh.policy.load import Node
+from mesh.policy.pick import Picker, another
+
+
+def hash_of(text: str | bytes) -> int:
+    """64 bits that anyone computes alike."""
+    data = text.encode() if isinstance(text, str) else text
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+def entries(nodes: Sequence[Node], least: int, most: int) -> list[int]:
+    """How often each node stands on the ring: by its weight, so that the lightest has a whole number and the ring at
+    least ``least`` entries, but no more than ``most`` (A42) except that each has one."""
+    total = sum(node.weight for node in nodes)
+    lightest = min(node.weight for node in nodes) / total
+    scale = min(ceil(lightest * least) / lightest, most)
+    return [max(1, round(node.weight / total * scale)) for node in nodes]
+
+
+class Ring(Picker):
+    """Over the ring of ``nodes``. ``outstanding`` is how many calls are in flight in all: the mean is taken from it."""
+
+    __slots__ = ("_factor", "_hashes", "_header", "_outstanding", "_owners")
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        header: str = "",
+        least: int = 1024,
+        most: int = 4096,
+        factor: float = 0.0,
+        outstanding: Callable[[], int] = lambda: 0,
+    ) -> None:
+        super().__init__(nodes)
+        self._header = header
+        self._factor = factor
+        self._outstanding = outstanding
+        ring: dict[int, Node] = {}
+        for node, count in zip(self.nodes, entries(self.nodes, least, most), strict=True):
+            known = node.ring
+            known.extend(hash_of(f"{node.endpoint.address}_{index}") for index in range(len(known), count))
+            ring.update(dict.fromkeys(known[:count], node))
+        self._hashes = sorted(ring)
+        self._owners = [ring[each] for each in self._hashes]
+
+    def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+        key = _value(call.metadata, self._header) if call.metadata and self._header else None
+        at = bisect_left(self._hashes, rng.getrandbits(64) if key is None else hash_of(key))
+        owners, size = self._owners, len(self._owners)
+        most = inf
+        if self._factor:
+            most = ceil(self._factor * (self._outstanding() + 1) / len(self.nodes))
+        for step in range(size):
+            node = owners[(at + step) % size]
+            if node.in_flight < most and node not in tried:
+                return node
+        return another(self.nodes, rng, tried)
+
+
+def _value(metadata: Sequence[Metadatum], header: str) -> str | bytes | None:
+    """A header's value; of several, all, with commas between them (A76)."""
+    values = [value for key, value in metadata if key == header]
+    if len(values) > 1:
+        return ",".join(value if isinstance(value, str) else value.decode("latin-1") for value in values)
+    return values[0] if values else None
