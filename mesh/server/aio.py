@@ -221,14 +221,14 @@ async def serve(servicers: Servicers, settings: ServerSettings | None = None) ->
     Returns 0 after a drain; 2, with one line on stderr, when the settings are wrong or the port is taken; 130 (SIGINT)
     or 143 (SIGTERM) when a second signal ended it at once.
     """
-    try:
-        server = Server(servicers, settings)
-        await server.start()
-    except (ValueError, OSError) as error:
-        print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
-        return BAD_START
-
+    # Before the server starts: a signal may come as soon as somebody can see that it does.
     with _signals() as signals:
+        try:
+            server = Server(servicers, settings)
+            await server.start()
+        except (ValueError, OSError) as error:
+            print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
+            return BAD_START
         try:
             return await _until_signalled(server, signals)
         except asyncio.CancelledError:

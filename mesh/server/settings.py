@@ -221,6 +221,10 @@ class ServerSettings:
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
             ("grpc.max_concurrent_streams", self.max_connection_streams),
+            # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
+            # tell from a cancel of their own: let them come to where they are refused for a reason.
+            ("grpc.server.max_pending_requests", 50_000),
+            ("grpc.server.max_pending_requests_hard_limit", 50_000),
             *(age if self.connection_age else ()),
             # All three are needed: with the first two alone a black hole goes unnoticed for three quarters of a minute.
             ("grpc.keepalive_time_ms", round(self.keepalive_time * 1000)),

@@ -224,13 +224,6 @@ def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:
     Returns 0 after a drain; 2, with one line on stderr, when the settings are wrong or the port is taken; 130 (SIGINT)
     or 143 (SIGTERM) when a second signal ended it at once.
     """
-    try:
-        server = Server(servicers, settings)
-        server.start()
-    except (ValueError, OSError) as error:
-        print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
-        return BAD_START
-
     # What this thread waits for: the number of a signal, or 0 when the server has ended.
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -238,7 +231,14 @@ def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:
         server.drain()
         events.put(0)
 
+    # Before the server starts: a signal may come as soon as somebody can see that it does.
     with _signals(events):
+        try:
+            server = Server(servicers, settings)
+            server.start()
+        except (ValueError, OSError) as error:
+            print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
+            return BAD_START
         events.get()
         threading.Thread(target=drain, name="mesh-drain", daemon=True).start()
         number = events.get()

@@ -8,6 +8,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextvars import copy_context
@@ -18,8 +19,11 @@ import grpc
 SPARE = 256
 """Threads beyond those for handlers at work: for calls that wait, for their request or their turn, and for streams."""
 
-STALL = 1.0
+STALL = 0.5
 """Seconds that a call may wait for its request when others wait for its thread."""
+
+LOOK = 0.1
+"""Seconds between two looks for calls that stall, while work waits."""
 
 
 class _Work:
@@ -73,9 +77,12 @@ class ThreadPool(Executor):
     def __init__(self, max_workers: int, name: str = "mesh-handler") -> None:
         self._max_workers = max_workers
         self._at_work: set[_Work] = set()
-        self._evicted = 0.0
+        self._making_room = False
+        self._newest_first = False
         self._name = name
-        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._work: deque[_Work] = deque()
+        # One for each that was put into the deque, True; False ends a thread.
+        self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Semaphore(0)
         self._threads: list[threading.Thread] = []
@@ -86,7 +93,8 @@ class ThreadPool(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("the thread pool is shut down")
-            self._work.put(work)
+            self._work.append(work)
+            self._tokens.put(True)
             if self._idle.acquire(blocking=False):
                 return work.future
             if len(self._threads) < self._max_workers:
@@ -94,20 +102,30 @@ class ThreadPool(Executor):
                 self._threads.append(thread)
                 thread.start()
                 return work.future
-        self._make_room(time.monotonic())
+            if not self._making_room:
+                self._making_room = True
+                threading.Thread(target=self._make_room, name=f"{self._name}-room", daemon=True).start()
         return work.future
 
-    def _make_room(self, now: float) -> None:
-        """Evict the calls that stall."""
-        if now - self._evicted < STALL / 10:
-            return
-        self._evicted = now
-        for work in tuple(self._at_work):
-            if not work.begun and now - work.since > STALL:
-                work.evict()
+    def _make_room(self) -> None:
+        """Evict calls that stall, for as long as others wait for their threads."""
+        pause = threading.Event()
+        while self._work and not self._closed:
+            pause.wait(LOOK)
+            now = time.monotonic()
+            for work in tuple(self._at_work):
+                if not work.begun and now - work.since > STALL:
+                    self._newest_first = True
+                    work.evict()
+        self._making_room = self._newest_first = False
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+        while self._tokens.get():
+            try:
+                # Those that stall are many then, and old.
+                work = self._work.pop() if self._newest_first else self._work.popleft()
+            except IndexError:  # cancelled
+                continue
             work.since = time.monotonic()
             _running.work = work
             self._at_work.add(work)
@@ -121,13 +139,11 @@ class ThreadPool(Executor):
             self._closed = True
         while cancel_futures:
             try:
-                work = self._work.get_nowait()
-            except queue.Empty:
+                self._work.pop().future.cancel()
+            except IndexError:
                 break
-            if work is not None:
-                work.future.cancel()
         for _ in self._threads:
-            self._work.put(None)
+            self._tokens.put(False)
         if wait:
             for thread in self._threads:
                 thread.join()

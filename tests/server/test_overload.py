@@ -97,8 +97,9 @@ class Client:
 
     async def holding(self, count: int) -> list[Any]:
         """Calls that hold permits, once all do."""
+        before = len(self.work.ran)
         calls = [self.hold(b"held", timeout=BOUND) for _ in range(count)]
-        await self.until(lambda: len(self.work.ran) >= count)
+        await self.until(lambda: len(self.work.ran) >= before + count)
         return calls
 
     async def until(self, condition: Callable[[], object]) -> None:
@@ -298,6 +299,35 @@ class TestRequests:
             if world == "aio":
                 await stopping
             pool.shutdown()
+
+
+@pytest.mark.slow
+def test_calls_that_never_send_their_request_make_room_for_those_that_do() -> None:
+    # All threads wait for requests that their clients don't send. What ends that is private to gRPC; this pins it.
+    def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    generic = grpc.method_handlers_generic_handler(NAME, {"Echo": handler})
+    pool = ThreadPool(2)
+    server = grpc.server(pool, handlers=[generic], interceptors=[ServerInterceptor()])  # type: ignore[arg-type]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        sends: Any = channel.unary_unary(f"/{NAME}/Echo")
+        stalls: Any = channel.stream_unary(f"/{NAME}/Echo")
+        never = threading.Event()
+
+        def nothing() -> Iterator[bytes]:
+            never.wait(BOUND)
+            yield from ()
+
+        stalling = [stalls.future(nothing()) for _ in range(2)]
+        assert sends(b"here", timeout=BOUND) == b"here"
+        assert any(call.code() is grpc.StatusCode.CANCELLED for call in stalling)
+        never.set()
+    server.stop(None).wait()
+    pool.shutdown()
 
 
 class TestLoad:
