@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
-from alembic.util import CommandError
 
 from mesh.server.settings import ServerSettings
 from services import logs, settings
@@ -22,7 +21,7 @@ from services.migrations import migrate
 
 log = structlog.stdlib.get_logger()
 
-CANNOT = (ValueError, OSError, ImportError, RefusedError, CommandError, sa.exc.SQLAlchemyError, sqlite3.Error)
+CANNOT = (ValueError, OSError, ImportError, RefusedError, sa.exc.SQLAlchemyError, sqlite3.Error)
 """What a service may raise before it serves, for reasons outside of it."""
 
 Own = TypeVar("Own", bound=settings.Settings)
