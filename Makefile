@@ -87,6 +87,14 @@ test-faults: $(READY) ## the long tests, with real processes that are killed, st
 bench-call: $(READY) ## the CPU of one call: the mesh, gRPC core's round_robin, a bare channel
 	@$(BIN)/python -m benchmarks.call
 
+.PHONY: bench-cluster
+bench-cluster: $(READY) ## what balancing, ejection and updates are worth and cost, beside gRPC core's (about 3 minutes)
+	@$(BIN)/python -m benchmarks.cluster
+
+.PHONY: bench-server
+bench-server: $(READY) ## a server's cost, twice its capacity, rolling restarts, the registry (about 3 minutes)
+	@$(BIN)/python -m benchmarks.server
+
 .PHONY: bench-events
 bench-events: $(READY) ## from what happens to an order until its user is told, at 100 orders a second
 	@$(BIN)/python -m benchmarks.events

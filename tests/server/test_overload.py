@@ -307,7 +307,7 @@ def test_calls_that_never_send_their_request_make_room_for_those_that_do() -> No
     def echo(request: bytes, context: Any) -> bytes:
         return request
 
-    handler = grpc.unary_unary_rpc_method_handler(echo)
+    handler: Any = grpc.unary_unary_rpc_method_handler(echo)
     generic = grpc.method_handlers_generic_handler(NAME, {"Echo": handler})
     pool = ThreadPool(2)
     server = grpc.server(pool, handlers=[generic], interceptors=[ServerInterceptor()])  # type: ignore[arg-type]
