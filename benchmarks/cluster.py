@@ -315,11 +315,11 @@ def halves(seconds: float) -> list[Row]:
     ]
 
 
-WORK, SHARE, SLOWER, FAST = 0.003, 0.2, 5, 4
+WORK, SHARE, SLOWER, FAST = 0.003, 0.1, 5, 4
 
 
 def work(seconds: float) -> list[Row]:
-    """Replicas that do real CPU work, each on a fifth of a core, one of them 5 times slower, at 70 % of what they can
+    """Replicas that do real CPU work, each on a tenth of a core, one of them 5 times slower, at 70 % of what they can
     do together. The sides take turns, as each is to have all of it."""
     fast = f"--work {WORK} --share {SHARE}"
     capacity = SHARE / WORK * (FAST + 1 / SLOWER)

@@ -49,7 +49,8 @@ class Worker:
             time.sleep(self._arguments.delay)
         if self._arguments.work:
             with self._core:
-                self._work(self._arguments.work)
+                if context.is_active():  # who waits for it may have given up
+                    self._work(self._arguments.work)
             context.set_trailing_metadata(self._trailers)
         return self.name
 
