@@ -54,7 +54,7 @@ class Reason(enum.Enum):
 SHARES = (1.0, 1.0, 0.9, 0.8)
 """How much of the limit calls of each criticality may fill: the sheddable leave room, so that the rest seldom wait."""
 
-PATIENCE = (4.0, 2.0, 1.0, 1.0)
+PATIENCE = (10.0, 5.0, 1.0, 1.0)
 """How many times the target calls of each criticality may stand: short waits shouldn't cost what matters."""
 
 CODES = {

@@ -120,7 +120,7 @@ class TestShedding:
         house = House(target=0.01, interval=0.1)
         for _ in range(20):
             for _ in range(waiting):
-                house.queue()
+                house.queue(SHED)
             house.now += 0.09
             house.admission.dispatch(house.now, 0)
             settled = house.admission.dispatch(house.now)
