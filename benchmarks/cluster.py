@@ -415,27 +415,29 @@ def memory(seconds: float) -> list[Row]:
     with workers("", "") as ports, registry() as at, grpc.insecure_channel(at) as plain:
         stub = pb_grpc.RegistryStub(plain)
 
-        def register(index: int, port: int, **labels: str) -> None:
-            instance = pb.Instance(id=str(index), service=service, address=f"127.0.0.1:{port}", metadata=labels)
-            stub.Register(pb.RegisterRequest(instance=instance, ttl=Duration(seconds=300)), timeout=TIMEOUT)
+        def register(port: int, **labels: str) -> str:
+            instance = pb.Instance(id=str(port), service=service, address=f"127.0.0.1:{port}", metadata=labels)
+            request = pb.RegisterRequest(instance=instance, ttl=Duration(seconds=300))
+            return stub.Register(request, timeout=TIMEOUT).lease_id
 
-        for index, (port,) in enumerate(ports):
-            register(index, port)
+        for (port,) in ports:
+            register(port)
         with mesh.insecure_channel(f"mesh://{at}/{service}") as channel:
             call: Any = channel.unary_unary(DO)
 
             def update(count: int) -> None:
                 for turn in range(count):
-                    # Labels change, and an instance moves from port to port, where nobody is.
-                    register(0, ports[0][0], turn=str(turn))
-                    register(2, 10 + turn % 10)
+                    # Labels change, and instances come and go that nobody can reach.
+                    register(ports[0][0], turn=str(turn))
+                    lease_id = register(10 + turn % 50)
                     call(REQUEST, timeout=TIMEOUT)
+                    stub.Deregister(pb.DeregisterRequest(lease_id=lease_id), timeout=TIMEOUT)
 
             update(times // 2)
             before = resident()
             update(times)
             grown = resident() - before
-    return [Row(f"growth of memory over {2 * times:,} endpoint updates", "—", grown / 2**20, 2.0, " MiB")]
+    return [Row(f"growth of memory over {3 * times:,} endpoint updates", "—", grown / 2**20, 2.0, " MiB")]
 
 
 @contextlib.contextmanager
