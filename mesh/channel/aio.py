@@ -35,7 +35,7 @@ from mesh.channel.subchannels import AioSubchannel, Method, OwnPool
 from mesh.errors import AioRpcError
 from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
 from mesh.observe import Explanation, explain
-from mesh.policy.flow import Flow, call_flow
+from mesh.policy.flow import Flow
 
 T = TypeVar("T")
 
@@ -278,7 +278,7 @@ class _Multicallable:
             raise grpc.aio.UsageError("Call credentials are only valid on secure channels")
         now = time.monotonic()
         call = assembly.call(method, now, timeout, metadata, wait_for_ready)
-        flow = call_flow(call, assembly.cluster, assembly.rng, now)
+        flow = assembly.flow(call, now)
         driver = _Driver(channel, method, call, flow, requests, self._serializer, credentials, compression)
         channel.calls.add(driver)
         driver.start()

@@ -33,9 +33,10 @@ from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, Reso
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
-from mesh.model import CallSpec, Endpoint, Idempotency, Locality, Metadatum, Verdict
+from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
+from mesh.policy.flow import Flow, call_flow
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
 # mesh:/// targets alone.
@@ -167,12 +168,7 @@ class Assembly:
         metadata: Sequence[Metadatum] | None,
         wait_for_ready: bool | None,
     ) -> CallSpec:
-        """A new call, with what it inherits from the inbound call being handled.
-
-        Raises ValueError or TypeError for metadata that gRPC can't send.
-        """
-        if metadata:
-            _check_metadata(metadata)
+        """A new call, with what it inherits from the inbound call being handled."""
         policy = method.policy
         if wait_for_ready is None:
             wait_for_ready = bool(policy.wait_for_ready)
@@ -183,6 +179,12 @@ class Assembly:
         if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
             metadata = (*(metadata or ()), (context.CRITICALITY, scope.criticality))
         return CallSpec(method.path, policy, deadline, metadata, wait_for_ready, not scope.is_retry)
+
+    def flow(self, call: CallSpec, now: float) -> Flow:
+        """The flow of ``call``. Raises TypeError for metadata that grpc would refuse so."""
+        if call.metadata and not _sendable(call.metadata):
+            return _refused(call, now)
+        return call_flow(call, self.cluster, self.rng, now)
 
     def failed(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:
         """A call made for ``scope`` is over. If it failed though it was allowed to retry, the callers above need not
@@ -199,17 +201,28 @@ _KEY = re.compile(r"[0-9a-z_.-]+")
 _VALUE = re.compile(r"[\x20-\x7e]*")
 
 
-def _check_metadata(metadata: Sequence[tuple[Any, Any]]) -> None:
-    """Raise what grpc raises, and before an endpoint is waited for."""
+def _sendable(metadata: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether core would send ``metadata``: asked before an endpoint is waited for. Raises TypeError as grpc does."""
     for key, value in metadata:
-        if not isinstance(key, str | bytes) or not isinstance(value, str | bytes):
-            raise TypeError(f"metadata was invalid: {(key, value)}")
-        name = key if isinstance(key, str) else key.decode("latin-1")
-        legal = _KEY.fullmatch(name)
-        if legal and not name.endswith("-bin"):
-            legal = _VALUE.fullmatch(value if isinstance(value, str) else value.decode("latin-1"))
-        if not legal:
-            raise ValueError(f"metadata was invalid: {(key, value)}")
+        name = key.decode("latin-1") if isinstance(key, bytes) else key
+        if not isinstance(name, str):
+            raise TypeError(f"Expected str, not {type(name)}")
+        binary = name.endswith("-bin")
+        if binary and not isinstance(value, bytes):
+            raise TypeError(f'Binary metadata key="{name}" expected bytes, got {type(value)}')
+        text = value.decode("latin-1") if isinstance(value, bytes) else value or ""
+        if not isinstance(text, str):
+            raise TypeError(f"Expected str, not {type(value)}")
+        if not _KEY.fullmatch(name) or not (binary or _VALUE.fullmatch(text)):
+            return False
+    return True
+
+
+def _refused(call: CallSpec, now: float) -> Flow:
+    """The flow of a call that nothing is sent for, with core's words for that."""
+    call.started = now
+    yield from ()
+    return Verdict(Outcome(Code.INTERNAL, "Invalid metadata"))
 
 
 def _checked(options: Sequence[tuple[Any, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
 from mesh.errors import RpcError, terminated
 from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
-from mesh.policy.flow import Flow, call_flow
+from mesh.policy.flow import Flow
 
 _LOG = logging.getLogger("mesh.channel")
 
@@ -267,7 +267,7 @@ class _Multicallable:
         channel.start()
         now = time.monotonic()
         call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
-        flow = call_flow(call, channel.assembly.cluster, channel.assembly.rng, now)
+        flow = channel.assembly.flow(call, now)
         driven = driver(channel, method, call, flow, requests, self._serializer, credentials, compression)
         channel.adopt(driven)
         return driven
@@ -284,9 +284,9 @@ class _Multicallable:
         """Start a call that is driven by events."""
         driver = self._driver(_Driver, requests, timeout, metadata, credentials, wait_for_ready, compression)
         driver.start()
-        refused = driver.verdict.outcome.result if driver.verdict is not None else None
-        if isinstance(refused, grpc.RpcError) and not isinstance(refused, grpc.RpcContext):
-            raise refused  # grpc raises at once when the request can't be serialised
+        if driver.refused and driver.verdict is not None:  # grpc raises at once when the request can't be serialised
+            explanation = explain(driver.call, self._channel.assembly.target, driver.verdict, driver.finished_at)
+            raise _error(explanation, driver.verdict)
         return (StreamCall if self._method.kind.endswith("stream") else Call)(driver)
 
 
@@ -392,7 +392,7 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
                 pool.answered(address, result[1].trailing_metadata())
             return Outcome(0, result=result)
 
-        verdict = run_blocking(call_flow(call, assembly.cluster, assembly.rng, now), perform, pool)
+        verdict = run_blocking(assembly.flow(call, now), perform, pool)
         outcome = verdict.outcome
         if outcome.code == 0:
             if not with_call:
@@ -491,6 +491,7 @@ class _Driver(LockedDriver):
     ) -> None:
         super().__init__(call, flow, channel.assembly.pool)
         self.channel = channel
+        self.refused = False  # grpc would not even start an attempt
         self._method = method
         self._credentials = credentials
         self._compression = compression
@@ -520,6 +521,7 @@ class _Driver(LockedDriver):
             invoke = core.future if self._unary else core
             inner = invoke(requests, attempt.timeout, sent, self._credentials, wait, self._compression)
         except grpc.RpcError as error:
+            self.refused = True
             self.ended(number, _outcome(error, self.pool, address))
             return
         except ValueError:
@@ -610,6 +612,12 @@ class _Driver(LockedDriver):
     def _failed(self, number: int, address: str, inner: Any) -> None:
         self.ended(number, _outcome(inner, self.pool, address, final=self._unrepeatable()))
 
+    def broken(self, inner: Any) -> None:
+        """``inner`` has failed for its reader. (When a response can't be parsed it tells nobody else.)"""
+        for number, running in tuple(self.running.items()):
+            if running is inner:
+                self._failed(number, self.call.attempts[number - 1].endpoint.address, inner)
+
     def _unrepeatable(self) -> bool:
         """Whether what was sent is more than is kept for another attempt."""
         return self._replay.overflowed if self._replay is not None else too_large(self._serializer, self._request)
@@ -695,7 +703,7 @@ class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     def debug_error_string(self) -> str:
         """What core says of how the call ended."""
         inner = self._end().result
-        return self.details() if inner is None else inner.debug_error_string() or ""  # type: ignore[attr-defined]
+        return self.details() if inner is None else _debug_error_string(inner)
 
     # -- as a grpc.Future
 
@@ -775,6 +783,7 @@ class StreamCall(Call):
         try:
             return next(inner)
         except grpc.RpcError:
+            self._driver.broken(inner)
             self._driver.wait()
             raise self from None
 
@@ -827,6 +836,14 @@ def _outcome(error: Any, pool: Pool, address: str, *, final: bool = False) -> Ou
     """The outcome of an attempt that grpc says has failed. ``final``: it can't be made again."""
     code, initial, trailing = error.code().value[0], error.initial_metadata(), error.trailing_metadata()
     return failed(pool, address, code, error.details(), initial, trailing, error, final=final)
+
+
+def _debug_error_string(call: Any) -> str:
+    # Asked for it, grpc waits for ever when the call was ended on this side: cancelled, or by a bad message. But it
+    # prints what it has.
+    _, _, rest = str(call).partition('\tdebug_error_string = "')
+    text = rest.removesuffix('"\n>')
+    return "" if text == "None" else text
 
 
 def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
