@@ -117,7 +117,9 @@ def _entered(context: grpc.ServicerContext) -> Scope:
 def _sync_done(context: Any, scope: Scope, gate: Gate | None) -> None:
     scope.close()
     if scope.exhausted or gate is not None:
-        context.set_trailing_metadata(_trailers(context.trailing_metadata(), _failed(context), scope, gate))
+        trailers = _trailers(context.trailing_metadata(), _failed(context), scope, gate)
+        if trailers:
+            context.set_trailing_metadata(trailers)
 
 
 def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scope, gate: Gate | None) -> None:
@@ -224,7 +226,9 @@ def _aio_coroutine(behavior: Behavior, gate: Gate | None) -> Behavior:
             raise
         scope.close()
         if scope.exhausted or gate is not None:
-            context.set_trailing_metadata(_trailers(context.trailing_metadata(), _failed(context), scope, gate))
+            trailers = _trailers(context.trailing_metadata(), _failed(context), scope, gate)
+            if trailers:
+                context.set_trailing_metadata(trailers)
         return response
 
     return handle

@@ -130,7 +130,7 @@ class AioGate(Gate):
     is counted, ordered and shed.
     """
 
-    TURN, SELDOM = 0.02, 0.32
+    TURN, SELDOM = 0.03, 0.48
     """Seconds between two turns: when handlers hold the loop, and when none was seen to."""
 
     HELD = 0.002
@@ -142,7 +142,7 @@ class AioGate(Gate):
     BUSY = 0.5
     """The share of its time that the loop's thread runs, or would, when it is busy. Below, there are no turns."""
 
-    QUIET = 0.001
+    QUIET = 0.002
     """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them."""
 
     LONGEST = 0.02

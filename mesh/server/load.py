@@ -2,8 +2,8 @@
 
 The report (``xds.data.orca.v3.OrcaLoadReport``) goes out as ``endpoint-load-metrics-bin``, which gRPC clients in other
 languages read (gRFC A51), and in the same bytes as ``weft-load-bin``, because gRPC's core keeps the former from Python
-clients. It is made anew every 100 ms at most, so a call pays for two trailers and nothing else. Clients that read no
-trailers of ours ask ORCA's out-of-band service.
+clients. It is made anew every 100 ms at most, and when calls come fast only every fourth answer carries it. Clients
+that read no trailers of ours ask ORCA's out-of-band service.
 
 The messages live in a descriptor pool of their own: another package in the process may bring the same files.
 """
@@ -30,6 +30,9 @@ LEAST_INTERVAL = 0.1
 
 SMOOTHING = 0.3
 """The share of a new period in what is reported."""
+
+FAST, SPARSE = 200.0, 4
+"""Beyond so many calls a second one answer in so many carries the report: enough for every client, at less cost."""
 
 KEYS = ("endpoint-load-metrics-bin", "weft-load-bin")
 
@@ -80,15 +83,18 @@ class Load:
         self._report = OrcaLoadReport()
         self._trailers: tuple[Metadatum, ...] = ()
         self._due = 0.0
+        self._fast = False
+        self._answers = 0
         self._cpu = time.process_time()
         self._stamp = time.monotonic()
         self._ended = self._failed = 0
 
     def trailers(self, now: float) -> tuple[Metadatum, ...]:
-        """The trailers for an answer that goes out at ``now``."""
+        """The trailers for an answer that goes out at ``now``; empty for most when calls come fast."""
         if now >= self._due:
             self._measure(now)
-        return self._trailers
+        self._answers += 1
+        return () if self._fast and self._answers % SPARSE else self._trailers
 
     def report(self) -> Any:
         """The report itself."""
@@ -113,6 +119,7 @@ class Load:
             ):
                 before = getattr(self._report, field)
                 setattr(self._report, field, round(before + (value - before) * weight, 4))
+            self._fast = self._report.rps_fractional > FAST
             self._cpu, self._ended, self._failed, self._stamp = cpu, ended, failed, now
         # Its bytes are never empty: a trailer that is, is none.
         report = self._report.SerializeToString() or b"\x09" + bytes(8)

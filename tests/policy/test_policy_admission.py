@@ -117,7 +117,7 @@ class TestShedding:
     @pytest.mark.parametrize(("waiting", "drops"), [(10, False), (11, True)])
     def test_with_permits_to_spare_a_few_that_waited_long_are_let_in(self, waiting: int, drops: bool) -> None:
         # The process stood still; or it runs one handler after another, each holding its loop, and falls behind.
-        house = House(target=0.01, interval=0.1)
+        house = House(target=0.01, interval=0.1, initial=20, most=20)
         for _ in range(20):
             for _ in range(waiting):
                 house.queue(SHED)
