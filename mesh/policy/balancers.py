@@ -14,14 +14,18 @@ from mesh.policy.ring import Ring
 
 
 class Given(NamedTuple):
-    """What a picker is made of: ``nodes`` are those that may be called, at least one, and at least one of them with a
-    weight; ``before`` is the picker that is replaced; ``outstanding`` tells how many calls are in flight in all."""
+    """What a picker is made of.
+
+    ``nodes`` are those that may be called, at least one; ``before`` is the picker that is replaced; ``outstanding``
+    tells how many calls are in flight in all; ``of`` is how many endpoints there are with those that may not be called.
+    """
 
     config: BalancerConfig
     nodes: Sequence[Node]
     rng: random.Random
     before: Picker = Picker()
     outstanding: Callable[[], int] = lambda: 0
+    of: int = 0
 
 
 def picker_for(given: Given) -> Picker:
@@ -52,8 +56,9 @@ def _first(given: Given) -> Picker:
 
 def _on_a_ring(given: Given) -> Picker:
     config = given.config
+    of = given.of or len(given.nodes)
     return Ring(
-        given.nodes, config.hash_header, config.min_ring, config.max_ring, config.load_factor, given.outstanding
+        given.nodes, of, config.hash_header, config.min_ring, config.max_ring, config.load_factor, given.outstanding
     )
 
 

@@ -5,8 +5,9 @@ until its connection was made anew, which is news of the endpoint. HALF_OPEN has
 waits for that one. A success closes, a failure opens again, and a probe that says nothing (cancelled, never sent) frees
 the slot for another (FIELD 6.13).
 
-Rule 1: ``succeeded``, ``failed`` and ``ignored`` are called under the node's lock. They return whether the cluster
-is to look at the node; it alone applies TRIP, TIME and RECONNECTED, because it alone knows how many may be ejected.
+Rule 1: ``probe``, ``succeeded``, ``failed`` and ``ignored`` are called under the node's lock. The last three return
+whether the cluster is to look at the node; it alone applies TRIP, TIME and RECONNECTED, because it alone knows how many
+may be ejected.
 Rule 2: only the probe's own outcome moves PROBING: it is told by when it started, exactly.
 """
 
@@ -90,10 +91,12 @@ class Breaker:
         """Take other limits; what is known stays."""
         self._config = config
 
-    def probe(self, now: float) -> None:
-        """The request that starts at ``now`` is the probe."""
-        if self.apply(Event.PROBE):
-            self.probed = now
+    def probe(self, now: float) -> bool:
+        """Whether a request that starts at ``now`` is to be the probe: one is."""
+        if not self.apply(Event.PROBE):
+            return False
+        self.probed = now
+        return True
 
     def succeeded(self, started: float) -> bool:
         """An attempt that started at ``started`` has succeeded; asked only while ``alert``."""

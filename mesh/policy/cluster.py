@@ -125,7 +125,7 @@ class Cluster:
         elif len(new) == len(wanted):
             self.error = ""  # it was about those before, or about finding any
         self._levels.update(self.nodes, self._now)
-        self._weigh()
+        self._weigh(exactly=True)
         self._swap()
         return new, gone
 
@@ -157,7 +157,7 @@ class Cluster:
             node.decay, node.penalty = self.balancer.decay_time, self.balancer.failure_penalty
             node.breaker.configure(config.ejection)
         self._now = now
-        self._weigh()
+        self._weigh(exactly=True)
         self._swap()
 
     def unresolved(self, error: str, *, final: bool) -> None:
@@ -213,10 +213,10 @@ class Cluster:
         self.ejections.heard(node)
         self.alarm()
 
-    def _weigh(self) -> bool:
+    def _weigh(self, *, exactly: bool = False) -> bool:
         changed = False
         for place, nodes in enumerate(self._levels.nodes.values()):
-            changed |= weigh(nodes, self._policy(place), self.config.slow_start, self._now)
+            changed |= weigh(nodes, self._policy(place), self.config.slow_start, self._now, exactly=exactly)
         return changed
 
     def _policy(self, place: int) -> BalancerConfig:
@@ -258,7 +258,7 @@ class Cluster:
         usable = nearest(usable, level, self.locality, self.config.zone)
         # What has no weight is left to those that have.
         usable = [node for node in usable if node.weight > NOTHING] or usable
-        self._inner = picker_for(Given(policy, usable, self._rng, self._inner, self.gate.outstanding))
+        self._inner = picker_for(Given(policy, usable, self._rng, self._inner, self.gate.out.__len__, len(level)))
         self._inner.note = note
         return Probing(self._inner, probes) if probes else self._inner
 

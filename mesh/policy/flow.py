@@ -49,9 +49,12 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     committing = 0  # the attempt to hand over next
     step: Step
     call.started = now
-    refused = cluster.gate.enter(call, now, rng)
-    if refused is not None:
-        return Verdict(refused)
+    gate = cluster.gate
+    if len(gate.out) >= gate.free:
+        refused = gate.refuses(call, now, rng)
+        if refused is not None:
+            return Verdict(refused)
+    gate.out.append(None)
     cluster.budget.call()
     try:
         while True:
@@ -156,7 +159,9 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     finally:
         if running:
             _abandon(running, tried, BEATEN, now)
-        cluster.gate.leave(call, now)
+        gate.out.pop()
+        if gate.adaptive:
+            gate.ended(call, now)
 
 
 def _expired(picker: Picker) -> Verdict:

@@ -4,7 +4,8 @@ Rule 1: a node's memory is keyed by its address and survives updates of the endp
 Rule 2: in flight is +1 at the pick and -1 exactly once, however the attempt ends.
 Rule 3: a failure that speaks of the endpoint counts as slow, so that failing fast doesn't look like answering fast
 (envoy#20907, Linkerd's load biaser); one that speaks of the request, a cancel or a local refusal counts as nothing.
-Rule 4: loads are compared for each unit of weight, so a heavier endpoint may be busier.
+Rule 4: loads are compared for each unit of weight, so a heavier endpoint may be busier. Between idle endpoints weight
+decides nothing: a picker draws them by their weights already.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class Node:
         with self._lock:
             self.in_flight += 1
 
+    def probe(self, now: float) -> bool:
+        """Whether the attempt that starts at ``now`` may go here as the one that shows what the endpoint is worth."""
+        with self._lock:
+            return self.breaker.probe(now)
+
     def end(self, now: float, started: float, outcome: Outcome) -> None:
         """The attempt that started at ``started`` has ended."""
         code = outcome.code
@@ -105,7 +111,7 @@ class Node:
                 self.stamp = now
             decayed = self.cost * weight
             self.cost = seconds if seconds > decayed else decayed + (1 - weight) * seconds
-            if code in FAILURE_CODES:
+            if code and code in FAILURE_CODES:
                 self.failures += 1
                 news = self.breaker.failed(started, code)
             else:
@@ -150,7 +156,8 @@ Busier = Callable[[Node, Node], bool]
 
 
 def busier(a: Node, b: Node) -> bool:
-    """Whether ``a`` is busier than ``b`` by peak EWMA: latency × (in flight + 1), latencies alike taken as equal.
+    """Whether ``a`` is busier than ``b`` by peak EWMA: latency × (in flight / weight + 1), latencies alike taken as
+    equal.
 
     Without the allowance for noise one unlucky answer would starve an endpoint for as long as ``decay``. The older of
     the two averages is decayed to the instant of the younger one, which under load is the present.
@@ -162,13 +169,12 @@ def busier(a: Node, b: Node) -> bool:
         cost_b *= exp((b.stamp - a.stamp) / b.decay)
     cost_a += NOISE_FLOOR
     cost_b += NOISE_FLOOR
-    load_a = (a.in_flight + 1) * b.weight
-    load_b = (b.in_flight + 1) * a.weight
+    weight_a, weight_b = a.weight, b.weight
     if cost_a > cost_b * NOISE_FACTOR or cost_b > cost_a * NOISE_FACTOR:
-        return cost_a * load_a > cost_b * load_b
-    return load_a > load_b
+        return cost_a * (a.in_flight / weight_a + 1) > cost_b * (b.in_flight / weight_b + 1)
+    return a.in_flight * weight_b > b.in_flight * weight_a
 
 
 def fuller(a: Node, b: Node) -> bool:
     """Whether ``a`` has more in flight than ``b``, for each unit of weight (A48; Envoy's weighted least request)."""
-    return (a.in_flight + 1) * b.weight > (b.in_flight + 1) * a.weight
+    return a.in_flight * b.weight > b.in_flight * a.weight

@@ -78,14 +78,17 @@ class Throttled:
 
 
 class Gate:
-    """What every call of a cluster passes. ``counts``: what was refused ("would refuse: ..." in a dry run)."""
+    """What every call of a cluster passes.
+
+    A call asks ``refuses`` if ``out`` is as long as ``free`` or longer, adds to ``out``, and takes off it when it is
+    over, once; it then tells ``ended`` while ``adaptive``. So one that nothing holds back pays for a length, an append
+    and a pop. ``counts``: what was refused ("would refuse: ..." in a dry run).
+    """
 
     def __init__(self, config: OverloadConfig, locks: Sequence[Lock] = ()) -> None:
-        self.limit = self._default = LIMIT
         self.counts: Counter[str] = Counter()
-        self._out: deque[None] = deque()
-        self.outstanding = self._out.__len__
-        """How many calls are in flight, waiting ones among them."""
+        self.out: deque[None] = deque()
+        self._default = LIMIT
         self._locks = locks
         self.configure(config)
 
@@ -93,36 +96,20 @@ class Gate:
         """Take other settings. What is in flight stays counted; the throttle begins anew."""
         self.config = config
         self.limit = self._default if config.max_outstanding is None else config.max_outstanding
-        self._soft = self.limit * min(SHARES)
-        adaptive = config.adaptive
-        self._most_refused = adaptive.max_refused if adaptive else 0.0
-        self._throttled = _throttled(adaptive, self._locks) if adaptive else ()
+        self.adaptive = config.adaptive is not None
+        self.free = 0.0 if self.adaptive else self.limit * min(SHARES)
+        self._most_refused = config.adaptive.max_refused if config.adaptive else 0.0
+        self._throttled = _throttled(config.adaptive, self._locks) if config.adaptive else ()
 
     def unlimited(self) -> None:
         """Unless the config sets a limit there is none: gRPC balances by itself, and would have none."""
         self._default = inf
         self.configure(self.config)
 
-    def enter(self, call: CallSpec, now: float, rng: random.Random) -> Outcome | None:
-        """A call begins. The outcome that refuses it, or None: then ``leave`` must follow."""
-        if len(self._out) >= self._soft or self._throttled:
-            refused = self._weigh(call, now, rng)
-            if refused is not None:
-                return refused
-        self._out.append(None)
-        return None
-
-    def leave(self, call: CallSpec, now: float) -> None:
-        """A call that had entered is over."""
-        self._out.pop()
-        if self._throttled:
-            last = call.attempts[-1].outcome if call.attempts else None
-            if last is not None and last.code in REFUSALS and not last.never_sent:
-                self._throttled[criticality_of(call.metadata)].refused(now)
-
-    def _weigh(self, call: CallSpec, now: float, rng: random.Random) -> Outcome | None:
+    def refuses(self, call: CallSpec, now: float, rng: random.Random) -> Outcome | None:
+        """The outcome that refuses a call which begins now, or None."""
         criticality = criticality_of(call.metadata)
-        outstanding, most = len(self._out), self.limit * SHARES[criticality]
+        outstanding, most = len(self.out), self.limit * SHARES[criticality]
         if outstanding >= most and self._refuses("outstanding"):
             return Outcome(
                 Code.UNAVAILABLE,
@@ -141,12 +128,18 @@ class Gate:
                 )
         return None
 
+    def ended(self, call: CallSpec, now: float) -> None:
+        """A call that was not refused here is over: the service may have refused it."""
+        last = call.attempts[-1].outcome if call.attempts else None
+        if last is not None and last.code in REFUSALS and not last.never_sent and self._throttled:
+            self._throttled[criticality_of(call.metadata)].refused(now)
+
     def _refuses(self, reason: str) -> bool:
         self.counts[f"would refuse: {reason}" if self.config.dry_run else f"refused: {reason}"] += 1
         return not self.config.dry_run
 
     def __repr__(self) -> str:
-        return f"<Gate {len(self._out)}/{self.limit:g} outstanding>"
+        return f"<Gate {len(self.out)}/{self.limit:g} outstanding>"
 
 
 def criticality_of(metadata: Sequence[Metadatum] | None) -> Criticality:

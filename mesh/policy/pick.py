@@ -123,8 +123,9 @@ class WeightedRoundRobin(Picker):
 class PowerOfTwo(Picker):
     """Two distinct nodes at random, the less busy one takes it (P2C: Mitzenmacher 2001; A48 and Finagle).
 
-    Of two alike the first drawn is taken, which is chance again. One that is idle and from which nothing was heard for
-    ``starvation`` seconds is taken whatever it was like (Kratos), so that what is remembered of it can be corrected.
+    Of two alike the first drawn is taken, which is chance again. The busier one is taken when it is idle and nothing
+    was heard from it for ``starvation`` seconds before the other was (Kratos), so that what is remembered of it can be
+    corrected.
     """
 
     __slots__ = ("_busier", "_starvation")
@@ -146,15 +147,18 @@ class PowerOfTwo(Picker):
                 second = nodes[-1]
             if self._busier(first, second):
                 first, second = second, first
-            starved = second.stamp + self._starvation < now and not second.in_flight
+            starved = second.stamp + self._starvation < first.stamp and not second.in_flight
             if (starved or first in tried) and second not in tried:
                 return second
         return first if first not in tried else another(nodes, rng, tried)
 
 
 class Choices(Picker):
-    """As ``PowerOfTwo``, for more choices than two (A48's choiceCount), and for weights that differ: nodes are drawn as
-    often as their weights give them, and loads compared for each unit of weight."""
+    """As ``PowerOfTwo``, for more choices than two (A48's choiceCount), and for weights that differ.
+
+    The first is drawn as often as its weight gives it, and the others alike: of endpoints as busy as each other, for
+    each unit of weight, the first is taken, so weights give the shares; a heavy one that is busier gives way to any.
+    """
 
     __slots__ = ("_busier", "_choices", "_shares", "_starvation")
 
@@ -164,22 +168,23 @@ class Choices(Picker):
         super().__init__(nodes)
         self._busier = busier
         self._starvation = starvation
-        self._choices = choices
+        self._choices = choices if len(nodes) > 1 else 1
         self._shares = Shares(self.nodes)
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
+        nodes = self.nodes
         best = self._shares.at(rng.random())
         for _ in range(self._choices - 1):
-            other = self._shares.at(rng.random())
-            if other is best:  # once more: distinct choices are better ones
-                other = self._shares.at(rng.random())
-            if other is best or other in tried:
+            other = nodes[int(rng.random() * (len(nodes) - 1))]
+            if other is best:
+                other = nodes[-1]
+            if other in tried:
                 continue
-            if self._busier(best, other) or best in tried:
+            if best in tried or self._busier(best, other):
                 best, other = other, best
-            if other.stamp + self._starvation < now and not other.in_flight and other not in tried:
+            if other.stamp + self._starvation < best.stamp and not other.in_flight and other not in tried:
                 return other
-        return best if best not in tried else another(self.nodes, rng, tried)
+        return best if best not in tried else another(nodes, rng, tried)
 
 
 class Probing(Picker):
@@ -198,8 +203,7 @@ class Probing(Picker):
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:
         if not tried:
             node = next(self._due, None)
-            if node is not None:
-                node.breaker.probe(now)
+            if node is not None and node.probe(now):  # else: a picker before this one, still in use, had it
                 return node
         return self._inner.pick(call, now, rng, tried)
 

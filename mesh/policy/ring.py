@@ -1,6 +1,6 @@
 """Calls with one key to one endpoint: a ring of hashes (A42), by a header of the call (A76).
 
-Each endpoint stands on the ring as often as its weight gives it, and at least once. A key goes to the endpoint next on
+Each endpoint stands on the ring as often as its weight has it, and at least once. A key goes to the endpoint next on
 the ring from its hash; a call without the header goes anywhere. An endpoint that can't be called is left out, which
 moves its own keys and no others. With a load factor c, an endpoint that has more than c times the mean in flight is
 passed over for the next on the ring (Mirrokni, Thorup and Zadimoghaddam 2016, "consistent hashing with bounded loads").
@@ -28,23 +28,29 @@ def hash_of(text: str | bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-def entries(nodes: Sequence[Node], least: int, most: int) -> list[int]:
-    """How often each node stands on the ring: by its weight, so that the lightest has a whole number and the ring at
-    least ``least`` entries, but no more than ``most`` (A42) except that each has one."""
-    total = sum(node.weight for node in nodes)
-    lightest = min(node.weight for node in nodes) / total
-    scale = min(ceil(lightest * least) / lightest, most)
-    return [max(1, round(node.weight / total * scale)) for node in nodes]
+def entries(nodes: Sequence[Node], of: int, least: int, most: int) -> list[int]:
+    """How often each of ``nodes`` stands on a ring that is for ``of`` endpoints: as its weight, against a mean of 1,
+    has it of an equal share of ``least`` to ``most`` entries; and at least once.
+
+    The share is a power of two. A42's is such that the lightest has a whole number, but then every endpoint that comes
+    or goes changes how often all others stand there, and moves their keys.
+    """
+    share = 1
+    while share * of < least and 2 * share * of <= most:
+        share *= 2
+    return [max(1, round(min(node.weight * share, most))) for node in nodes]
 
 
 class Ring(Picker):
-    """Over the ring of ``nodes``. ``outstanding`` is how many calls are in flight in all: the mean is taken from it."""
+    """Over those of a ring of ``of`` endpoints that may be called. ``outstanding`` is how many calls are in flight in
+    all: the mean is taken from it."""
 
     __slots__ = ("_factor", "_hashes", "_header", "_outstanding", "_owners")
 
     def __init__(
         self,
         nodes: Sequence[Node],
+        of: int,
         header: str = "",
         least: int = 1024,
         most: int = 4096,
@@ -56,7 +62,7 @@ class Ring(Picker):
         self._factor = factor
         self._outstanding = outstanding
         ring: dict[int, Node] = {}
-        for node, count in zip(self.nodes, entries(self.nodes, least, most), strict=True):
+        for node, count in zip(self.nodes, entries(self.nodes, of, least, most), strict=True):
             known = node.ring
             known.extend(hash_of(f"{node.endpoint.address}_{index}") for index in range(len(known), count))
             ring.update(dict.fromkeys(known[:count], node))

@@ -1,7 +1,8 @@
 """What each endpoint's share of the load is to be: its own weight, what it reports, and how long it has been ready.
 
-A weight of 0 or less gets nothing while another endpoint has one. Reports count once two endpoints have them; those
-without get the mean of those with (A58). Slow start is Envoy's: max(least, (age / window) ^ (1 / aggression)).
+Weights are against a mean of 1. An endpoint's own weight of 0 or less gets nothing while another has one. Reports count
+once two endpoints have them; those without get the mean of those with (A58). Slow start is Envoy's: max(least, (age /
+window) ^ (1 / aggression)).
 """
 
 from __future__ import annotations
@@ -14,33 +15,43 @@ from mesh.policy.load import Node
 UNWEIGHTED = frozenset({"round_robin", "pick_first"})
 """Policies to which endpoints' weights mean nothing, as in gRPC. Slow start still does."""
 
-NOTHING = 1e-9
-"""The weight of an endpoint that is to get nothing while there is another; it is not 0, so that among such endpoints
-all is as usual."""
+NOTHING = 1e-12
+"""Weights up to this are for endpoints that get nothing while there is another. They aren't 0, so that among
+themselves all is as usual."""
+
+_NONE = 1e-18  # before the mean is 1
 
 CHANGED = 0.05
-"""A weight that moved by less is the same: a picker isn't made anew for it."""
+"""Weights that have all moved by less are the same: a picker isn't made anew for that."""
 
 
-def weigh(nodes: Sequence[Node], balancer: BalancerConfig, slow_start: SlowStartConfig, now: float) -> bool:
-    """Weigh ``nodes`` anew; returns whether a weight has changed."""
+def weigh(
+    nodes: Sequence[Node], balancer: BalancerConfig, slow_start: SlowStartConfig, now: float, *, exactly: bool = False
+) -> bool:
+    """Weigh ``nodes`` anew, if that changes anything (with ``exactly``: however little); returns whether it did."""
     weights = _given(nodes, balancer)
     if balancer.reports.enabled:
         weights = _reported(nodes, balancer, now) or weights
-    changed = False
-    for node, weight in zip(nodes, weights, strict=True):
-        if slow_start.window:
-            weight = max(NOTHING, weight * _warmth(now - node.ready_at, slow_start))
-        if abs(weight - node.weight) > CHANGED * node.weight:
+    if slow_start.window:
+        weights = [
+            max(_NONE, weight * _warmth(now - node.ready_at, slow_start))
+            for node, weight in zip(nodes, weights, strict=True)
+        ]
+    mean = sum(weights) / len(weights)
+    weights = [weight / mean for weight in weights]
+    changed = exactly or any(
+        abs(weight - node.weight) > CHANGED * node.weight for node, weight in zip(nodes, weights, strict=True)
+    )
+    if changed:
+        for node, weight in zip(nodes, weights, strict=True):
             node.weight = weight
-            changed = True
     return changed
 
 
 def _given(nodes: Sequence[Node], balancer: BalancerConfig) -> list[float]:
-    if balancer.name not in UNWEIGHTED:
-        return [max(NOTHING, float(node.endpoint.weight)) for node in nodes]
-    return [1.0] * len(nodes)
+    if balancer.name in UNWEIGHTED:
+        return [1.0] * len(nodes)
+    return [node.endpoint.weight if node.endpoint.weight > 0 else _NONE for node in nodes]
 
 
 def _reported(nodes: Sequence[Node], balancer: BalancerConfig, now: float) -> list[float] | None:

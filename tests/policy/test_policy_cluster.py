@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mesh.config import BalancerConfig, BudgetConfig, ServiceConfig, ThrottleConfig
-from mesh.model import Connectivity, Endpoint
+from mesh.config import (
+    NEVER_HEDGE,
+    BalancerConfig,
+    BudgetConfig,
+    EjectionConfig,
+    HedgingPolicy,
+    OverloadConfig,
+    ServiceConfig,
+    ThrottleConfig,
+)
+from mesh.model import Attempt, Code, Connectivity, Endpoint, Outcome
+from mesh.policy.balancers import BALANCERS
+from mesh.policy.breaker import State
 from mesh.policy.cluster import Cluster
+from mesh.policy.load import Node
 from mesh.policy.pick import PowerOfTwo, RoundRobin
-from tests.policy.driving import cluster_of, set_states
+from tests.policy.driving import Driven, cluster_of, set_states
 
 IDLE, CONNECTING, READY, FAILED = (
     Connectivity.IDLE,
@@ -185,21 +198,55 @@ def test_the_config_names_the_picker_and_its_settings() -> None:
 STATES = st.sampled_from([IDLE, CONNECTING, READY, FAILED])
 
 
+MOST = 50.0  # percent of endpoints that may be ejected
+
+CONFIG = ServiceConfig(
+    ejection=EjectionConfig(interval=5.0, base_time=3.0, max_time=10.0, max_percent=MOST, consecutive=2),
+    overload=OverloadConfig(6),
+)
+LIKE_ANY = [
+    BalancerConfig(name, subset=subset, hash_header="user", load_factor=1.25)
+    for name in sorted(BALANCERS)
+    for subset in (0, 3)
+]
+OUTCOMES = st.sampled_from(
+    [
+        Outcome(Code.OK),
+        Outcome(Code.NOT_FOUND),
+        Outcome(Code.UNAVAILABLE),
+        Outcome(Code.UNAVAILABLE),
+        Outcome(Code.DEADLINE_EXCEEDED),
+        Outcome(Code.UNAVAILABLE, never_sent=True),
+        Outcome(Code.CANCELLED, cancelled=True),
+    ]
+)
+
+
 class AnyCluster(RuleBasedStateMachine):
-    """A cluster to which updates, failures and states come in any order."""
+    """A cluster to which updates, failures, states, calls and configs come in any order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cluster = Cluster("test", ServiceConfig(), random.Random(1), 0.0, contextlib.nullcontext)
+        self.now = 0.0
+        self.cluster = Cluster("test", CONFIG, random.Random(1), 0.0, contextlib.nullcontext)
         self.pickers = {id(self.cluster.picker): (self.cluster.picker, self.cluster.picker.nodes)}
+        self.calls: list[Driven] = []
+        self.seen: dict[int, Node] = {}
+        self.peak = 0  # the most endpoints there were since any was ejected
 
-    @rule(names=st.sets(st.sampled_from("abcd"), min_size=0))
-    def update(self, names: set[str]) -> None:
+    @rule(names=st.sets(st.sampled_from("abcdefgh"), min_size=0), data=st.data())
+    def update(self, names: set[str], data: st.DataObject) -> None:
         before = dict(self.cluster.nodes)
         working = {address for address, state in self.cluster.states.items() if state == READY}
-        new, gone = self.cluster.update(endpoints("".join(sorted(names))))
+        weights = data.draw(st.sampled_from([(1, 1), (0, 5), (-3, 2**32)]))
+        found = [
+            Endpoint(name, weight=weights[index % 2], priority=index % 3 // 2)
+            for index, name in enumerate(sorted(names))
+        ]
+        new, gone = self.cluster.update(found)
         after = self.cluster.nodes
-        assert set(after) == (names or working)
+        assert set(after) <= (names or working)
+        assert self.cluster.balancer.subset or set(after) == (names or working)
         assert {endpoint.address for endpoint in new} == set(after) - set(before)
         assert set(gone) == set(before) - set(after)
         assert all(after[address] is before[address] for address in set(after) & set(before))
@@ -210,34 +257,127 @@ class AnyCluster(RuleBasedStateMachine):
         self.cluster.unresolved("down", final=final)
         assert self.cluster.nodes == before
 
-    @rule(states=st.dictionaries(st.sampled_from("abcdx"), STATES))
+    @rule(states=st.dictionaries(st.sampled_from("abcdefghx"), STATES))
     def observe(self, states: dict[str, Connectivity]) -> None:
         before = dict(self.cluster.states)
         changed = self.cluster.observe(states.items())
         assert changed == (self.cluster.states != before)
+
+    @rule()
+    def all_are_ready(self) -> None:
+        set_states(self.cluster, READY)
+
+    @rule(balancer=st.sampled_from(LIKE_ANY))
+    def reconfigure(self, balancer: BalancerConfig) -> None:
+        before = dict(self.cluster.nodes)
+        self.cluster.reconfigure(replace(CONFIG, balancer=balancer), self.now)
+        assert self.cluster.nodes == before
+
+    @rule(seconds=st.floats(0, 6))
+    def sweep(self, seconds: float) -> None:
+        self.now += seconds
+        self.cluster.sweep(self.now)
+
+    @rule(seed=st.integers(0, 1000), hedged=st.booleans())
+    def call(self, seed: int, hedged: bool) -> None:
+        policy = HedgingPolicy(2, delay=1.0) if hedged else NEVER_HEDGE
+        metadata = (("user", str(seed)),)
+        call = Driven(cluster=self.cluster, hedge=policy, seed=seed, now=self.now, metadata=metadata, deadline=1e9)
+        self._went_where_it_may(call)
+        self.calls.append(call)
+
+    @rule(outcome=OUTCOMES, data=st.data())
+    def a_call_ends(self, outcome: Outcome, data: st.DataObject) -> None:
+        running = [
+            call for call in self.calls if call.verdict is None and any(a.ended is None for a in call.call.attempts)
+        ]
+        if running:
+            call = data.draw(st.sampled_from(running))
+            number = data.draw(st.sampled_from([a.number for a in call.call.attempts if a.ended is None]))
+            call.ended(number, outcome, at=self.now)
+            self._went_where_it_may(call)
+
+    @rule(data=st.data())
+    def time_passes_for_a_call(self, data: st.DataObject) -> None:
+        waiting = [
+            call
+            for call in self.calls
+            if call.verdict is None and call.step is not None and call.step.until is not None
+        ]
+        if waiting:
+            call = data.draw(st.sampled_from(waiting))
+            call.elapses(at=self.now)
+            self._went_where_it_may(call)
+
+    @rule(data=st.data())
+    def a_call_is_given_up(self, data: st.DataObject) -> None:
+        if self.calls:
+            call = data.draw(st.sampled_from(self.calls))
+            call.close()
+            self.calls.remove(call)
+
+    def _went_where_it_may(self, call: Driven) -> None:
+        """No pick of an ineligible endpoint: not READY, of a lower priority than serves, or ejected."""
+        if not isinstance(call.step, Attempt) or call.step.started != self.now:
+            return
+        node = self.cluster.nodes[call.step.endpoint.address]
+        assert self.cluster.states[node.endpoint.address] == READY
+        assert node in self.cluster.picker.nodes or node.breaker.state is State.PROBING
+        if node.breaker.state is not State.CLOSED and not self.cluster.panic:
+            assert node.breaker.state is State.PROBING
+            assert node.breaker.probed == self.now
 
     @invariant()
     def nodes_and_states_are_of_the_same_endpoints(self) -> None:
         assert set(self.cluster.nodes) == set(self.cluster.states)
 
     @invariant()
-    def the_picker_is_over_all_that_are_ready_and_no_others(self) -> None:
+    def the_picker_is_over_endpoints_that_are_ready_and_over_some_if_any_may_serve(self) -> None:
         cluster = self.cluster
-        assert set(ready(cluster)) == {address for address, state in cluster.states.items() if state == READY}
+        working = {address for address, state in cluster.states.items() if state == READY}
+        assert set(ready(cluster)) <= working
+        first = {address for address in working if cluster.nodes[address].endpoint.priority == 0}
+        assert not first or ready(cluster)
         if not cluster.picker.nodes:
             assert cluster.picker.error, "a call that fails or waits is told why"
 
     @invariant()
     def calls_fail_at_once_exactly_while_the_whole_has_failed(self) -> None:
         cluster = self.cluster
-        assert (cluster.state == FAILED) == (not cluster.picker.nodes and not cluster.picker.queue)
+        if cluster.state == FAILED or not (cluster.picker.nodes or cluster.picker.queue):
+            assert not cluster.picker.nodes
+            assert not cluster.picker.queue
 
     @invariant()
     def a_picker_never_changes(self) -> None:
         self.pickers[id(self.cluster.picker)] = (self.cluster.picker, self.cluster.picker.nodes)
         assert all(picker.nodes is nodes for picker, nodes in self.pickers.values())
 
+    @invariant()
+    def no_more_are_ejected_than_may_be(self) -> None:
+        # Of those that there were when they were ejected: others may have left since.
+        out = self.cluster.ejections.out
+        count = len(self.cluster.nodes)
+        self.peak = max(self.peak, count) if out else count
+        assert len(out) <= max(1, self.peak * MOST / 100)
+
+    @invariant()
+    def what_is_in_flight_is_what_runs(self) -> None:
+        self.seen.update((id(node), node) for node in self.cluster.nodes.values())
+        assert all(node.in_flight >= 0 for node in self.seen.values())
+        running = [call for call in self.calls if call.verdict is None]
+        attempts = sum(attempt.outcome is None for call in running for attempt in call.call.attempts)
+        assert sum(node.in_flight for node in self.seen.values()) == attempts
+        assert len(self.cluster.gate.out) == len(running) <= 6
+
+    def teardown(self) -> None:
+        for call in self.calls:
+            call.close()
+        assert all(node.in_flight == 0 for node in self.seen.values())
+        assert len(self.cluster.gate.out) == 0
+        assert all(node.breaker.state is not State.PROBING for node in self.seen.values())
+
 
 TestAnyCluster = AnyCluster.TestCase
-TestAnyCluster.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
+TestAnyCluster.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyCluster.pytestmark = [pytest.mark.slow]  # type: ignore[attr-defined]
