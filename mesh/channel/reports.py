@@ -1,22 +1,31 @@
-"""Load reports of endpoints, as they come with answers (``weft-load-bin``: ORCA's report, A51).
+"""Load reports of endpoints (ORCA's, A51): as they come with answers (``weft-load-bin``), or asked for out of band.
 
 Imported with the first one that is read: a channel whose policy doesn't go by reports never does.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
 from typing import Any
 
+import grpc
+import grpc.aio
 from google.protobuf.message import DecodeError
 
+from mesh.channel.subchannels import Subchannel
 from mesh.policy.cluster import Cluster
-from mesh.server.load import OrcaLoadReport
+from mesh.server.load import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+
+_LOG = logging.getLogger("mesh.channel")
 
 KEY = "weft-load-bin"
 """Core keeps ORCA's own key, ``endpoint-load-metrics-bin``, from Python."""
 
 
-def take(cluster: Cluster, address: str, now: float, trailing_metadata: Any) -> None:
+def take(cluster: Cluster, address: str, trailing_metadata: Any) -> None:
     """An answer of ``address`` came with these trailers: tell the cluster what they report."""
     for key, value in trailing_metadata or ():
         if key == KEY:
@@ -24,12 +33,51 @@ def take(cluster: Cluster, address: str, now: float, trailing_metadata: Any) -> 
                 report = OrcaLoadReport.FromString(value)
             except DecodeError:
                 return
-            take_message(cluster, address, now, report)
+            _tell(cluster, address, report)
             return
 
 
-def take_message(cluster: Cluster, address: str, now: float, report: Any) -> None:
-    """``address`` has reported."""
+def _tell(cluster: Cluster, address: str, report: Any) -> None:
     # What the application says of itself goes before its CPU (A58).
     utilization = report.application_utilization if report.application_utilization > 0 else report.cpu_utilization
-    cluster.report(address, now, utilization, report.rps_fractional, report.eps)
+    cluster.report(address, time.monotonic(), utilization, report.rps_fractional, report.eps)
+
+
+class OutOfBand:
+    """Asks the endpoints that are connected for their load, over and over. Belongs to the pool's loop."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._watching: dict[str, asyncio.Task[None]] = {}
+
+    def keep(self, connected: Mapping[str, Subchannel]) -> None:
+        """Ask these, and no others."""
+        for address in self._watching.keys() - connected.keys():
+            self._watching.pop(address).cancel()
+        for address in connected.keys() - self._watching.keys():
+            self._watching[address] = asyncio.create_task(self._watch(connected[address]))
+
+    async def close(self) -> None:
+        """Ask nobody any more."""
+        for task in self._watching.values():
+            task.cancel()
+        await asyncio.gather(*self._watching.values(), return_exceptions=True)
+        self._watching.clear()
+
+    async def _watch(self, subchannel: Subchannel) -> None:
+        address, period = subchannel.address, self._cluster.balancer.reports.out_of_band
+        request = OrcaLoadReportRequest()
+        request.report_interval.FromMicroseconds(int(period * 1e6))
+        async with subchannel.aside() as channel:
+            ask = channel.unary_stream(
+                f"/{SERVICE}/StreamCoreMetrics", OrcaLoadReportRequest.SerializeToString, OrcaLoadReport.FromString
+            )
+            while True:
+                try:
+                    async for report in ask(request):
+                        _tell(self._cluster, address, report)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        _LOG.error("%s: %s doesn't report its load out of band", self._cluster.name, address)
+                        return
+                await asyncio.sleep(period)

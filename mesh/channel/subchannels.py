@@ -18,8 +18,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -30,6 +30,9 @@ from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster import Cluster
 from mesh.policy.load import Node
 from mesh.policy.pick import Picker
+
+if TYPE_CHECKING:
+    from mesh.channel.reports import OutOfBand
 
 _LOG = logging.getLogger("mesh.channel")
 
@@ -105,6 +108,10 @@ class Subchannel(abc.ABC):
     @abc.abstractmethod
     def check(self, connect: bool) -> int:
         """The connection's state as core's number; with ``connect``, an idle one begins to connect."""
+
+    @abc.abstractmethod
+    def aside(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        """An asyncio channel to the address, for what isn't a caller's."""
 
     def connect(self) -> None:
         """Open the channel and begin to connect."""
@@ -188,6 +195,15 @@ class SyncSubchannel(Subchannel):
     async def _close(self, channel: grpc.Channel) -> None:
         channel.close()
 
+    @contextlib.asynccontextmanager
+    async def aside(self) -> AsyncIterator[grpc.aio.Channel]:
+        # A connection of its own: a stream of grpc.Channel would take a thread.
+        aside = AioSubchannel(self.address, self._options, self._credentials, self._compression)
+        try:
+            yield aside.core()
+        finally:
+            await aside.close()
+
     def check(self, connect: bool) -> int:
         # grpc.Channel tells its state only to subscribers, each of which costs a thread; core answers at once.
         # Private, and so only here; a test pins it.
@@ -216,6 +232,10 @@ class AioSubchannel(Subchannel):
 
     async def _close(self, channel: grpc.aio.Channel) -> None:
         await channel.close()
+
+    @contextlib.asynccontextmanager
+    async def aside(self) -> AsyncIterator[grpc.aio.Channel]:
+        yield self.core()
 
     def check(self, connect: bool) -> int:
         state: int = self._channel.get_state(connect).value[0]
@@ -263,7 +283,7 @@ class Pool(abc.ABC):
         """An answer came with these trailers. Told only where the balancing policy reads load reports."""
         from mesh.channel import reports
 
-        reports.take(self.cluster, address, time.monotonic(), trailing_metadata)
+        reports.take(self.cluster, address, trailing_metadata)
 
     def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``, or the pool is closed."""
@@ -357,6 +377,7 @@ class ResolvedPool(Pool):
         self._resting: set[str] = set()
         self._wake: Callable[[], object] = lambda: None
         cluster.alarm = lambda: self._wake()
+        self._out_of_band: OutOfBand | None = None
 
     def get(self, address: str) -> Subchannel | None:
         if self._resting:
@@ -397,6 +418,8 @@ class ResolvedPool(Pool):
         finally:
             self._wake = lambda: None
             resolving.cancel()
+            if self._out_of_band is not None:
+                await self._out_of_band.close()
             with self._lock:
                 subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
                 self._subchannels.clear()
@@ -444,7 +467,25 @@ class ResolvedPool(Pool):
         idle = [address for address, state in states if state == Connectivity.IDLE and address not in resting]
         for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
             self._subchannels[address].connect()
+        if self.cluster.balancer.reports.out_of_band or self._out_of_band is not None:
+            self._ask_for_load()
         return bool(connecting or idle)
+
+    def _ask_for_load(self) -> None:
+        """Have the endpoints that are READY asked for their load, if the balancing policy wants that."""
+        if self._out_of_band is None:
+            from mesh.channel.reports import OutOfBand
+
+            self._out_of_band = OutOfBand(self.cluster)
+        wanted = self.cluster.balancer.reports.out_of_band
+        states = self.cluster.states
+        self._out_of_band.keep(
+            {
+                address: subchannel
+                for address, subchannel in self._subchannels.items()
+                if wanted and states.get(address) == Connectivity.READY
+            }
+        )
 
     async def _tidy(self, now: float) -> None:
         """Close what has retired, and the channels of retries long past."""

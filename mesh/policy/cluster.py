@@ -40,6 +40,10 @@ def _nobody() -> None:
     """Nobody is to be woken."""
 
 
+def _reads_reports(balancer: BalancerConfig) -> bool:
+    return balancer.reports.enabled and not balancer.reports.out_of_band
+
+
 class Cluster:
     """The endpoints of one service, and what their calls share.
 
@@ -48,7 +52,7 @@ class Cluster:
 
     ``sweep`` is to be called now and then (the channel's tick), and soon after ``alarm``, which is called from any
     thread when an endpoint's calls are news. ``locality`` is the client's own. ``panic``: so many endpoints are ejected
-    that ejections are ignored. ``reads_reports``: the balancing policy goes by what endpoints report of their load.
+    that ejections are ignored. ``reads_reports``: the balancing policy goes by what answers report of load.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Cluster:
         self.error = ""
         self.alarm: Callable[[], object] = _nobody
         self.locality = Locality()
-        self.reads_reports = self.balancer.reports.enabled
+        self.reads_reports = _reads_reports(self.balancer)
         self.panic = False
         self._latencies: dict[str, Latencies] = {}
         self._rng = rng
@@ -152,7 +156,7 @@ class Cluster:
             self.gate.configure(config.overload)
         self.ejections.configure(config.ejection, now)
         self.balancer = config.balancer or BalancerConfig()
-        self.reads_reports = self.balancer.reports.enabled
+        self.reads_reports = _reads_reports(self.balancer)
         for node in self.nodes.values():
             node.decay, node.penalty = self.balancer.decay_time, self.balancer.failure_penalty
             node.breaker.configure(config.ejection)
@@ -195,7 +199,7 @@ class Cluster:
         """Do what time brings: ejections, weights, a failover; returns whether the picker was replaced."""
         self._now = now
         changed = self.ejections.sweep(self.nodes, now) | self._levels.sweep(now)
-        if now >= self._weigh_at and (self.reads_reports or self.config.slow_start.window):
+        if now >= self._weigh_at and (self.balancer.reports.enabled or self.config.slow_start.window):
             self._weigh_at = now + self.balancer.reports.update_period
             changed |= self._weigh()
         if changed:
