@@ -100,7 +100,7 @@ class BalancerConfig:
     """
 
     name: str = "peak_ewma"
-    decay_time: float = 10.0
+    decay_time: float = 1.0
     failure_penalty: float = 5.0
     starvation: float = 10.0
     choices: int = 2
@@ -554,7 +554,7 @@ def _least_request(settings: _Object) -> _Balancing:
 def _peak_ewma(settings: _Object) -> _Balancing:
     return BalancerConfig(
         "peak_ewma",
-        decay_time=settings.get_or("decayTime", _Field.positive_duration, 10.0),
+        decay_time=settings.get_or("decayTime", _Field.positive_duration, 1.0),
         failure_penalty=settings.get_or("failurePenalty", _Field.positive_duration, 5.0),
         starvation=settings.get_or("starvationGuard", _Field.duration, 10.0) or math.inf,
         reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),

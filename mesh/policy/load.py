@@ -61,7 +61,7 @@ class Node:
         self,
         endpoint: Endpoint,
         lock: Lock,
-        decay: float = 10.0,
+        decay: float = 1.0,
         penalty: float = 5.0,
         ejection: EjectionConfig | None = None,
         listener: Callable[[Node], object] = _nobody,

@@ -35,7 +35,7 @@ WEIGHTED = [name for name in BALANCERS_BY_SHARE if name != "round_robin"]
 
 
 def nodes_of(count: int) -> list[Node]:
-    return [Node(Endpoint(f"e{index}"), contextlib.nullcontext()) for index in range(count)]
+    return [Node(Endpoint(f"e{index}"), contextlib.nullcontext(), decay=10.0) for index in range(count)]
 
 
 def weighted(*weights: float) -> list[Node]:

@@ -281,9 +281,9 @@ class PeakEwma(_message.Message):
     def decay_time(self) -> _duration_pb2.Duration:
         """How long a latency is remembered: its weight falls to 1/e in this time.
 
-        Default: 10s.
-        Source: Finagle.
-        Change: shorter, when endpoints are slow for moments and should be taken back soon.
+        Default: 1s.
+        Source: Finagle, whose default is 10 s (see docs/decisions/0005).
+        Change: longer, when calls are seldom and an endpoint's slowness lasts.
         """
 
     @_builtins.property
