@@ -22,6 +22,7 @@ from grpc.aio import _interceptor as interceptor_calls
 from mesh import context
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
+    CANCELLED_DETAILS,
     CODES,
     NEVER_SENT,
     STATES,
@@ -31,7 +32,7 @@ from mesh.channel.drive import (
     too_large,
 )
 from mesh.channel.replay import AioReplay, Request
-from mesh.channel.subchannels import AioSubchannel, Method, OwnPool
+from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
 from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
 from mesh.observe import Explanation, explain
@@ -77,7 +78,7 @@ class Channel(grpc.aio.Channel):
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             # The multicallables hold the channel, so it lives as long as any stub.
-            weakref.finalize(self, _stop, self.loop, self._running)
+            weakref.finalize(self, _stop, self.loop, self.assembly.pool)
 
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
@@ -93,8 +94,7 @@ class Channel(grpc.aio.Channel):
         for call in (*intercepted, *self.calls):
             call.cancel()
         self.assembly.pool.close()
-        if self._running is not None:
-            self._running.cancel()
+        if self._running is not None and not self._running.done():
             await asyncio.wait([self._running])
 
     async def __aenter__(self) -> Channel:
@@ -187,9 +187,9 @@ class Channel(grpc.aio.Channel):
         return f"<mesh.aio.Channel {self.assembly.target} {state}>"
 
 
-def _stop(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
     if not loop.is_closed():
-        loop.call_soon_threadsafe(running.cancel)
+        pool.close()
 
 
 # -- interceptors
@@ -527,8 +527,8 @@ class _Driver(EventDriver):
             _ready(inner.trailing_metadata()),
             inner,
             final=self._unrepeatable(),
-            # Cancelled, and not by the driver, which has forgotten those: whoever awaited it was.
-            cancelled=number in self.running and inner.cancelled(),
+            # Cancelled here, and not by the driver, which has forgotten those: whoever awaited it was.
+            cancelled=number in self.running and inner.cancelled() and _ready(inner.details()) == CANCELLED_DETAILS,
         )
         self.ended(number, outcome)
 
@@ -723,6 +723,9 @@ class _StreamResponse(Call):
 
     async def read(self) -> Any:
         """The next response; EOF when there are no more."""
+        if self.done():
+            await self._raise_for_status()
+            return grpc.aio.EOF
         if self._iterator is not None:
             raise grpc.aio.UsageError(_STYLE_DETAILS)
         self._reads = True
@@ -761,18 +764,16 @@ class _StreamRequest(Call):
             raise asyncio.InvalidStateError(_FINISHED_DETAILS)
         if self._done_writing_flag:
             raise asyncio.InvalidStateError(_HALF_CLOSED_DETAILS)
+        sent = replay.write(request)
+        over = asyncio.ensure_future(self._driver.finished())
         try:
-            sent = asyncio.ensure_future(replay.write(request))
-            over = asyncio.ensure_future(self._driver.finished())
             await asyncio.wait((sent, over), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self.cancel()
             raise
         finally:
             over.cancel()
-            if not sent.done():
-                sent.cancel()
-        if self.done():
+        if not replay.taken(sent):
             await self._raise_for_status()
 
     async def done_writing(self) -> None:

@@ -163,8 +163,10 @@ class AioReplay(_Buffer):
                 self._fetching = None
 
     def close(self) -> None:
-        """The call is over: the caller's iterator, if it is being waited for, is cancelled."""
+        """The call is over: nobody waits for the caller's next request any more."""
         self.release()
+        if self._written is not None:
+            self._written.end()
         if self._fetching is not None:
             self._fetching.cancel()
 
@@ -173,10 +175,15 @@ class AioReplay(_Buffer):
         """Whether requests come from ``write``."""
         return self._written is not None
 
-    async def write(self, message: Any) -> None:
-        """Send ``message``; returns when the attempt that runs is ready for the next one."""
+    def write(self, message: Any) -> asyncio.Future[None]:
+        """Send ``message``; done when the attempt that runs is ready for the next one."""
         assert self._written is not None
-        await self._written.put(message)
+        return self._written.put(message)
+
+    def taken(self, written: asyncio.Future[None]) -> bool:
+        """Whether an attempt has taken the message of this ``write``."""
+        assert self._written is not None
+        return self._written.taken(written)
 
     def done_writing(self) -> None:
         """No more will be written."""
@@ -207,11 +214,14 @@ class _Written:
         message, self._sent = self._messages.popleft()
         return message
 
-    async def put(self, message: Any) -> None:
+    def put(self, message: Any) -> asyncio.Future[None]:
         sent = asyncio.get_running_loop().create_future()
         self._messages.append((message, sent))
         self._notify()
-        await sent
+        return sent
+
+    def taken(self, sent: asyncio.Future[None]) -> bool:
+        return all(waiting is not sent for _, waiting in self._messages)
 
     def end(self) -> None:
         self._ended = True

@@ -258,6 +258,7 @@ class Pool(abc.ABC):
         self.closed = False
         self._lock = threading.Lock()
         self._waiting: set[Callable[[], None]] = set()
+        self._wake: Callable[[], object] = lambda: None  # has ``run`` look around
 
     @abc.abstractmethod
     def get(self, address: str) -> Subchannel | None:
@@ -273,7 +274,7 @@ class Pool(abc.ABC):
 
     @abc.abstractmethod
     async def run(self) -> None:
-        """The pool's one task, until it is cancelled; then every subchannel is closed."""
+        """The pool's one task, until the pool is closed or the task cancelled; then every subchannel is closed."""
 
     def wanted(self) -> None:
         """A call wants an endpoint and finds none: connect those whose connection was lost and not made anew."""
@@ -299,12 +300,13 @@ class Pool(abc.ABC):
             self._waiting.discard(callback)
 
     def close(self) -> None:
-        """The channel closes: whoever waits is told, and finds ``closed``. (``run`` closes the subchannels.)"""
+        """The channel closes: whoever waits is told, and finds ``closed``; ``run`` closes the subchannels, and ends."""
         with self._lock:
             self.closed = True
             waiting, self._waiting = self._waiting, set()
         for callback in waiting:
             callback()
+        self._wake()
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Have the cluster take another config."""
@@ -347,9 +349,14 @@ class OwnPool(Pool):
         return self.subchannel.state()
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        wake = asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(wake.set)
         try:
-            await asyncio.Event().wait()
+            if not self.closed:
+                await wake.wait()
         finally:
+            self._wake = lambda: None
             await self.subchannel.close()
 
 
@@ -375,7 +382,6 @@ class ResolvedPool(Pool):
         # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
         # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
         self._resting: set[str] = set()
-        self._wake: Callable[[], object] = lambda: None
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
 
@@ -405,7 +411,7 @@ class ResolvedPool(Pool):
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
         resolving = asyncio.create_task(self._resolve())
         try:
-            while True:
+            while not self.closed:
                 busy = self._tick()
                 await self._tidy(time.monotonic())
                 try:

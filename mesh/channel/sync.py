@@ -77,9 +77,9 @@ class Channel(grpc.Channel):
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
-                running = background.spawn(self.assembly.run())
+                background.spawn(self.assembly.run())
                 # The multicallables hold the channel, so it lives as long as any stub.
-                self._stop = weakref.finalize(self, running.cancel)
+                self._stop = weakref.finalize(self, self.assembly.pool.close)
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -161,8 +161,6 @@ class Channel(grpc.Channel):
             driver.cancel(CLOSED_DETAILS)
         self._watch.close()
         self.assembly.pool.close()
-        if self._stop is not None:
-            self._stop()
 
     def __enter__(self) -> Channel:
         return self

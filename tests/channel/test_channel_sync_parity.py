@@ -514,6 +514,10 @@ def interceptors(channel: Any, server: Any) -> object:
     return [*seen, read(channel.stream_stream(BOTH)(iter([b"ok"]), timeout=TIMEOUT))]
 
 
+SLOW = {"the_deadline", "empty_and_large_messages"}
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SCENARIOS]
+
+
 @pytest.fixture(params=["address", "static", "three"])
 def target(request: pytest.FixtureRequest, servers: list[Server], server: Server) -> str:
     if request.param == "address":
@@ -550,7 +554,7 @@ class Any3:
             thread.join(5)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_mesh_channel_shows_what_grpcs_own_does(
     name: str, target: str, server: Server, servers: list[Server]
 ) -> None:
