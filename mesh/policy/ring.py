@@ -61,13 +61,18 @@ class Ring(Picker):
         self._header = header
         self._factor = factor
         self._outstanding = outstanding
-        ring: dict[int, Node] = {}
+        hashes: list[int] = []
+        owners: list[Node] = []
         for node, count in zip(self.nodes, entries(self.nodes, of, least, most), strict=True):
             known = node.ring
-            known.extend(hash_of(f"{node.endpoint.address}_{index}") for index in range(len(known), count))
-            ring.update(dict.fromkeys(known[:count], node))
-        self._hashes = sorted(ring)
-        self._owners = [ring[each] for each in self._hashes]
+            if len(known) < count:
+                address = node.endpoint.address
+                known.extend(hash_of(f"{address}_{index}") for index in range(len(known), count))
+            hashes += known if len(known) == count else known[:count]
+            owners += [node] * count
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        self._hashes = [hashes[place] for place in order]
+        self._owners = [owners[place] for place in order]
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         key = _value(call.metadata, self._header) if call.metadata and self._header else None
