@@ -192,6 +192,7 @@ class Cluster:
 
     def _connected(self, node: Node) -> None:
         node.ready_at = self._now
+        node.cost = 0.0  # what was slow or failed was reached by another connection, maybe in another process
         node.report.reconnected()
         self.ejections.reconnected(node)
 
