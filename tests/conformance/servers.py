@@ -37,7 +37,7 @@ class Do:
 
 
 @dataclass
-class Seen:
+class Attempt:
     """One attempt, as a server saw it. ``remaining``: seconds left for it, when it arrived."""
 
     server: int
@@ -53,10 +53,10 @@ class Script:
     """What the servers do with the attempts of one call, in the order they arrive in; the last step is repeated."""
 
     steps: Sequence[Do]
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[Attempt] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def arrive(self, seen: Seen) -> Do:
+    def arrive(self, seen: Attempt) -> Do:
         with self.lock:
             self.seen.append(seen)
             return self.steps[min(len(self.seen), len(self.steps)) - 1]
@@ -122,7 +122,7 @@ class _Handlers(grpc.GenericRpcHandler):
     def _perform(self, requests: Iterable[bytes], context: Any) -> Iterator[bytes]:
         metadata = context.invocation_metadata()
         previous = [value for key, value in metadata if key == PREVIOUS_ATTEMPTS]
-        seen = Seen(self._server, time.monotonic(), previous, context.time_remaining())
+        seen = Attempt(self._server, time.monotonic(), previous, context.time_remaining())
         do = self._scripts[dict(metadata)[CASE]].arrive(seen)
         over = threading.Event()
         if not context.add_callback(over.set):

@@ -16,7 +16,7 @@ import pytest
 import mesh
 import mesh.aio
 from tests.conformance.cases import CASES, Case, Expect
-from tests.conformance.servers import Do, Script, Servers, path
+from tests.conformance.servers import Attempt, Do, Script, Servers, path
 from tests.processes import eventually, free_ports
 
 WITHIN = 10.0  # seconds that connections, and attempts that are cancelled, may take to show
@@ -59,7 +59,8 @@ async def test_the_mesh_conforms_in_asyncio(case: Case, servers: Servers) -> Non
                 while len(met) < 2:
                     script, metadata = servers.follow([Do()])
                     with contextlib.suppress(grpc.aio.AioRpcError):
-                        await channel.unary_unary(path("unary_unary"))(b"", metadata=metadata)
+                        warm: Any = channel.unary_unary(path("unary_unary"))
+                        await warm(b"", metadata=metadata)
                     met |= {attempt.server for attempt in script.seen}
         for steps, expect in case.calls():
             script, metadata = servers.follow(steps)
@@ -126,7 +127,8 @@ def _met_both(channel: grpc.Channel, servers: Servers) -> bool:
         script, metadata = servers.follow([Do()])
         scripts.append(script)
         try:
-            channel.unary_unary(path("unary_unary"))(b"", metadata=metadata)
+            warm: Any = channel.unary_unary(path("unary_unary"))
+            warm(b"", metadata=metadata)
         except grpc.RpcError:  # connecting took longer than the config gives a call
             return False
     return {attempt.server for script in scripts for attempt in script.seen} == {0, 1}
@@ -170,23 +172,27 @@ async def _acall(case: Case, channel: grpc.aio.Channel, metadata: Any) -> Called
 
 
 def _check(seen: Seen) -> None:
-    for script, (code, read), expect in seen:
-        attempts = script.seen
-        assert code == expect.code
-        if expect.messages is not None:
-            assert read == expect.messages
-        eventually(lambda: len(attempts) >= expect.attempts, WITHIN, f"{attempts} are {expect.attempts} attempts")
-        assert len(attempts) == expect.attempts
-        previous = expect.previous or [None, "1", "2", "3", "4"][: expect.attempts]
-        told = sorted(",".join(attempt.previous) for attempt in attempts)
-        assert told == [value or "" for value in previous]
-        arrived = sorted(attempts, key=lambda attempt: attempt.arrived)
-        for (before, after), least in zip(itertools.pairwise(arrived), expect.gaps, strict=bool(expect.gaps)):
-            assert after.arrived - before.arrived >= least - EARLY
-        for before, after in itertools.pairwise(arrived):
-            assert not expect.elsewhere or before.server != after.server
-            assert not expect.shrinks or before.remaining - after.remaining >= expect.shrinks
-        if expect.requests is not None:
-            eventually(lambda: [each.requests for each in attempts] == expect.requests, WITHIN, f"{attempts}")
-        if expect.cancelled is not None:
-            eventually(lambda: sum(each.cancelled for each in attempts) == expect.cancelled, WITHIN, f"{attempts}")
+    for script, called, expect in seen:
+        _check_call(script.seen, called, expect)
+
+
+def _check_call(attempts: list[Attempt], called: Called, expect: Expect) -> None:
+    code, read = called
+    assert code == expect.code
+    if expect.messages is not None:
+        assert read == expect.messages
+    eventually(lambda: len(attempts) >= expect.attempts, WITHIN, f"{attempts} are {expect.attempts} attempts")
+    assert len(attempts) == expect.attempts
+    previous = expect.previous or [None, "1", "2", "3", "4"][: expect.attempts]
+    told = sorted(",".join(attempt.previous) for attempt in attempts)
+    assert told == [value or "" for value in previous]
+    arrived = sorted(attempts, key=lambda attempt: attempt.arrived)
+    for (before, after), least in zip(itertools.pairwise(arrived), expect.gaps, strict=bool(expect.gaps)):
+        assert after.arrived - before.arrived >= least - EARLY
+    for before, after in itertools.pairwise(arrived):
+        assert not expect.elsewhere or before.server != after.server
+        assert not expect.shrinks or before.remaining - after.remaining >= expect.shrinks
+    if expect.requests is not None:
+        eventually(lambda: [each.requests for each in attempts] == expect.requests, WITHIN, f"{attempts}")
+    if expect.cancelled is not None:
+        eventually(lambda: sum(each.cancelled for each in attempts) == expect.cancelled, WITHIN, f"{attempts}")
