@@ -108,8 +108,6 @@ class Channel(grpc.aio.Channel):
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         if self.closed:
             return grpc.ChannelConnectivity.SHUTDOWN
-        if self._core is not None:
-            return self._core.get_state(try_to_connect)
         state = STATES[self.assembly.pool.state() if self._running is not None else Connectivity.IDLE]
         if try_to_connect:
             self.start()
@@ -119,10 +117,11 @@ class Channel(grpc.aio.Channel):
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
-        if self._core is not None:
-            await self._core.wait_for_state_change(last_observed_state)
-            return
         pool = self.assembly.pool
+        if isinstance(pool, OwnPool):  # core knows the state of its own targets best
+            self.start()
+            await pool.subchannel.core().wait_for_state_change(last_observed_state)
+            return
         while self.get_state() is last_observed_state:
             replaced = asyncio.Event()
             pool.when_replaced(pool.cluster.picker, replaced.set)
@@ -135,12 +134,6 @@ class Channel(grpc.aio.Channel):
     async def channel_ready(self) -> None:
         while (state := self.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
             await self.wait_for_state_change(state)
-
-    @property
-    def _core(self) -> grpc.aio.Channel | None:
-        """gRPC's own channel, where the target is gRPC's own: core knows its state best."""
-        pool = self.assembly.pool
-        return pool.subchannel.core() if isinstance(pool, OwnPool) else None
 
     # -- multicallables
 

@@ -345,6 +345,9 @@ class OwnPool(Pool):
     def lost(self, address: str) -> None:
         pass
 
+    def wanted(self) -> None:
+        self.subchannel.connect()
+
     def state(self) -> Connectivity:
         return self.subchannel.state()
 

@@ -94,24 +94,21 @@ class Channel(grpc.Channel):
     def subscribe(
         self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool | None = False
     ) -> None:
-        if self._core is not None:
-            self._core.subscribe(callback, bool(try_to_connect))
+        pool = self.assembly.pool
+        if isinstance(pool, OwnPool):  # core knows the state of its own targets best
+            self.start()
+            pool.subchannel.core().subscribe(callback, bool(try_to_connect))
             return
         if try_to_connect:
             self.start()
-            self.assembly.pool.wanted()
+            pool.wanted()
         self._watch.subscribe(callback)
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
-        if self._core is not None:
-            self._core.unsubscribe(callback)
-        self._watch.unsubscribe(callback)
-
-    @property
-    def _core(self) -> grpc.Channel | None:
-        """gRPC's own channel, where the target is gRPC's own: core knows its state best."""
         pool = self.assembly.pool
-        return pool.subchannel.core() if isinstance(pool, OwnPool) else None
+        if isinstance(pool, OwnPool) and self._stop is not None:
+            pool.subchannel.core().unsubscribe(callback)
+        self._watch.unsubscribe(callback)
 
     def unary_unary(
         self,
