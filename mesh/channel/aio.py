@@ -46,6 +46,8 @@ Requests = AsyncIterable[Any] | Iterable[Any] | None
 # grpc's words, which its users may know.
 _FINISHED_DETAILS = "RPC already finished."
 _HALF_CLOSED_DETAILS = 'RPC is half closed after calling "done_writing".'
+_WRITE_FAILED_DETAILS = "Internal error from Core"
+_STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
 _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single RPC."
 
 
@@ -551,17 +553,25 @@ class _End:
     """Tells a driver that core's call has ended. Core's call keeps it, the driver core's call: so it lets go of the
     driver, or every call would be left to the garbage collector."""
 
-    __slots__ = ("_address", "_driver", "_number")
+    __slots__ = ("_address", "_driver", "_number", "_waited")
 
     def __init__(self, driver: _Driver, number: int, address: str) -> None:
+        self._waited = False
         self._driver: _Driver | None = driver
         self._number = number
         self._address = address
 
     def __call__(self, inner: Any) -> None:
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            driver.over(self._number, self._address, inner)
+        driver = self._driver
+        if driver is None:
+            return
+        # When a message can no longer be sent, grpc says INTERNAL, and mostly calls again with the server's own status.
+        if not self._waited and driver.replay is not None and _ready(inner.details()) == _WRITE_FAILED_DETAILS:
+            self._waited = True
+            asyncio.get_running_loop().call_later(_STATUS_WITHIN, self, inner)
+            return
+        self._driver = None
+        driver.over(self._number, self._address, inner)
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -682,8 +692,9 @@ class _UnaryResponse(Call):
                     continue
                 try:
                     return (yield from inner.__await__())
-                except grpc.RpcError:  # of this attempt; the flow has decided already what follows
-                    continue
+                except grpc.RpcError:  # of this attempt: the flow decides what follows, once it hears of it
+                    if inner in driver.running.values():
+                        yield from driver.change().__await__()
         except asyncio.CancelledError:
             self.cancel()
             raise
