@@ -23,8 +23,8 @@ SETTLE = 5.0
 """Seconds that threads and tasks have to end after a test."""
 
 # Threads that serve the process and not a test: gRPC's asyncio poller, which lives as long as grpc.aio is in use
-# anywhere; core's own threads, once one has run Python for call credentials; the mesh's one discovery loop; what the test
-# runner itself runs (xdist, pytest-timeout, coverage).
+# anywhere; core's own threads, once one has run Python for call credentials; the mesh's one discovery loop; what the
+# test runner itself runs (xdist, pytest-timeout, coverage).
 LASTING = ("_poll_wrapper", "Dummy-", "mesh-", "execnet", "pytest", "MainThread")
 
 

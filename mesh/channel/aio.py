@@ -80,7 +80,7 @@ class Channel(grpc.aio.Channel):
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             # The multicallables hold the channel, so it lives as long as any stub.
-            weakref.finalize(self, _stop, self.loop, self.assembly.pool)
+            weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
 
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""

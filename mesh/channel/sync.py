@@ -80,6 +80,7 @@ class Channel(grpc.Channel):
                 background.spawn(self.assembly.run())
                 # The multicallables hold the channel, so it lives as long as any stub.
                 self._stop = weakref.finalize(self, self.assembly.pool.close)
+                self._stop.atexit = False
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -206,7 +207,7 @@ class _StateWatch:
             arm, self._armed = not self._armed, True
             deliver, self._delivering = not self._delivering, True
         pool = self._channel.assembly.pool
-        if arm:
+        if arm and not pool.closed:
             pool.when_replaced(pool.cluster.picker, self._replaced)
         if deliver:
             threading.Thread(target=self._deliver, name="mesh-connectivity", daemon=True).start()

@@ -73,12 +73,13 @@ def test_channels_and_multicallables_are_grpcs() -> None:
 async def test_aio_channels_multicallables_and_calls_are_grpcs(server: Server) -> None:
     async with aio_insecure_channel(f"static:///{server.address}") as channel:
         assert isinstance(channel, grpc.aio.Channel)
-        for kind, path, requests, of, call_of in (
+        kinds: list[Any] = [
             ("unary_unary", UNARY, b"ok", grpc.aio.UnaryUnaryMultiCallable, grpc.aio.UnaryUnaryCall),
             ("unary_stream", RESPONSES, b"count 0", grpc.aio.UnaryStreamMultiCallable, grpc.aio.UnaryStreamCall),
             ("stream_unary", REQUESTS, [], grpc.aio.StreamUnaryMultiCallable, grpc.aio.StreamUnaryCall),
             ("stream_stream", BOTH, [], grpc.aio.StreamStreamMultiCallable, grpc.aio.StreamStreamCall),
-        ):
+        ]
+        for kind, path, requests, of, call_of in kinds:
             multicallable: Any = getattr(channel, kind)(path)
             assert isinstance(multicallable, of)
             call = multicallable(requests, timeout=5)
