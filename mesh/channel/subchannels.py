@@ -124,6 +124,8 @@ class Subchannel(abc.ABC):
 
     def state(self) -> Connectivity:
         """The connection's state."""
+        if self.closed:
+            return Connectivity.SHUTDOWN
         return Connectivity.IDLE if self._channel is None else Connectivity(self.check(False))
 
     def call(self, method: Method, previous: int) -> Any:

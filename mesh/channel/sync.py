@@ -778,6 +778,9 @@ class StreamCall(Call):
             raise self
         try:
             return next(inner)
+        except StopIteration:
+            self._driver.wait()  # core's thread is about to say how it ended
+            raise
         except grpc.RpcError:
             self._driver.broken(inner)
             self._driver.wait()
