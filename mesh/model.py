@@ -109,11 +109,11 @@ class Outcome:
 
     ``pushback``: the server's word on when to retry, in seconds; negative: not at all; None: it said nothing.
     ``committed``: the server had begun to answer, so the caller may have seen it. ``never_sent``: it never left this
-    process. ``cancelled``: it was cancelled here. ``result``: what the driver keeps with it; the flow never looks
-    inside.
+    process. ``refused``: the server says that it did nothing for it (HTTP/2's REFUSED_STREAM). ``cancelled``: it was
+    cancelled here. ``result``: what the driver keeps with it; the flow never looks inside.
     """
 
-    __slots__ = ("cancelled", "code", "committed", "details", "never_sent", "pushback", "result")
+    __slots__ = ("cancelled", "code", "committed", "details", "never_sent", "pushback", "refused", "result")
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class Outcome:
         pushback: float | None = None,
         committed: bool = False,
         never_sent: bool = False,
+        refused: bool = False,
         cancelled: bool = False,
         result: object = None,
     ) -> None:
@@ -131,11 +132,12 @@ class Outcome:
         self.pushback = pushback
         self.committed = committed
         self.never_sent = never_sent
+        self.refused = refused
         self.cancelled = cancelled
         self.result = result
 
     def __repr__(self) -> str:
-        flags = [name for name in ("committed", "never_sent", "cancelled") if getattr(self, name)]
+        flags = [name for name in ("committed", "never_sent", "refused", "cancelled") if getattr(self, name)]
         if self.pushback is not None:
             flags.append(f"pushback={self.pushback:g}s")
         return f"<Outcome {' '.join([Code(self.code).name, *flags])}>"

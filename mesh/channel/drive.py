@@ -46,6 +46,9 @@ NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent
 CANCELLED_DETAILS = "Locally cancelled by application!"
 CLOSED_DETAILS = "Channel closed!"
 
+# Core's word for REFUSED_STREAM (RFC 9113, 8.7: nothing was processed), which it doesn't retry by itself.
+REFUSED_DETAILS = "Stream removed (RST_STREAM (Received RST_STREAM with error code 7)"
+
 
 def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
     """Run ``flow`` in this thread; ``perform`` makes an attempt and blocks until it has ended."""
@@ -301,12 +304,17 @@ def failed(
     never_sent = code == Code.UNAVAILABLE and details.startswith(NEVER_SENT_DETAILS) and not pool.core_waits
     if never_sent:
         pool.lost(address)
+    refused = code == Code.UNAVAILABLE and details.startswith(REFUSED_DETAILS)
+    if refused:
+        # A handler may pass an error on in its own words: whoever called it must not read core's there.
+        details = f"{address} refused it: {details}"
     return Outcome(
         code,
         details,
         pushback=pushback_of(trailing),
         committed=final or bool(initial),
         never_sent=never_sent,
+        refused=refused,
         cancelled=cancelled,
         result=result,
     )

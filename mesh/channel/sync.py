@@ -853,7 +853,7 @@ def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
         return RpcError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
     return RpcError(
         core.code(),
-        core.details(),
+        outcome.details,
         explanation,
         core.initial_metadata() or (),
         core.trailing_metadata() or (),

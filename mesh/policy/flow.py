@@ -5,7 +5,7 @@ for blocking calls, futures, streams and asyncio (``mesh/channel/drive.py``), an
 
 Rule 1: one deadline holds over all attempts, backoffs and hedges; nothing waits past it.
 Rule 2: an attempt that never left costs nothing (A6's transparent retry): neither budget, nor an attempt of the
-policy's.
+policy's; nor does the first one that a server refused (REFUSED_STREAM).
 Rule 3: once the server has begun to answer an attempt, that attempt is the call (A6's commit).
 Rule 4: what is in flight is given back exactly once, also when the driver closes the flow half-way.
 Rule 5: what the client itself refuses (``policy/overload.py``) is final, and reaches no endpoint's memory.
@@ -45,6 +45,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     due = now  # when the next attempt is to start; inf: none is planned
     paid = True  # whether that attempt is paid for; the first is free
     last: Verdict | None = None  # the latest failure, in case nothing better comes
+    resent = False  # whether an attempt that a server refused was made again
     committed = False
     committing = 0  # the attempt to hand over next
     step: Step
@@ -127,7 +128,10 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if outcome.cancelled:
                     _abandon(running, tried, CANCELLED, now)
                     return verdict
-                if outcome.never_sent and not (committed or outcome.committed):
+                # A6's transparent retries: what never left goes again however often, what was refused goes once.
+                again = outcome.never_sent or (outcome.refused and not resent)
+                if again and not (committed or outcome.committed):
+                    resent |= outcome.refused
                     sent -= 1
                     due, paid = now, True
                     nodes = cluster.picker.nodes

@@ -358,7 +358,7 @@ async def responses_then_an_error(channel: Any) -> object:
     seen: list[object] = []
     for count in (0, 2):
         command = b"count %d abort ABORTED now" % count
-        call = channel.unary_stream(RESPONSES)(command, timeout=TIMEOUT, metadata=X)
+        call = channel.unary_stream(RESPONSES)(command, timeout=TIMEOUT)
         seen += [await read(call), await ending(call), await outcome(call.read())]
         call = channel.unary_stream(RESPONSES)(command, timeout=TIMEOUT)
         seen += [await outcome(call.read()) for _ in range(count + 2)]
