@@ -145,8 +145,9 @@ def test_a_keyboard_interrupt_ends_a_call_wherever_it_waits(server: Server) -> N
         "result": lambda: pending.result(),
     }
     for name, wait in waits.items():
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
+            # To this thread: when the kernel gives a signal to another one, a lock that is waited for isn't woken.
+            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
             wait()
         except KeyboardInterrupt:
             print(name)
