@@ -101,7 +101,7 @@ def _static(text: str, authority: str, path: str) -> Resolver:
     if not addresses:
         raise ValueError(f"target {text!r}: names no address, as in static:///10.0.0.1:50051,10.0.0.2:50051")
     for address in addresses:
-        if not _LOCAL.fullmatch(address) and _split(address) is None:
+        if not _LOCAL.fullmatch(address) and _split(address, least_port=0) is None:  # grpc takes port 0
             raise ValueError(f"target {text!r}: {address!r} is not host:port, [ipv6]:port or unix:path")
     return StaticResolver(addresses)
 
@@ -124,9 +124,9 @@ def _srv(text: str, name: str) -> Resolver:
         raise ValueError(f"target {text!r}: SRV records need dnspython; install weft[dns]") from None
 
 
-def _split(address: str) -> tuple[str, int] | None:
+def _split(address: str, least_port: int = 1) -> tuple[str, int] | None:
     """The host, without its brackets, and the port of ``host:port``; None when that isn't what it is."""
     match = _HOST_PORT.fullmatch(address)
-    if match is None or not 1 <= int(match["port"]) <= 65535:
+    if match is None or not least_port <= int(match["port"]) <= 65535:
         return None
     return match["host"].strip("[]"), int(match["port"])
