@@ -84,7 +84,7 @@ def _wait(step: Step, pool: Pool) -> None:
         pool.wanted()
     pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
     try:
-        happened.wait(None if step.until is None else until(step.until))
+        happened.wait(until(step.until))
     finally:
         pool.forget(happened.set)
 
@@ -262,9 +262,15 @@ class LockedDriver(EventDriver):
             return super()._conclude(verdict)
 
 
-def until(instant: float) -> float:
-    """Seconds from now until ``instant``, as a lock's timeout may be."""
-    return min(max(0.0, instant - time.monotonic()), threading.TIMEOUT_MAX)
+SLICE = 1.0
+"""Seconds that a thread waits at a time. Python runs a signal's handler between two steps of a program; one that comes
+just before a lock is waited for would be heard when that wait is over."""
+
+
+def until(instant: float | None) -> float:
+    """How long to wait for ``instant`` (None: for something else), in seconds: a slice at most, as a flow that is woken
+    early looks again."""
+    return SLICE if instant is None else min(max(0.0, instant - time.monotonic()), SLICE)
 
 
 START = Elapsed(0.0)

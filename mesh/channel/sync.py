@@ -637,7 +637,7 @@ class _BlockingDriver(_Driver):
             self._drain(START)
             while self.verdict is None:
                 try:
-                    wake = self._mail.get(timeout=None if self._due is None else until(self._due))
+                    wake = self._mail.get(timeout=until(self._due))
                 except Empty:
                     wake = Elapsed(time.monotonic())
                 self._drain(wake)
