@@ -282,7 +282,7 @@ def pausing(seconds: float, rate: int = 100) -> list[Row]:
 
     Calls are sent on schedule, whatever became of those before (open loop), and timed from when they were due.
     """
-    hedge = {"maxAttempts": 2, "hedgingDelay": "0.05s", "delayPercentile": 96}
+    hedge = {"maxAttempts": 2, "hedgingDelay": "0.03s"}
     round_robin: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     with replicas(2) as steady, replicas(1, "--pause", "0.3", "--every", "3") as unsteady:
         target = "static:///" + ",".join(f"127.0.0.1:{port}" for port in steady + unsteady)
