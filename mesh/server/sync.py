@@ -239,13 +239,21 @@ def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:
         except (ValueError, OSError) as error:
             print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
             return BAD_START
-        events.get()
+        _next(events)
         threading.Thread(target=drain, name="mesh-drain", daemon=True).start()
-        number = events.get()
+        number = _next(events)
         if number == 0:
             return 0
         server.kill()
         return 128 + number
+
+
+def _next(events: queue.SimpleQueue[int]) -> int:
+    """Wait for the next event, a little at a time: Python runs a signal's handler between two steps of a program, and
+    one that comes just before this waits would be heard when the wait is over."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return events.get(timeout=0.5)
 
 
 @contextlib.contextmanager
