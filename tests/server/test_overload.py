@@ -22,6 +22,7 @@ from mesh.server.gate import AioGate, ThreadGate
 from mesh.server.load import KEYS, SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
+from tests.processes import eventually
 
 NAME = "test.Work"
 BOUND = 15.0
@@ -323,6 +324,7 @@ def test_calls_that_never_send_their_request_make_room_for_those_that_do() -> No
             yield from ()
 
         stalling = [stalls.future(nothing()) for _ in range(2)]
+        eventually(lambda: len(pool._at_work) == 2, BOUND)
         assert sends(b"here", timeout=BOUND) == b"here"
         assert any(call.code() is grpc.StatusCode.CANCELLED for call in stalling)
         never.set()
