@@ -124,9 +124,12 @@ class Subchannel(abc.ABC):
 
     def state(self) -> Connectivity:
         """The connection's state."""
-        if self.closed:
+        if self._channel is None:
+            return Connectivity.IDLE
+        try:
+            return Connectivity.SHUTDOWN if self.closed else Connectivity(self.check(False))
+        except ValueError:  # it was closed meanwhile
             return Connectivity.SHUTDOWN
-        return Connectivity.IDLE if self._channel is None else Connectivity(self.check(False))
 
     def call(self, method: Method, previous: int) -> Any:
         """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
