@@ -82,6 +82,9 @@ class Scope:
 
 _scope: ContextVar[Scope | None] = ContextVar("mesh_scope", default=None)
 
+REFUSED: ContextVar[str] = ContextVar("mesh_refused", default="")
+"""Why the inbound call was refused before its handler, for the server's observer; empty when it was not."""
+
 current = _scope.get
 """The scope of the inbound call being handled here, or None."""
 

@@ -1,4 +1,5 @@
-"""Why a call went as it did: what ``explain()`` returns, on every call object and every raised error."""
+"""Why a call went as it did: what ``explain()`` returns, on every call object and every raised error; and what a
+server tells of the calls that come in."""
 
 from __future__ import annotations
 
@@ -48,6 +49,22 @@ class Explanation:
         details = f": {self.details}" if self.details else ""
         lines = [f"{self.method} to {self.target}: {self.code}{took}{details}", *map(str, self.attempts)]
         return "\n  ".join(lines)
+
+
+class ServerObserver:
+    """Told of each call that a server has dealt with: for metrics, as ``ServerSettings(observer=...)``.
+
+    Override what is of use. It is told where the call ended: on the event loop, or on the handler's thread, so several
+    at a time; it should be quick, and never wait. What it raises is logged, and nobody else notices.
+    """
+
+    def handled(self, method: str, code: int, seconds: float) -> None:
+        """A call that reached its handler has ended: ``method`` is "/package.Service/Method", ``code`` the status's
+        number, ``seconds`` what it took, its wait for a permit and all."""
+
+    def refused(self, method: str, reason: str) -> None:
+        """A call was refused before its handler. ``reason``: starting, draining, delay, full, streams, expired or
+        late."""
 
 
 def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) -> Explanation:

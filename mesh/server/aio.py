@@ -100,7 +100,9 @@ class Server:
             interceptors=list(settings.interceptors),
             options=settings.server_options(),
         )
-        recorder = Recorder(server, lambda handler: wrap_aio(handler, self._pool, self.gate), self._arrived)
+        recorder = Recorder(
+            server, lambda handler: wrap_aio(handler, self._pool, self.gate), self._arrived, settings.observer
+        )
         recorder.add(self._servicers)
         self.services = recorder.services
         self._health = _Health()

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from mesh.observe import ServerObserver
 from mesh.server.deadlines import LOG, Handler, Wrapped
 from mesh.server.settings import ServerSettings
 from weft.mesh.v1 import registry_pb2 as pb
@@ -55,9 +56,16 @@ class _Wrapping(grpc.ServiceRpcHandler):
 class Recorder:
     """Stands in for the server while servicers are added: wraps their handlers, and notes their services' names."""
 
-    def __init__(self, server: Any, wrap: Callable[[Handler], Handler], arrived: Arrived) -> None:
+    def __init__(
+        self,
+        server: Any,
+        wrap: Callable[[Handler], Handler],
+        arrived: Arrived,
+        observer: ServerObserver | None = None,
+    ) -> None:
         self._server = server
         self._wrap = wrap
+        self._observer = observer
         self._arrived = arrived
         # A dict for its order.
         self._services: dict[str, None] = {}
@@ -76,7 +84,7 @@ class Recorder:
             name = handler.service_name() if isinstance(handler, grpc.ServiceRpcHandler) else ""
             if name:
                 self._services[name] = None
-            wrapping.append(_Wrapping(handler, name, Wrapped(self._wrap), self._arrived))
+            wrapping.append(_Wrapping(handler, name, Wrapped(self._wrap, self._observer), self._arrived))
         self._server.add_generic_rpc_handlers(wrapping)
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: dict[str, Handler]) -> None:

@@ -30,9 +30,11 @@ import grpc
 from mesh import context as mesh_context
 from mesh.context import Scope
 from mesh.model import Metadatum
+from mesh.observe import ServerObserver
 from mesh.policy.admission import BY_NAME
 from mesh.server.gate import PUSHBACK, UNGATED, AioGate, Gate, ThreadGate
 from mesh.server.gated import aio_gated, aio_gated_stream, sync_gated, sync_gated_responses
+from mesh.server.observed import observing
 from mesh.server.requests import UnparsableError, aio_parsed, kept, raised, sync_parsed
 from mesh.server.threads import async_behavior, begun
 
@@ -312,13 +314,31 @@ def wrap_aio(handler: Handler, pool: Executor | None = None, gate: AioGate | Non
     return _rebuilt(handler, wrap, raised if handler.request_streaming else kept)
 
 
+def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
+    """``handler``, wrapped already, with ``observer`` told of its calls."""
+    behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    if getattr(behavior, "experimental_non_blocking", False):
+        return handler
+    is_aio = inspect.iscoroutinefunction(behavior)
+    wrap = observing(observer, method, is_aio=is_aio, response_streaming=handler.response_streaming)
+
+    def observed(behavior: Behavior) -> Behavior:
+        wrapped = wrap(behavior)
+        wrapped.__dict__.update(behavior.__dict__)  # its experimental_thread_pool
+        return wrapped
+
+    return _rebuilt(handler, observed, lambda parse: parse)
+
+
 class Wrapped:
-    """Handlers by method, each wrapped when first seen: one for a method at most, however handlers come and go."""
+    """Handlers by method, each wrapped when first seen: one for a method at most, however handlers come and go.
+    ``observer`` is told of their calls."""
 
-    __slots__ = ("_known", "_wrap")
+    __slots__ = ("_known", "_observer", "_wrap")
 
-    def __init__(self, wrap: Callable[[Handler], Handler]) -> None:
+    def __init__(self, wrap: Callable[[Handler], Handler], observer: ServerObserver | None = None) -> None:
         self._wrap = wrap
+        self._observer = observer
         self._known: dict[str, tuple[Handler, Handler]] = {}
 
     def __call__(self, method: str, handler: Handler) -> Handler:
@@ -326,7 +346,10 @@ class Wrapped:
         if known is None or known[0] is not handler:
             if handler is None:
                 return None
-            known = self._known[method] = (handler, self._wrap(handler))
+            wrapped = self._wrap(handler)
+            if self._observer is not None:
+                wrapped = observe(wrapped, method, self._observer)
+            known = self._known[method] = (handler, wrapped)
         return known[1]
 
 

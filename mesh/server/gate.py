@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 
-from mesh.context import Scope
+from mesh.context import REFUSED, Scope
 from mesh.model import Metadatum
 from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Mode, Reason, Ticket
 from mesh.server.load import Load
@@ -52,8 +52,10 @@ class Gate:
         """Streams are to end: a drain has waited for them long enough."""
         self._rng = random.Random()
 
-    def refusal(self, reason: Reason) -> tuple[grpc.StatusCode, str, tuple[Metadatum, ...]]:
-        """Status, details and trailers for a call that is refused."""
+    def refusal(self, reason: Reason, *, begun: bool = False) -> tuple[grpc.StatusCode, str, tuple[Metadatum, ...]]:
+        """Status, details and trailers for a call that is refused, or, when its handler has ``begun``, ended."""
+        if not begun:
+            REFUSED.set(reason.value)
         code, details = CODES[reason]
         trailers: tuple[Metadatum, ...] = ()
         if reason in PUSHBACKS:

@@ -41,8 +41,8 @@ def _unfit(gate: Gate, latency: Latency, scope: Scope, now: float) -> Reason | N
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse(gate: Gate, reason: Reason, context: Any) -> None:
-    code, details, trailers = gate.refusal(reason)
+def _refuse(gate: Gate, reason: Reason, context: Any, *, begun: bool = False) -> None:
+    code, details, trailers = gate.refusal(reason, begun=begun)
     context.set_trailing_metadata(trailers)
     context.abort(code, details)
 
@@ -111,7 +111,7 @@ def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: boo
         try:
             for response in behavior(request, context):
                 if gate.ending:
-                    _refuse(gate, Reason.DRAINING, context)
+                    _refuse(gate, Reason.DRAINING, context, begun=True)
                 yield response
             ending = Ending.OK
         finally:
@@ -186,7 +186,7 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
                 raise
             task.uncancel()
             scope.cancel()
-            await context.abort(*gate.refusal(Reason.DRAINING))
+            await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
             raise
         finally:
             gate.streams.discard(task)

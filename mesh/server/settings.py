@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh.observe import ServerObserver
 from mesh.policy.admission import AdmissionConfig, Mode
 from mesh.server.threads import SPARE
 
@@ -128,6 +129,7 @@ class ServerSettings:
     before its client counts as vanished.
     ``min_ping_interval``: clients that ping more often are told to go away.
     ``max_workers``: threads for handlers that aren't async.
+    ``observer``: told of each call of the servicers that was handled or refused.
     ``interceptors``, ``options``: further ones for the ``grpc.Server``; options win over what the settings above make.
     """
 
@@ -166,6 +168,7 @@ class ServerSettings:
     keepalive_timeout: float = _setting(2.0, "MESH_KEEPALIVE_TIMEOUT", _seconds(0.1, 86400))
     min_ping_interval: float = _setting(1.0, "MESH_MIN_PING_INTERVAL", _seconds(0, 86400))
     max_workers: int = _setting(32, "MESH_MAX_WORKERS", _whole(1, 10_000))
+    observer: ServerObserver | None = None
     interceptors: Sequence[Any] = ()
     options: Sequence[Option] = ()
 
