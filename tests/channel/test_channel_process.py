@@ -122,6 +122,8 @@ def test_a_keyboard_interrupt_ends_a_call_wherever_it_waits(server: Server) -> N
     program = """
     import json
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who is started in the background is born ignoring it
+
     retry = {"maxAttempts": 2, "initialBackoff": "60s", "maxBackoff": "60s", "backoffMultiplier": 1,
              "retryableStatusCodes": ["ABORTED"]}
     hedge = {"maxAttempts": 2, "hedgingDelay": "60s"}
