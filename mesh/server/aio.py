@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -39,27 +39,45 @@ _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """``grpc.health.v1``. grpcio's own servicer writes the responses of a watch, which interceptors that iterate over
+    them can't stand around (OpenTelemetry's and Sentry's do), and has nothing to end a watch with: one that a client
+    keeps open would take up all of the grace."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._ends: set[asyncio.Timeout] = set()
+        self._statuses: dict[str, Any] = {}
+        self._changed = asyncio.Event()  # each change replaces it
+        self._ended = False
 
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        try:
-            async with asyncio.timeout(None) as end:
-                self._ends.add(end)
-                try:
-                    await super().Watch(request, context)
-                finally:
-                    self._ends.discard(end)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.service not in self._statuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        sent = None
+        while not self._ended:
+            changed = self._changed
+            status = self._statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if status == sent:
+                await changed.wait()
+            else:
+                sent = status
+                yield health_pb2.HealthCheckResponse(status=status)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+
+    def set(self, status: Any, services: Iterable[str]) -> None:
+        """Set the status of ``services`` and of the server as a whole."""
+        self._statuses.update(dict.fromkeys(("", *services), status))
+        self._wake()
 
     def end_watches(self) -> None:
-        for end in tuple(self._ends):
-            end.reschedule(asyncio.get_running_loop().time())
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 class Server:
@@ -81,7 +99,7 @@ class Server:
         self.address = ""
         self._servicers = servicers
         self._server: grpc.aio.Server | None = None
-        self._health: _Health | None = None
+        self._health = _Health()
         self._registration: Registration | None = None
         self.gate = AioGate(self.settings.admission(), load_reports=self.settings.load_reports)
         self._pool = ThreadPool(self.settings.max_workers)
@@ -105,7 +123,6 @@ class Server:
         )
         recorder.add(self._servicers)
         self.services = recorder.services
-        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
@@ -114,7 +131,7 @@ class Server:
         self.address = advertised(settings, self.port)
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, self.services)
         await server.start()
         self._server = server
         if readiness.given:
@@ -133,14 +150,9 @@ class Server:
         self.gate.admission.open()
         await self._serve()
 
-    async def _set_health(self, status: Any) -> None:
-        assert self._health is not None
-        for name in ("", *self.services):
-            await self._health.set(name, status)
-
     async def _serve(self) -> None:
         settings = self.settings
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING, self.services)
         LOG.info("serving %s on %s", ", ".join(self.services), self.address)
         if settings.registry:
             self._registration = Registration(
@@ -158,12 +170,12 @@ class Server:
         await asyncio.shield(self._draining)
 
     async def _drain(self) -> None:
-        if self._server is None or self._health is None:
+        if self._server is None:
             return
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        await self._health.enter_graceful_shutdown()
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, self.services)
         if self._registration is not None:
             await self._registration.close(self.settings.deregister_timeout)
         await asyncio.sleep(self.settings.drain_wait)

@@ -21,6 +21,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, messa
 
 from mesh.model import Metadatum
 from mesh.policy.admission import Admission
+from mesh.server.threads import responses
 
 PERIOD = 0.1
 """Seconds that a report is good for."""
@@ -141,10 +142,13 @@ def add_to_server(load: Load, server: Any) -> None:
     _add(stream, server)
 
 
-def add_to_threaded_server(load: Load, server: Any) -> None:
-    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads."""
+def add_to_threaded_server(load: Load, server: Any, held: threading.Semaphore) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads.
+    ``held``: how many may take one where an interceptor stands around them."""
 
-    def stream(request: Any, context: Any, send: Callable[[Any], None]) -> None:
+    def stream(request: Any, context: Any, send: Callable[[Any], object] | None = None) -> Any:
+        if send is None:
+            return responses(stream, held, request, context)
         over = threading.Event()
 
         def report() -> None:
@@ -159,10 +163,12 @@ def add_to_threaded_server(load: Load, server: Any) -> None:
             over.set()
             for timer in timers:
                 timer.cancel()
+            send(None)
 
         timers: list[threading.Timer] = []
         if context.add_callback(end):
             report()
+        return None
 
     stream.experimental_non_blocking = True  # type: ignore[attr-defined]
     _add(stream, server)

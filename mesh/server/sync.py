@@ -36,7 +36,7 @@ from mesh.server.gate import ThreadGate
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import SPARE, ThreadPool
+from mesh.server.threads import SPARE, ThreadPool, responses
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -45,11 +45,14 @@ _AT_ONCE = 1.0
 class _Health(health.HealthServicer):  # type: ignore[misc]
     """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: threading.Semaphore) -> None:
         super().__init__()  # its watches take no thread of the pool
         self._ends: set[Callable[[Any], None]] = set()
+        self._held = held
 
     def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
+        if send_response_callback is None:
+            return responses(self.Watch, self._held, request, context)
         self._ends.add(send_response_callback)
         context.add_callback(lambda: self._ends.discard(send_response_callback))
         return super().Watch(request, context, send_response_callback)
@@ -78,7 +81,9 @@ class Server:
         self.address = ""
         self._servicers = servicers
         self._server: grpc.Server | None = None
-        self._health = _Health()
+        # Streams of ours that hold a thread each, because an interceptor stands around them.
+        self._held = threading.BoundedSemaphore(SPARE // 2)
+        self._health = _Health(self._held)
         self._registration: RegistrationThread | None = None
         self.gate = ThreadGate(
             self.settings.admission(self.settings.max_workers), load_reports=self.settings.load_reports
@@ -108,7 +113,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
-        load.add_to_threaded_server(self.gate.load, server)
+        load.add_to_threaded_server(self.gate.load, server, self._held)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
         if readiness.given:
