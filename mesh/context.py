@@ -73,7 +73,7 @@ class Scope:
             cancel()
 
     def close(self) -> None:
-        """The handler has ended: what it left running inherits nothing more and isn't cancelled with the inbound call."""
+        """The handler has ended: what it left running inherits nothing more, and isn't cancelled with the call."""
         self.closed = True
 
     def __repr__(self) -> str:

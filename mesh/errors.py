@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from types import AsyncGeneratorType, GeneratorType, TracebackType
 from typing import Any, NoReturn
 
 import grpc
@@ -12,6 +13,41 @@ import grpc.aio
 
 from mesh.model import Metadatum
 from mesh.observe import Explanation
+
+
+def explain(call_or_error: object) -> Explanation:
+    """Every attempt that was made for a call: where, when, and how it ended.
+
+    ``call_or_error`` is a call of a mesh channel, an error that one raised, or what an interceptor made of either: a
+    call or an error around it, or a generator of its responses, as long as that has more to give.
+
+    Raises TypeError when there is no call of a mesh channel in it.
+    """
+    looked_at: list[object] = []
+    ahead = [call_or_error]
+    while ahead:
+        found = ahead.pop(0)
+        if any(found is other for other in looked_at):
+            continue
+        looked_at.append(found)
+        own = getattr(found, "explain", None)
+        if callable(own) and isinstance(explanation := own(), Explanation):
+            return explanation
+        ahead += (each for each in _inside(found) if isinstance(each, _CALLS))
+    raise TypeError(f"no call of a mesh channel in {call_or_error!r}")
+
+
+_CALLS = (grpc.RpcContext, grpc.aio.RpcContext, grpc.Future, BaseException, GeneratorType, AsyncGeneratorType)
+
+
+def _inside(found: object) -> Iterable[object]:
+    """What a call, an error or a generator holds."""
+    if isinstance(found, GeneratorType):
+        return [found.gi_yieldfrom, *inspect.getgeneratorlocals(found).values()]
+    if isinstance(found, AsyncGeneratorType):
+        return list(found.ag_frame.f_locals.values()) if found.ag_frame else []
+    held = list(getattr(found, "__dict__", {}).values())
+    return [*held, found.__cause__, found.__context__] if isinstance(found, BaseException) else held
 
 
 class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]

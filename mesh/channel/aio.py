@@ -31,6 +31,7 @@ from mesh.channel.drive import (
     retry_metadata,
     too_large,
 )
+from mesh.channel.instrumentation import Make, aio_interceptors, replacement
 from mesh.channel.replay import AioReplay, Request
 from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
@@ -64,6 +65,14 @@ class Channel(grpc.aio.Channel):
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, AioSubchannel)
         self.interceptors = _by_kind(interceptors or ())
+        for kind, of_kind in self.interceptors.items():
+            setattr(self, f"_{kind}_interceptors", of_kind)  # as grpc's channel: programs append to them
+        self._instrument: Callable[[], None] | None = None
+        make = replacement(grpc.aio, secure=credentials is not None)
+        if make is not None:
+            self._instrument = functools.partial(self._take_interceptors, make, target, credentials)
+            for of_kind in self.interceptors.values():
+                of_kind.insert(0, _TO_COME)
         self.closed = False
         self.calls: set[_Driver] = set()
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
@@ -76,11 +85,20 @@ class Channel(grpc.aio.Channel):
             raise grpc.aio.UsageError("Channel is closed.")
         if self._running is None:
             self.assembly.rng.seed()  # channels that forked apart must not move in step
+            if self._instrument is not None:
+                self._instrument()
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             # The multicallables hold the channel, so it lives as long as any stub.
             weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
+
+    def _take_interceptors(self, make: Make, target: str, credentials: grpc.ChannelCredentials | None) -> None:
+        added = aio_interceptors(make, target, credentials, self.interceptors)
+        for kind, of_kind in self.interceptors.items():
+            place = of_kind.index(_TO_COME)
+            of_kind[place : place + 1] = added.get(kind, ())
+        self._instrument = None
 
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
@@ -189,6 +207,10 @@ def _stop(loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
 
 # -- interceptors
 
+_TO_COME: Any = object()
+"""Among a channel's interceptors until its first use: in the place of those that instrumentation adds, because gRPC
+makes no asyncio channel without a loop."""
+
 _KINDS: dict[str, type[grpc.aio.ClientInterceptor]] = {
     "unary_unary": grpc.aio.UnaryUnaryClientInterceptor,
     "unary_stream": grpc.aio.UnaryStreamClientInterceptor,
@@ -214,21 +236,38 @@ class _Innermost:
     def __init__(self, multicallable: _Multicallable, compression: grpc.Compression | None) -> None:
         self._multicallable = multicallable
         self._compression = compression
+        self.call: Call | None = None
+        """The call that was made; the last one, where an interceptor repeats it."""
 
     async def _call(self, _continuation: object, details: grpc.aio.ClientCallDetails, requests: Any) -> Any:
         method: Any = details.method
-        return self._multicallable.redirected(method.decode() if isinstance(method, bytes) else method).call(
+        self.call = self._multicallable.redirected(method.decode() if isinstance(method, bytes) else method).call(
             requests, details.timeout, details.metadata, details.credentials, details.wait_for_ready, self._compression
         )
+        return self.call
 
     intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = intercept_stream_stream = _call
 
 
+class _Explained:
+    innermost: _Innermost
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call so far. Raises InvalidStateError until the interceptors, which run
+        in a task, have made it."""
+        if self.innermost.call is None:
+            raise asyncio.InvalidStateError("the interceptors have not made the call")
+        return self.innermost.call.explain()
+
+
 _INTERCEPTED: dict[str, Any] = {
-    "unary_unary": interceptor_calls.InterceptedUnaryUnaryCall,
-    "unary_stream": interceptor_calls.InterceptedUnaryStreamCall,
-    "stream_unary": interceptor_calls.InterceptedStreamUnaryCall,
-    "stream_stream": interceptor_calls.InterceptedStreamStreamCall,
+    kind: type(call.__name__, (_Explained, call), {})
+    for kind, call in (
+        ("unary_unary", interceptor_calls.InterceptedUnaryUnaryCall),
+        ("unary_stream", interceptor_calls.InterceptedUnaryStreamCall),
+        ("stream_unary", interceptor_calls.InterceptedStreamUnaryCall),
+        ("stream_stream", interceptor_calls.InterceptedStreamStreamCall),
+    )
 }
 
 
@@ -290,11 +329,14 @@ class _Multicallable:
     ) -> Any:
         """Start a call that goes through interceptors first."""
         self._channel.start()
+        if not self._interceptors:  # instrumentation adds none of this kind
+            return self.call(requests, timeout, metadata, credentials, wait_for_ready, compression)
         kind, serializer, deserializer, _ = self._arguments
         if not isinstance(metadata, grpc.aio.Metadata):
             metadata = grpc.aio.Metadata.from_tuple(tuple(metadata or ()))
+        innermost = _Innermost(self, compression)
         call = _INTERCEPTED[kind](
-            [*self._interceptors, _Innermost(self, compression)],
+            [*self._interceptors, innermost],
             requests,
             timeout,
             metadata,
@@ -306,6 +348,7 @@ class _Multicallable:
             deserializer,
             self._channel.loop,
         )
+        call.innermost = innermost
         self._channel.intercepted.add(call)
         call.add_done_callback(self._channel.intercepted.discard)
         return call

@@ -37,6 +37,7 @@ from mesh.channel.drive import (
     too_large,
     until,
 )
+from mesh.channel.instrumentation import channels_around, wrapped
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
 from mesh.errors import RpcError, terminated
@@ -63,6 +64,7 @@ class Channel(grpc.Channel):
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, SyncSubchannel)
         self.closed = False
+        self._around = channels_around(target, credentials)
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._calls: weakref.WeakSet[_Driver] = weakref.WeakSet()
@@ -111,14 +113,16 @@ class Channel(grpc.Channel):
             pool.subchannel.core().unsubscribe(callback)
         self._watch.unsubscribe(callback)
 
+    # A stub's multicallables stand inside what instrumentation puts around channels.
     def unary_unary(
         self,
         method: str,
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> UnaryUnary:
-        return UnaryUnary(self, "unary_unary", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.unary_unary(method, request_serializer, response_deserializer, _registered_method)
 
     def unary_stream(
         self,
@@ -126,8 +130,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> UnaryStream:
-        return UnaryStream(self, "unary_stream", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.unary_stream(method, request_serializer, response_deserializer, _registered_method)
 
     def stream_unary(
         self,
@@ -135,8 +140,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> StreamUnary:
-        return StreamUnary(self, "stream_unary", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.stream_unary(method, request_serializer, response_deserializer, _registered_method)
 
     def stream_stream(
         self,
@@ -144,10 +150,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> StreamStream:
-        return StreamStream(
-            self, "stream_stream", method, request_serializer, response_deserializer, _registered_method
-        )
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.stream_stream(method, request_serializer, response_deserializer, _registered_method)
 
     def close(self) -> None:
         """Cancel the calls in flight, close every connection, and take no more calls."""
@@ -168,6 +173,34 @@ class Channel(grpc.Channel):
 
     def __repr__(self) -> str:
         return f"<mesh.Channel {self.assembly.target} {self.state().name}>"
+
+
+class _Inside:
+    """What makes a channel's multicallables. Instrumentation's channels call it as the ``grpc.Channel`` that they stand
+    around."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> UnaryUnary:
+        return UnaryUnary(self._channel, "unary_unary", method, serializer, deserializer, registered)
+
+    def unary_stream(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> UnaryStream:
+        return UnaryStream(self._channel, "unary_stream", method, serializer, deserializer, registered)
+
+    def stream_unary(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> StreamUnary:
+        return StreamUnary(self._channel, "stream_unary", method, serializer, deserializer, registered)
+
+    def stream_stream(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> StreamStream:
+        return StreamStream(self._channel, "stream_stream", method, serializer, deserializer, registered)
 
 
 class _StateWatch:

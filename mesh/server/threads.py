@@ -74,9 +74,7 @@ def responses(stream: Callable[..., object], held: threading.Semaphore, request:
     (gRFC A17), and doesn't ask for its load again.
     """
     if not held.acquire(blocking=False):
-        details = (
-            "under this server's interceptors each of these calls holds a thread, and the limit on those is reached"
-        )
+        details = "under interceptors each of these calls holds a thread; as many as may do"
         context.abort(grpc.StatusCode.UNIMPLEMENTED, details)
     begun()
     try:
