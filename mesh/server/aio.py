@@ -7,12 +7,12 @@ import contextlib
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterator
 from types import TracebackType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
 from mesh.policy.admission import Reason
@@ -30,6 +30,7 @@ from mesh.server.assembly import (
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
 from mesh.server.gate import AioGate
+from mesh.server.health import NOT_SERVING, SERVING, AioHealth
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings
@@ -37,47 +38,6 @@ from mesh.server.threads import ThreadPool
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
-
-
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """``grpc.health.v1``. grpcio's own servicer writes the responses of a watch, which interceptors that iterate over
-    them can't stand around (OpenTelemetry's and Sentry's do), and has nothing to end a watch with: one that a client
-    keeps open would take up all of the grace."""
-
-    def __init__(self) -> None:
-        self._statuses: dict[str, Any] = {}
-        self._changed = asyncio.Event()  # each change replaces it
-        self._ended = False
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.service not in self._statuses:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
-        return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
-
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        sent = None
-        while not self._ended:
-            changed = self._changed
-            status = self._statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            if status == sent:
-                await changed.wait()
-            else:
-                sent = status
-                yield health_pb2.HealthCheckResponse(status=status)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-
-    def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services`` and of the server as a whole."""
-        self._statuses.update(dict.fromkeys(("", *services), status))
-        self._wake()
-
-    def end_watches(self) -> None:
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
 
 class Server:
@@ -99,7 +59,7 @@ class Server:
         self.address = ""
         self._servicers = servicers
         self._server: grpc.aio.Server | None = None
-        self._health = _Health()
+        self._health = AioHealth()
         self._registration: Registration | None = None
         self.gate = AioGate(self.settings.admission(), load_reports=self.settings.load_reports)
         self._pool = ThreadPool(self.settings.max_workers)
@@ -131,7 +91,7 @@ class Server:
         self.address = advertised(settings, self.port)
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
-        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, self.services)
+        self._health.set(NOT_SERVING, self.services)
         await server.start()
         self._server = server
         if readiness.given:
@@ -152,7 +112,7 @@ class Server:
 
     async def _serve(self) -> None:
         settings = self.settings
-        self._health.set(health_pb2.HealthCheckResponse.SERVING, self.services)
+        self._health.set(SERVING, self.services)
         LOG.info("serving %s on %s", ", ".join(self.services), self.address)
         if settings.registry:
             self._registration = Registration(
@@ -175,7 +135,7 @@ class Server:
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, self.services)
+        self._health.set(NOT_SERVING, self.services)
         if self._registration is not None:
             await self._registration.close(self.settings.deregister_timeout)
         await asyncio.sleep(self.settings.drain_wait)

@@ -10,12 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
 from mesh.policy.admission import Reason
@@ -33,33 +32,14 @@ from mesh.server.assembly import (
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
+from mesh.server.health import NOT_SERVING, SERVING, Health
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import SPARE, ThreadPool, responses
+from mesh.server.threads import SPARE, ThreadPool
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
-
-
-class _Health(health.HealthServicer):  # type: ignore[misc]
-    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
-
-    def __init__(self, held: threading.Semaphore) -> None:
-        super().__init__()  # its watches take no thread of the pool
-        self._ends: set[Callable[[Any], None]] = set()
-        self._held = held
-
-    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
-        if send_response_callback is None:
-            return responses(self.Watch, self._held, request, context)
-        self._ends.add(send_response_callback)
-        context.add_callback(lambda: self._ends.discard(send_response_callback))
-        return super().Watch(request, context, send_response_callback)
-
-    def end_watches(self) -> None:
-        for end in tuple(self._ends):
-            end(None)
 
 
 class Server:
@@ -83,7 +63,7 @@ class Server:
         self._server: grpc.Server | None = None
         # Streams of ours that hold a thread each, because an interceptor stands around them.
         self._held = threading.BoundedSemaphore(SPARE // 2)
-        self._health = _Health(self._held)
+        self._health = Health(self._held)
         self._registration: RegistrationThread | None = None
         self.gate = ThreadGate(
             self.settings.admission(self.settings.max_workers), load_reports=self.settings.load_reports
@@ -118,7 +98,7 @@ class Server:
         self.address = advertised(settings, self.port)
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(NOT_SERVING, self.services)
         server.start()
         self._server = server
         if readiness.given:
@@ -133,17 +113,13 @@ class Server:
                 return
         self._serve()
 
-    def _set_health(self, status: Any) -> None:
-        for name in ("", *self.services):
-            self._health.set(name, status)
-
     def _serve(self) -> None:
         settings = self.settings
         with self._lock:
             if self._draining:
                 return
             self.gate.admission.open()
-            self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(SERVING, self.services)
             if settings.registry:
                 told = instances(self.services, settings, self.address)
                 self._registration = RegistrationThread(Registration(settings.registry, told, settings.lease_ttl))
@@ -164,7 +140,7 @@ class Server:
         try:
             if self._server is None:
                 return
-            self._health.enter_graceful_shutdown()
+            self._health.set(NOT_SERVING, self.services)
             if self._registration is not None:
                 self._registration.close(self.settings.deregister_timeout)
             self._killed.wait(self.settings.drain_wait)
