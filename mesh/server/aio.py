@@ -60,6 +60,7 @@ class Server:
         self._servicers = servicers
         self._server: grpc.aio.Server | None = None
         self._health = AioHealth()
+        self._ended = asyncio.Event()
         self._registration: Registration | None = None
         self.gate = AioGate(self.settings.admission(), load_reports=self.settings.load_reports)
         self._pool = ThreadPool(self.settings.max_workers)
@@ -86,7 +87,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
-        load.add_to_server(self.gate.load, server)
+        load.add_to_server(self.gate.load, server, self._ended)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
         if readiness.given:
@@ -141,6 +142,7 @@ class Server:
         await asyncio.sleep(self.settings.drain_wait)
         self.gate.admission.close(Reason.DRAINING)
         self._health.end_watches()
+        self._ended.set()
         await self._stop(self.settings.grace)
 
     async def _stop(self, grace: float) -> None:

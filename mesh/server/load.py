@@ -11,6 +11,7 @@ The messages live in a descriptor pool of their own: another package in the proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -131,13 +132,15 @@ def _interval(request: Any) -> float:
     return max(LEAST_INTERVAL, request.report_interval.ToTimedelta().total_seconds() or 60.0)
 
 
-def add_to_server(load: Load, server: Any) -> None:
-    """Serve ORCA's out-of-band reports on a ``grpc.aio.Server``."""
+def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.aio.Server`` until ``ended``: a drain must not wait for them."""
 
     async def stream(request: Any, _: Any) -> AsyncIterator[Any]:
-        while True:
+        while not ended.is_set():
             yield load.report()
-            await asyncio.sleep(_interval(request))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_interval(request)):
+                    await ended.wait()
 
     _add(stream, server)
 
