@@ -21,7 +21,8 @@ def explain(call_or_error: object) -> Explanation:
     ``call_or_error`` is a call of a mesh channel, an error that one raised, or what an interceptor made of either: a
     call or an error around it, or a generator of its responses, as long as that has more to give.
 
-    Raises TypeError when there is no call of a mesh channel in it.
+    Raises TypeError when there is no call of a mesh channel in it, and asyncio.InvalidStateError while interceptors
+    have not made it yet.
     """
     looked_at: list[object] = []
     ahead = [call_or_error]

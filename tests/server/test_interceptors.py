@@ -307,10 +307,12 @@ def test_a_client_that_leaves_while_a_status_is_set_holds_nothing_up() -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel, ThreadPoolExecutor(1) as pool:
         flapping = pool.submit(flap)
         health = health_pb2_grpc.HealthStub(channel)
-        for _ in range(100):
-            watch = health.Watch(request, timeout=BOUND)
-            next(watch)
-            watch.cancel()
+        for _ in range(30):
+            watches = [health.Watch(request, timeout=BOUND) for _ in range(5)]
+            for watch in watches:
+                next(watch)
+            for watch in watches:
+                watch.cancel()
         over.set()
         flapping.result(BOUND)
         server.drain()
