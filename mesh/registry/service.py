@@ -89,13 +89,14 @@ class RegistryService(pb_grpc.RegistryServicer):
         granted = Duration(seconds=int(ttl), nanos=int(ttl % 1 * 1e9))
         return pb.RegisterResponse(lease_id=lease_id, ttl=granted)
 
-    # The two streams are read and written through the context, where close() can end them with a status of its own.
+    # The two streams are async generators, which interceptors can iterate over. Requests are read through the context,
+    # where close() can end the wait for one with a status of its own.
 
-    async def KeepAlive(self, _: object, context: _Context) -> None:  # type: ignore[override]
+    async def KeepAlive(self, _: object, context: _Context) -> AsyncIterator[pb.KeepAliveResponse]:
         async with self._stream(context):
             while (request := await context.read()) is not grpc.aio.EOF:
                 unknown = self._book.renew(request.lease_ids, _now())
-                await context.write(pb.KeepAliveResponse(unknown_lease_ids=unknown))
+                yield pb.KeepAliveResponse(unknown_lease_ids=unknown)
 
     async def Deregister(self, request: pb.DeregisterRequest, _: _Context) -> pb.DeregisterResponse:
         instance = self._book.deregister(request.lease_id)
@@ -111,7 +112,7 @@ class RegistryService(pb_grpc.RegistryServicer):
             revision=self._book.revision,
         )
 
-    async def Watch(self, request: pb.WatchRequest, context: _Context) -> None:  # type: ignore[override]
+    async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.WatchResponse]:
         await _refuse(context, _service_violations("service", request.service))
         # None: has seen nothing of this book.
         since = request.revision if request.epoch == self._book.epoch else None
@@ -125,7 +126,7 @@ class RegistryService(pb_grpc.RegistryServicer):
                     # date.
                     if delta is None or delta or not answered:
                         step = self._step(request.service, delta)
-                        await context.write(step)
+                        yield step
                         since = step.revision
                         answered = True
                     await changed.wait()

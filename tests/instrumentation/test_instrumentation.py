@@ -63,20 +63,38 @@ def test_calls_of_all_kinds_work_and_each_has_one_client_span(
     assert complaints(program) == []
 
 
+def instrumented(spawn: Spawn, *arguments: str, **environment: str) -> Process:
+    """A Python program under ``opentelemetry-instrument``, which prints its spans."""
+    exporters = {f"OTEL_{kind}_EXPORTER": "none" for kind in ("METRICS", "LOGS")} | {"OTEL_TRACES_EXPORTER": "console"}
+    instrument = Path(sys.executable).with_name("opentelemetry-instrument")
+    return spawn(instrument, sys.executable, *arguments, environment={**exporters, **environment})
+
+
+def test_a_registry_works_under_opentelemetry_instrument(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    registry = instrumented(spawn, "-m", "mesh.registry", MESH_REGISTRY_LISTEN=address)
+    registry.wait_for("serving on")
+    monkeypatch.setenv("MESH_REGISTRY", address)
+    server = spawn.python("-m", "tests.instrumentation.serving", "sync", environment={"MESH_LISTEN": "127.0.0.1:0"})
+    server.wait_for("serving test.Echo")
+    with mesh.insecure_channel("mesh:///test.Echo", [("grpc.service_config", CONFIG)]) as channel:
+        grpc.channel_ready_future(channel).result(BOUND)
+        assert sync_calls(channel, mesh.explain) == EXPECTED
+    assert complaints(server) == []
+    assert registry.end() == 0
+    assert "TypeError" not in registry.said
+
+
 @pytest.mark.parametrize("world", ["aio", "sync"])
 def test_an_unchanged_server_works_under_opentelemetry_instrument(
     world: str, spawn: Spawn, registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = {
+    settings = {
         "MESH_REGISTRY": registry,
-        "MESH_LISTEN": f"127.0.0.1:{free_ports(1)[0]}",
+        "MESH_LISTEN": "127.0.0.1:0",
         "MESH_DRAIN_WAIT": "0",
-        "OTEL_TRACES_EXPORTER": "console",
-        "OTEL_METRICS_EXPORTER": "none",
-        "OTEL_LOGS_EXPORTER": "none",
     }
-    instrument = Path(sys.executable).with_name("opentelemetry-instrument")
-    server = spawn(instrument, sys.executable, "-m", "tests.instrumentation.serving", world, environment=environment)
+    server = instrumented(spawn, "-m", "tests.instrumentation.serving", world, **settings)
     server.wait_for("serving test.Echo")
     monkeypatch.setenv("MESH_REGISTRY", registry)
     with mesh.insecure_channel("mesh:///test.Echo", [("grpc.service_config", CONFIG)]) as channel:

@@ -32,9 +32,10 @@ class Counting(RegistryService):
         self.registered.append(request.instance.service)
         return await super().Register(request, context)
 
-    async def KeepAlive(self, requests: object, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+    async def KeepAlive(self, requests: object, context: Any) -> AsyncIterator[pb.KeepAliveResponse]:  # noqa: N802
         self.streams += 1
-        await super().KeepAlive(requests, context)
+        async for response in super().KeepAlive(requests, context):
+            yield response
 
 
 class TheRegistry:
