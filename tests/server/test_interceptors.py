@@ -264,7 +264,7 @@ def test_the_services_that_every_server_has_work_under_interceptors_in_threads()
 
 
 def test_watches_that_hold_threads_leave_enough_of_them_for_calls() -> None:
-    """Under an interceptor each watch holds a thread. Beyond half of the spare ones a client is told UNIMPLEMENTED, and
+    """Under an interceptor each watch holds a thread. Beyond half of the spare ones a client gets UNIMPLEMENTED, and
     treats the server as healthy (A17)."""
     server = mesh.server.sync.Server([(add_sync("test.Echo"), None)], settings(Interceptor()))
     server.start()
