@@ -76,7 +76,7 @@ class Assembly:
         given = _checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
-        self._configs = Configs(target, balanced_by_core=resolver is None)
+        self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
