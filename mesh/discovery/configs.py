@@ -15,7 +15,8 @@ import logging
 import os
 from pathlib import Path
 
-from mesh import config
+from mesh import config, lines
+from mesh.descriptors import unknown_names
 
 FILE_VARIABLE = "MESH_SERVICE_CONFIG"
 """The environment variable that names the file. It holds a service config, or
@@ -39,15 +40,18 @@ class Source(enum.IntEnum):
 class Configs:
     """What the sources of one channel say, and the ``current`` config that follows from it.
 
-    ``channel`` is what log lines call it. ``balanced_by_core``: its balancing policy is for gRPC core to read.
+    ``channel`` is what log lines call it. ``service``: the one that it calls, where that is known.
+    ``balanced_by_core``: its balancing policy is for gRPC core to read.
     """
 
-    def __init__(self, channel: str, *, balanced_by_core: bool = False) -> None:
+    def __init__(self, channel: str, *, service: str = "", balanced_by_core: bool = False) -> None:
         self.current = config.ServiceConfig()
         self._channel = channel
+        self._service = service
         self._balanced_by_core = balanced_by_core
         self._parsed: dict[Source, config.ServiceConfig] = {}
         self._complaints: dict[Source, str] = {}
+        self._warned: dict[Source, str] = {}  # the text that warnings were logged of
 
     def offer(self, source: Source, text: str) -> bool:
         """Take what a source says now; empty when it has no config. Returns whether ``current`` is another since.
@@ -67,14 +71,30 @@ class Configs:
             self._parsed.pop(source, None)
         else:
             self._parsed[source] = parsed
+            self._warn(source, text, parsed)
         before, self.current = self.current, self._parsed[min(self._parsed)] if self._parsed else config.ServiceConfig()
-        return self.current != before
+        changed = self.current != before
+        if changed and source is not Source.OPTION:
+            now = f"the {min(self._parsed).name.lower()}'s applied" if self._parsed else "the defaults apply again"
+            lines.info(_LOG, "config", "%s: service config changed: %s", self._channel, now)
+        return changed
+
+    def _warn(self, source: Source, text: str, parsed: config.ServiceConfig) -> None:
+        if self._warned.get(source) != text:
+            self._warned[source] = text
+            for warning in (*parsed.warnings, *unknown_names(parsed, [self._service] if self._service else ())):
+                _LOG.warning("%s: service config from the %s: %s", self._channel, source.name.lower(), warning)
 
     def refuse(self, source: Source, why: str) -> None:
         """A source said what can't be taken: say so, once for each reason."""
         if self._complaints.get(source) != why:
             self._complaints[source] = why
-            _LOG.error("%s: the %s's config is not taken, what held stays: %s", self._channel, source.name.lower(), why)
+            _LOG.error(
+                "%s: service config from the %s rejected; keeping the previous one: %s",
+                self._channel,
+                source.name.lower(),
+                why,
+            )
 
     def __repr__(self) -> str:
         return f"<Configs {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"
