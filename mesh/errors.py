@@ -14,9 +14,18 @@ from mesh.model import Metadatum
 from mesh.observe import Explanation
 
 
-class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+class RpcError(grpc.RpcError):
+    """What every failed call of a mesh channel raises: blocking, future, stream and asyncio. A ``grpc.RpcError``; each
+    kind is also what grpc raises there."""
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call: where, when, and how it ended."""
+        raise NotImplementedError
+
+
+class CallError(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     """A blocking call failed. What grpc raises there, a ``grpc.RpcError`` that is a ``grpc.Call`` and a
-    ``grpc.Future``, with ``explain()``."""
+    ``grpc.Future``."""
 
     def __init__(
         self,
@@ -36,7 +45,6 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
         self._debug_error_string = debug_error_string
 
     def explain(self) -> Explanation:
-        """Every attempt that was made for the call: where, when, and how it ended."""
         return self._explanation
 
     def code(self) -> grpc.StatusCode:
@@ -78,13 +86,13 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     def result(self, timeout: float | None = None) -> NoReturn:  # noqa: ARG002
         raise self
 
-    def exception(self, timeout: float | None = None) -> RpcError:  # noqa: ARG002
+    def exception(self, timeout: float | None = None) -> CallError:  # noqa: ARG002
         return self
 
     def traceback(self, timeout: float | None = None) -> TracebackType | None:  # noqa: ARG002
         try:
             raise self
-        except RpcError:
+        except CallError:
             return sys.exc_info()[2]
 
     def add_done_callback(self, fn: Callable[[Any], None]) -> None:
@@ -101,13 +109,14 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
         )
 
     def __repr__(self) -> str:
-        return terminated(type(self).__name__, self._code, self._details, self._debug_error_string)
+        name = type(self).__name__
+        return terminated(name, self._code, self._details, self._debug_error_string, self._explanation.endpoint)
 
     __str__ = __repr__
 
 
-class AioRpcError(grpc.aio.AioRpcError):
-    """An asyncio call failed: grpc's error with ``explain()``."""
+class AioRpcError(RpcError, grpc.aio.AioRpcError):
+    """An asyncio call failed. What grpc raises there."""
 
     def __init__(
         self,
@@ -122,7 +131,6 @@ class AioRpcError(grpc.aio.AioRpcError):
         self._explanation = explanation
 
     def explain(self) -> Explanation:
-        """Every attempt that was made for the call: where, when, and how it ended."""
         return self._explanation
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,10 +143,20 @@ class AioRpcError(grpc.aio.AioRpcError):
             self._explanation,
         )
 
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return terminated(name, self.code(), self.details(), self.debug_error_string(), self._explanation.endpoint)
 
-def terminated(name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None) -> str:
-    """What grpc prints of an RPC that is over."""
+    __str__ = __repr__
+
+
+def terminated(
+    name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None, endpoint: str = ""
+) -> str:
+    """What grpc prints of an RPC that is over, and the endpoint that it ended at."""
     lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
+    if endpoint:
+        lines.append(f'\tendpoint = "{endpoint}"')
     if code is not grpc.StatusCode.OK:
         lines.append(f'\tdebug_error_string = "{debug}"')
     return "\n".join([*lines, ">"])

@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool
 
-from mesh import context
+from mesh import context, variables
 from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
@@ -67,6 +67,7 @@ class Assembly:
         compression: grpc.Compression | None,
         open_subchannel: OpenSubchannel,
     ) -> None:
+        variables.warn_once()
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()

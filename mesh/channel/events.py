@@ -62,7 +62,9 @@ class Events:
 
     def observed(self, states: Iterable[tuple[str, Connectivity]], causes: Mapping[str, str]) -> None:
         """Endpoints have these states now. A connection that is made anew at once isn't lost."""
-        lost, unreachable, returned = [], [], []
+        lost: list[str] = []
+        unreachable: list[str] = []
+        returned: list[str] = []
         for address, state in states:
             if state == Connectivity.TRANSIENT_FAILURE and address not in self._lost:
                 self._lost[address] = self._clock()

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import config
+from mesh.descriptors import unknown_names
 from mesh.registry.book import Book, Delta
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -137,7 +138,11 @@ class RegistryService(pb_grpc.RegistryServicer):
         await _refuse(context, violations)
         self._book.configure(request.service, request.service_config)
         self._tell(request.service)
-        return pb.SetServiceConfigResponse()
+        warnings = _config_warnings(request.service, request.service_config)
+        _log.info("%s: service config %s", request.service, "set" if request.service_config else "removed")
+        for warning in warnings:
+            _log.warning("%s: service config: %s", request.service, warning)
+        return pb.SetServiceConfigResponse(warnings=warnings)
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
         return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))
@@ -285,6 +290,14 @@ def _config_violations(text: str) -> _Violations:
         path, _, what = str(error).removeprefix("service config: ").partition(": ")
         return [("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)]
     return []
+
+
+def _config_warnings(service: str, text: str) -> tuple[str, ...]:
+    """What is unknown in a valid config, and so ignored."""
+    if not text:
+        return ()
+    parsed = config.parse(text)
+    return (*parsed.warnings, *unknown_names(parsed, [service]))
 
 
 def _address_violations(path: str, address: str) -> _Violations:
