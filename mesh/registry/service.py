@@ -83,7 +83,13 @@ class RegistryService(pb_grpc.RegistryServicer):
         before = self._book.find(instance.service, instance.id)
         if before is not None and before.address != instance.address:
             # A process that came back elsewhere; or two with one id, and then this line comes again and again.
-            _log.warning("%s %s moves from %s to %s", instance.service, instance.id, before.address, instance.address)
+            _log.warning(
+                "%s: instance %s moved from %s to %s; two processes with one instance id do so again and again",
+                instance.service,
+                instance.id,
+                before.address,
+                instance.address,
+            )
         lease_id = self._book.register(instance, ttl, _now())
         self._tell(instance.service)
         self._schedule()
@@ -224,10 +230,10 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._expiry = None
         now = _now()
         if now - due > STALL:
-            _log.warning("was away for %.1f s: all leases begin anew", now - due)
+            _log.warning("this process was stopped or starved for %.1f s; all leases are extended", now - due)
             self._book.renew_all(now)
         for instance in self._book.expire(now):
-            _log.info("%s %s at %s: lease expired", instance.service, instance.id, instance.address)
+            _log.info("%s: lease of instance %s at %s expired", instance.service, instance.id, instance.address)
             self._tell(instance.service)
         self._schedule()
 
