@@ -90,7 +90,9 @@ def unknown(names: Iterable[str]) -> list[str]:
     strange = sorted(
         name for name in names if name.startswith(PREFIX) and name not in KNOWN and not _KUBERNETES.fullmatch(name)
     )
-    return [f"{name}: unknown environment variable, ignored{nearest(name, KNOWN)}" for name in strange]
+    known = [name.removeprefix(PREFIX) for name in KNOWN]  # else all would be alike by their beginnings
+    hints = {name: nearest(name.removeprefix(PREFIX), known).replace("mean '", f"mean '{PREFIX}") for name in strange}
+    return [f"{name}: unknown environment variable, ignored{hint}" for name, hint in hints.items()]
 
 
 def warn_once() -> None:

@@ -19,8 +19,13 @@ import mesh
 import mesh.aio
 from mesh import lines
 from mesh.channel.causes import in_short
+from mesh.channel.events import Events
 from mesh.channel.sync import Channel
+from mesh.config import EjectionConfig, ServiceConfig
+from mesh.discovery.resolver import Update
 from mesh.errors import AioRpcError, CallError, RpcError
+from mesh.model import Code, Endpoint
+from tests.policy.driving import Driven, cluster_of
 from tests.processes import eventually
 
 SERVICE = "test.Words"
@@ -80,7 +85,7 @@ def watching(health_service: str) -> list[tuple[str, str]]:
     return [("grpc.service_config", json.dumps({"healthCheckConfig": {"serviceName": health_service}}))]
 
 
-Fail = Callable[..., grpc.RpcError]
+Fail = Callable[..., Any]
 
 
 @pytest.fixture(params=["blocking", "future", "stream", "aio"])
@@ -89,6 +94,7 @@ def fail(request: pytest.FixtureRequest) -> Fail:
     kind = request.param
 
     async def call_aio(target: str, options: Any, method: str, within: float) -> None:
+        channel: Any
         async with mesh.aio.insecure_channel(target, options) as channel:
             await channel.unary_unary(method)(b"", timeout=within)
 
@@ -96,6 +102,7 @@ def fail(request: pytest.FixtureRequest) -> Fail:
         if kind == "aio":
             asyncio.run(call_aio(target, options, method, within))
             return
+        channel: Any
         with mesh.insecure_channel(target, options) as channel:
             if kind == "blocking":
                 channel.unary_unary(method)(b"", timeout=within)
@@ -104,7 +111,7 @@ def fail(request: pytest.FixtureRequest) -> Fail:
             else:
                 next(channel.stream_stream(f"{method}Stream")(iter([b""]), timeout=within))
 
-    def fail(target: str, options: Any = None, method: str = OK, within: float = WITHIN) -> grpc.RpcError:
+    def fail(target: str, options: Any = None, method: str = OK, within: float = WITHIN) -> Any:
         with pytest.raises(grpc.RpcError) as raised:
             call(target, options, method, within)
         return raised.value
@@ -166,9 +173,10 @@ def test_an_error_names_its_endpoint_and_keeps_the_servers_words(fail: Fail, ser
 
 def test_every_error_is_what_grpc_raises_and_an_error_of_the_mesh(fail: Fail, served: Served) -> None:
     error = fail(f"static:///{served.address}", method=ABORT)
-    assert isinstance(error, RpcError)
-    assert isinstance(error, grpc.RpcError)
-    assert isinstance(error, grpc.aio.AioRpcError) or (isinstance(error, grpc.Call) and isinstance(error, grpc.Future))
+    for kind in (RpcError, grpc.RpcError):
+        assert isinstance(error, kind)
+    grpcs: tuple[type, ...] = (grpc.Call, grpc.Future)
+    assert isinstance(error, grpc.aio.AioRpcError) or all(isinstance(error, kind) for kind in grpcs)
     assert issubclass(CallError, RpcError)
     assert issubclass(AioRpcError, RpcError)
 
@@ -199,14 +207,15 @@ def test_lines_say_when_endpoints_come_fail_and_return(
     with mesh.insecure_channel(target) as channel:
         assert isinstance(channel, Channel)
         ready = channel.assembly.cluster.states
-        channel.unary_unary(OK)(b"", timeout=WITHIN)
+        call: Any = channel.unary_unary(OK)
+        call(b"", timeout=WITHIN)
         assert f"{target}: 2 endpoints added: {served.address}, {other.address}" in caplog.messages
         eventually(lambda: all(state == 2 for state in ready.values()), what="both were ready")
         other.stop()
         lost = f"{target}: endpoint lost: {other.address}: connection refused"
 
         def called(line: str) -> bool:
-            channel.unary_unary(OK)(b"", timeout=WITHIN)
+            call(b"", timeout=WITHIN)
             return any(message.startswith(line) for message in caplog.messages)
 
         eventually(lambda: called(lost), what="its loss was logged")
@@ -214,3 +223,32 @@ def test_lines_say_when_endpoints_come_fail_and_return(
         eventually(lambda: called(f"{target}: endpoint returned: {other.address} after "), what="its return was logged")
         other.stop()
     assert {record.name for record in caplog.records} == {"mesh.channel"}
+
+
+def test_an_ejection_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mesh")
+    cluster = cluster_of(3, ServiceConfig(ejection=EjectionConfig(consecutive=1)))
+    events, node = Events(cluster), cluster.nodes["e1"]
+    node.breaker.failed(0.0, Code.UNAVAILABLE)
+    cluster.ejections.heard(node)
+    cluster.sweep(1.0)
+    events.swept()
+    events.swept()
+    assert caplog.messages == [f"test: endpoint ejected: e1: {cluster.ejections.why['e1']}"]
+    cluster.sweep(1000.0)
+    Driven(cluster=cluster, now=1000.0).succeeds(1, at=1000.5)
+    cluster.sweep(1001.0)
+    events.swept()
+    assert caplog.messages[1:] == ["test: endpoint returned: e1 from ejection"]
+
+
+def test_a_resolver_that_fails_and_works_again_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mesh")
+    events = Events(cluster_of(1))
+    events.resolved(Update((Endpoint("e0"),)))
+    events.resolved(Update(None, "registry r:1: UNAVAILABLE: gone"))
+    events.resolved(Update((Endpoint("e0"),)))
+    assert caplog.messages == [
+        "test: registry r:1: UNAVAILABLE: gone; keeping 1 known endpoint",
+        "test: discovery works again; endpoints: 1",
+    ]
