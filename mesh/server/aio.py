@@ -65,7 +65,8 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
+    """Servicers, served: with health, registration, deadlines, overload protection and a graceful end; and with
+    reflection where the settings ask for it.
 
     ::
 

@@ -242,7 +242,7 @@ def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
-    mesh.process.wait_for("user-1 was ended by SIGKILL")
+    mesh.process.wait_for("user-1 killed (SIGKILL); restarting")
     mesh.process.wait_for("user-1 is back", within=30)
     assert mesh.run(sys.executable, str(REPOSITORY / "examples/quickstart_sync.py"))
     assert mesh.process.end(signal.SIGINT, within=40) == 0
