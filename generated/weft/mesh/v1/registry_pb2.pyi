@@ -483,8 +483,8 @@ class SetServiceConfigResponse(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What is unknown in the config and was ignored: keys, and methods of services that the registry has descriptors of; each with
-        its path and the nearest known name.
+        """What is unknown in the config and was ignored, each with its path and the nearest known name: keys, and methods of
+        services whose descriptors the registry has.
         """
 
     def __init__(
