@@ -307,15 +307,14 @@ class _Read:
         self.policies: list[str] = []
 
     def warnings(self) -> tuple[str, ...]:
+        unknown = [(each, key) for each in self.objects.values() for key in each.items if key not in each.known]
+        more = len(unknown) + len(self.policies) - MAX_WARNINGS
         found = [
             f"{each.path}.{_key(key)}".lstrip(".") + f": unknown key, ignored{_hint(key, each.known)}"
-            for each in self.objects.values()
-            for key in each.items
-            if key not in each.known
+            for each, key in unknown[:MAX_WARNINGS]  # what is meant takes a while to find
         ]
-        found += self.policies
-        more = len(found) - MAX_WARNINGS
-        return (*found[:MAX_WARNINGS], f"{more} more") if more > 0 else tuple(found)
+        found = [*found, *self.policies][:MAX_WARNINGS]
+        return (*found, f"{more} more") if more > 0 else tuple(found)
 
 
 def _hint(key: str, known: Iterable[str]) -> str:
@@ -574,7 +573,7 @@ def _policy(parent: _Object, key: str) -> _Balancing:
         if read is not None:
             return read(settings.object())
         # Other clients' policies may stand in the list (A24): only what looks like one of ours is a slip.
-        if hint := nearest(name, _POLICIES):
+        if len(parent.read.policies) < MAX_WARNINGS and (hint := nearest(name, _POLICIES)):
             parent.read.policies.append(f"{entry.path}: unknown policy {_key(name)}, skipped{hint}")
     known = ", ".join(sorted(_POLICIES))
     raise parent.field(key).fail(f"none of these policies is known; known: {known}")

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import ServiceDescriptor
 
-from mesh.config import ServiceConfig, nearest
+from mesh.config import MAX_WARNINGS, ServiceConfig, nearest
+
+_LOOKED_AT = 200
+"""How many of a config's services are looked at: finding what is meant takes a while."""
 
 
 def unknown_names(config: ServiceConfig, services: Iterable[str] = ()) -> tuple[str, ...]:
@@ -21,13 +24,14 @@ def unknown_names(config: ServiceConfig, services: Iterable[str] = ()) -> tuple[
     loaded = {service: found for service in (*named, *services) if (found := _service(service)) is not None}
     siblings = {each.full_name for found in loaded.values() for each in found.file.services_by_name.values()}
     lines = []
-    for service, found in named.items():
+    for service, found in tuple(named.items())[:_LOOKED_AT]:
         if found is None:
             if hint := nearest(service, siblings):
                 lines.append(f"methodConfig: unknown service {service!r}{hint}")
             continue
-        for method in sorted(method for of, method in config.methods if of == service and method):
-            if method not in found.methods_by_name:
+        methods = sorted(method for of, method in config.methods if of == service and method)
+        for method in methods:
+            if method not in found.methods_by_name and len(lines) < MAX_WARNINGS:
                 hint = nearest(method, found.methods_by_name)
                 known = hint or f"; known: {', '.join(sorted(found.methods_by_name)) or 'none'}"
                 lines.append(f"methodConfig: {service} has no method {method!r}{known}")

@@ -140,6 +140,7 @@ def in_short(details: str) -> str:
     text = re.sub(r"^[A-Z_]+: ", "", text)
     text = re.sub(r"^(ipv4|ipv6|unix|unix-abstract|vsock):\S+: ", "", text)
     text = text.removeprefix("Failed to connect to remote host: ").removeprefix("connect: ")
+    text = re.sub(r" \(\d+\)$", "", text)  # the system's number for it
     if text[1:2].islower():
         text = text[:1].lower() + text[1:]
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

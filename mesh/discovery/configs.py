@@ -75,8 +75,10 @@ class Configs:
         before, self.current = self.current, self._parsed[min(self._parsed)] if self._parsed else config.ServiceConfig()
         changed = self.current != before
         if changed and source is not Source.OPTION:
-            now = f"the {min(self._parsed).name.lower()}'s applied" if self._parsed else "the defaults apply again"
-            lines.info(_LOG, "config", "%s: service config changed: %s", self._channel, now)
+            now = (
+                f"from the {min(self._parsed).name.lower()} applied" if self._parsed else "removed; the defaults apply"
+            )
+            lines.info(_LOG, "config", "%s: service config %s", self._channel, now)
         return changed
 
     def _warn(self, source: Source, text: str, parsed: config.ServiceConfig) -> None:

@@ -247,7 +247,9 @@ class Cluster:
         # Copied at once: the pool changes these meanwhile.
         states, since = dict(self.states), dict(self.since)
         seen = {address: Seen(state, since.get(address, now)) for address, state in states.items()}
-        return f"{self.name}: {describe(seen, self.causes, now, waited)}" if seen else picker.error
+        if not seen:
+            return picker.error if waited is None else f"{picker.error} after {waited:.1f} s"
+        return f"{self.name}: {describe(seen, self.causes, now, waited)}"
 
     def _serving(self, place: int, ready: Sequence[Node]) -> Picker:
         """The picker over ``ready``, those of one priority."""

@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from mesh import config
+from mesh import config, lines
 from mesh.descriptors import unknown_names
 from mesh.registry.book import Book, Delta
 from weft.mesh.v1 import registry_pb2 as pb
@@ -145,9 +145,9 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._book.configure(request.service, request.service_config)
         self._tell(request.service)
         warnings = _config_warnings(request.service, request.service_config)
-        _log.info("%s: service config %s", request.service, "set" if request.service_config else "removed")
-        for warning in warnings:
-            _log.warning("%s: service config: %s", request.service, warning)
+        what = "set" if request.service_config else "removed"
+        ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
+        lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)
         return pb.SetServiceConfigResponse(warnings=warnings)
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
