@@ -249,8 +249,8 @@ class RegistrationThread:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        # A server that stops cancels what it has not answered; this side's own cancels are no AioRpcError.
-        if error.code() is grpc.StatusCode.CANCELLED:
+        # How core ends what a server that stops has not answered; this side's own cancels are no AioRpcError.
+        if error.code() is grpc.StatusCode.CANCELLED or error.details() == "Cancelling all calls":
             return "the registry is shutting down"
         return f"{error.code().name}: {error.details()}"
     return str(error) or type(error).__name__
