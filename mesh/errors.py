@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -160,3 +161,18 @@ def terminated(
     if code is not grpc.StatusCode.OK:
         lines.append(f'\tdebug_error_string = "{debug}"')
     return "\n".join([*lines, ">"])
+
+
+_LONGEST = 200  # characters of core's that an error repeats
+
+
+def in_short(details: str) -> str:
+    """Core's account of a failed connection without what every such account says. For people, not for programs."""
+    text = details.partition("last error: ")[2] or details
+    text = re.sub(r"^[A-Z_]+: ", "", text)
+    text = re.sub(r"^(ipv4|ipv6|unix|unix-abstract|vsock):\S+: ", "", text)
+    text = text.removeprefix("Failed to connect to remote host: ").removeprefix("connect: ")
+    text = re.sub(r" \(\d+\)$", "", text)  # the system's number for it
+    if text[1:2].islower():
+        text = text[:1].lower() + text[1:]
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

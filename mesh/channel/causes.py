@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
+from mesh.errors import in_short
 from mesh.model import Connectivity
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ AGAIN = 5.0
 
 _CHECK = "/grpc.health.v1.Health/Check"
 _UNHEALTHY = "backend unhealthy"  # core's health checking (A17)
-_LONGEST = 200
 
 
 class Causes:
@@ -132,15 +131,3 @@ async def _details(core: Any) -> str:
 def _health_service(subchannel: Subchannel) -> str:
     config = json.loads(dict(subchannel.options).get("grpc.service_config", "{}"))
     return str(config.get("healthCheckConfig", {}).get("serviceName", ""))
-
-
-def in_short(details: str) -> str:
-    """Core's account of a failed connection without what every such account says. For people, not for programs."""
-    text = details.partition("last error: ")[2] or details
-    text = re.sub(r"^[A-Z_]+: ", "", text)
-    text = re.sub(r"^(ipv4|ipv6|unix|unix-abstract|vsock):\S+: ", "", text)
-    text = text.removeprefix("Failed to connect to remote host: ").removeprefix("connect: ")
-    text = re.sub(r" \(\d+\)$", "", text)  # the system's number for it
-    if text[1:2].islower():
-        text = text[:1].lower() + text[1:]
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -20,6 +20,7 @@ from mesh.discovery.cache import Cache
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
+from mesh.errors import in_short
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -138,7 +139,7 @@ class RegistryResolver(Resolver):
                 if self._recall() or self._answered:
                     yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
-            failure = f"{error.code().name}: {error.details()}"
+            failure = f"{error.code().name}: {in_short(error.details() or '')}"
         finally:
             self._answered = False
             call.cancel()

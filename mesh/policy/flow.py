@@ -176,7 +176,7 @@ def _expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
     if not why and call.deadline <= call.started:
         why = "the deadline had passed before the call was sent"
     elif not why:
-        why = f"{cluster.name}: not sent within {waited:.1f} s, though {len(picker.nodes)} endpoints are ready"
+        why = f"{cluster.name}: not sent within {waited:.1f} s; ready endpoints: {len(picker.nodes)}"
     return Verdict(Outcome(Code.DEADLINE_EXCEEDED, why))
 
 

@@ -18,12 +18,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 import mesh
 import mesh.aio
 from mesh import lines
-from mesh.channel.causes import in_short
 from mesh.channel.events import Events
 from mesh.channel.sync import Channel
 from mesh.config import EjectionConfig, ServiceConfig
 from mesh.discovery.resolver import Update
-from mesh.errors import AioRpcError, CallError, RpcError
+from mesh.errors import AioRpcError, CallError, RpcError, in_short
 from mesh.model import Code, Endpoint
 from tests.policy.driving import Driven, cluster_of
 from tests.processes import eventually

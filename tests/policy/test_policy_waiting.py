@@ -116,7 +116,7 @@ def test_a_call_that_waited_too_long_is_never_sent() -> None:
     call = Driven(cluster=cluster, deadline=5.0)
     set_states(cluster, Connectivity.READY)
     call.elapses(at=5.0)
-    call.ends(Code.DEADLINE_EXCEEDED, "test: not sent within 5.0 s, though 3 endpoints are ready")
+    call.ends(Code.DEADLINE_EXCEEDED, "test: not sent within 5.0 s; ready endpoints: 3")
 
 
 def test_an_endpoint_that_leaves_the_set_gives_back_what_was_in_flight_there() -> None:
