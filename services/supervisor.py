@@ -172,7 +172,7 @@ class Replica:
             log.seek(self._begins_at)
             lines = log.read().decode(errors="replace").strip().splitlines()
         if not lines:
-            return "ended without a word"
+            return "it logged nothing"
         try:
             return str(json.loads(lines[-1])["event"])
         except (ValueError, KeyError, TypeError):
