@@ -154,12 +154,11 @@ class AioRpcError(RpcError, grpc.aio.AioRpcError):
 def terminated(
     name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None, endpoint: str = ""
 ) -> str:
-    """What grpc prints of an RPC that is over, and the endpoint that it ended at."""
+    """What grpc prints of an RPC that is over; its last line, which is for people, also names the endpoint."""
     lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
-    if endpoint:
-        lines.append(f'\tendpoint = "{endpoint}"')
     if code is not grpc.StatusCode.OK:
-        lines.append(f'\tdebug_error_string = "{debug}"')
+        where = f', endpoint = "{endpoint}"' if endpoint else ""
+        lines.append(f'\tdebug_error_string = "{debug}"{where}')
     return "\n".join([*lines, ">"])
 
 
