@@ -29,7 +29,7 @@ def listed(addresses: Iterable[str]) -> str:
 
 
 class Events:
-    """What was logged of one channel. Belongs to whoever holds the pool's lock, or to its loop."""
+    """What was logged of one channel. Belongs to the pool's loop."""
 
     def __init__(self, cluster: Cluster, clock: Callable[[], float] = time.monotonic) -> None:
         self._cluster = cluster

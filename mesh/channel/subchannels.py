@@ -424,6 +424,7 @@ class ResolvedPool(Pool):
         self._causes = Causes(lambda: self._wake())
         cluster.causes = self._causes.known
         self._events = Events(cluster)
+        self._moved = False
 
     def get(self, address: str) -> Subchannel | None:
         if self._resting:
@@ -512,6 +513,9 @@ class ResolvedPool(Pool):
         failing = [address for address, state in states if state == Connectivity.TRANSIENT_FAILURE]
         self._causes.tick(self._subchannels, failing, now)
         self._observe(states)
+        if self._moved:
+            self._moved = False
+            self._events.observed(tuple(known.items()), self._causes.known)
         if failing:
             self._resolver.resolve_now()
         connecting = sum(state == Connectivity.CONNECTING for _, state in states)
@@ -565,5 +569,5 @@ class ResolvedPool(Pool):
         ]
         if changed:
             self._change(functools.partial(self.cluster.observe, changed))
-            self._events.observed(changed, self._causes.known)
+            self._moved = True  # logged by the tick: a call may be here
             self._wake()
