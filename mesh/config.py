@@ -283,10 +283,11 @@ def _read(text: str) -> _Object:
     return _Field("", value, _Read()).object()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for a name that is likely a slip of ``known``'s x; else empty."""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean 'x'?" for a name that is likely a slip of ``known``'s x; else empty. ``cutoff``: how much they
+    must be alike, as ``difflib`` counts it."""
     by_lower = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=cutoff)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 

@@ -128,17 +128,30 @@ def test_a_method_that_is_like_none_is_named_with_all_there_are() -> None:
     assert warning.startswith(f"methodConfig: {USER} has no method 'Zzz'; known: BatchGetUsers, CreateUser, ")
 
 
-def test_a_service_is_named_when_it_looks_like_the_channels_or_another_of_the_config() -> None:
-    slip = "weft.user.v1.UserServise"
+@pytest.mark.parametrize("slip", ["weft.user.v1.UserServise", "weft.usr.v1.UserService", "weft.user.v1.Userservice"])
+def test_a_service_is_named_when_it_is_nearly_one_that_is_loaded(slip: str) -> None:
     warning = f"methodConfig: unknown service {slip!r}; did you mean {USER!r}?"
-    assert unknown_names(named((slip, ""))) == ()
-    assert unknown_names(named((slip, "")), [USER]) == (warning,)
-    assert unknown_names(named((slip, ""), (USER, ""))) == (warning,)
+    assert unknown_names(named((slip, ""))) == (warning,)
 
 
-def test_a_channel_logs_each_warning_once_for_a_source_and_text(caplog: pytest.LogCaptureFixture) -> None:
-    configs = Configs("test", service=USER)
+def test_a_service_is_named_when_it_is_nearly_the_channels() -> None:
+    (warning,) = unknown_names(named(("not.loaded.Servise", "")), ["not.loaded.Service"])
+    assert warning == "methodConfig: unknown service 'not.loaded.Servise'; did you mean 'not.loaded.Service'?"
+
+
+@pytest.mark.parametrize(
+    "service", ["weft.user.v3.UserService", "weft.buyer.v1.BuyerService", "weft.users.v1.OwnerService", USER + ".Admin"]
+)
+def test_a_service_of_another_process_is_no_slip(service: str) -> None:
+    assert unknown_names(named((service, "Anything"))) == ()
+
+
+def test_a_channel_logs_each_warning_once_for_a_source_and_text(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.discovery.configs._warned", set())
     for source in (Source.FILE, Source.REGISTRY, Source.FILE):
+        configs = Configs("test", service=USER)
         configs.offer(source, config(methodconfig=[]))
     logged = [(record.levelno, record.name, record.getMessage()) for record in caplog.records]
     what = "methodconfig: unknown key, ignored; did you mean 'methodConfig'?"

@@ -29,12 +29,19 @@ PERIOD = 1.0
 _LOG = logging.getLogger("mesh.config")
 
 
+_REMEMBERED = 100
+"""Texts that warnings were logged of: a program that makes its channels over and over must not log them as often."""
+
+
 class Source(enum.IntEnum):
     """Who gave a config; the lower number goes first."""
 
     OPTION = 0
     FILE = 1
     REGISTRY = 2
+
+
+_warned: set[tuple[str, Source, int]] = set()
 
 
 class Configs:
@@ -51,7 +58,6 @@ class Configs:
         self._balanced_by_core = balanced_by_core
         self._parsed: dict[Source, config.ServiceConfig] = {}
         self._complaints: dict[Source, str] = {}
-        self._warned: dict[Source, str] = {}  # the text that warnings were logged of
 
     def offer(self, source: Source, text: str) -> bool:
         """Take what a source says now; empty when it has no config. Returns whether ``current`` is another since.
@@ -82,8 +88,11 @@ class Configs:
         return changed
 
     def _warn(self, source: Source, text: str, parsed: config.ServiceConfig) -> None:
-        if self._warned.get(source) != text:
-            self._warned[source] = text
+        key = (self._channel, source, hash(text))
+        if key not in _warned:
+            if len(_warned) >= _REMEMBERED:
+                _warned.clear()
+            _warned.add(key)
             for warning in (*parsed.warnings, *unknown_names(parsed, [self._service] if self._service else ())):
                 _LOG.warning("%s: service config from the %s: %s", self._channel, source.name.lower(), warning)
 
