@@ -1,11 +1,12 @@
 """Log lines about what happens to a process: at most one a second of a kind, so that a flood of events is a few lines.
 
 A line that comes too soon is held back; the latest of its kind is logged when its second is over, and says how many
-came before it. Whoever has a tick calls ``flush``; without one, a held line goes out with the next of its kind.
+came before it. A thread that lives for that second does so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -64,31 +65,43 @@ def _with(text: str, left_out: int) -> str:
 
 
 _lock = threading.Lock()
+_flushing = False  # a thread is at it
 _limit = Limit()
 
 
 def info(log: logging.Logger, kind: str, message: str, *arguments: object) -> None:
     """Log a line of ``kind`` at INFO, now or within about a second."""
+    global _flushing
     if log.isEnabledFor(logging.INFO):
         text = message % arguments if arguments else message
         with _lock:
             text = _limit.take(kind, time.monotonic(), log, text)
+            start = _limit.holding and not _flushing
+            _flushing |= start
         if text:
             log.info("%s", text)
+        if start:
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                threading.Thread(target=_flush, name="mesh-lines", daemon=True).start()
 
 
-def flush() -> None:
-    """Log the lines that were held back for long enough."""
-    if _limit.holding:
+def _flush() -> None:
+    """Log the lines that are held back, each when its time has come, until there are none."""
+    global _flushing
+    over = False
+    while not over:
+        time.sleep(PERIOD / 10)
         with _lock:
             lines = _limit.due(time.monotonic())
+            _flushing = _limit.holding
+            over = not _flushing
         for log, text in lines:
             log.info("%s", text)
 
 
 def _forked() -> None:
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _flushing
+    _lock, _flushing = threading.Lock(), False
 
 
 os.register_at_fork(after_in_child=_forked)

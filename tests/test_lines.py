@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 
 from mesh import lines
 from mesh.lines import Limit
+from tests.processes import eventually
 
 LOG = logging.getLogger("mesh.test")
 
@@ -53,18 +55,18 @@ def test_lines_are_logged_at_info(caplog: pytest.LogCaptureFixture, monkeypatch:
     with caplog.at_level(logging.INFO, "mesh.test"):
         lines.info(LOG, "lost", "%s lost", "b")
         lines.info(LOG, "lost", "100 %")
-        lines.flush()
     assert caplog.messages == ["b lost", "100 %"]
 
 
-def test_what_was_held_back_is_flushed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = Limit(period=1000.0)
-    monkeypatch.setattr(lines, "_limit", limit)
+def test_what_was_held_back_is_logged_soon(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_limit", Limit(period=0.05))
+    monkeypatch.setattr(lines, "PERIOD", 0.05)
     with caplog.at_level(logging.INFO, "mesh.test"):
         for each in "abc":
             lines.info(LOG, "lost", "%s lost", each)
-        lines.flush()
         assert caplog.messages == ["a lost"]
-        limit._period = 0.0
-        lines.flush()
-    assert caplog.messages == ["a lost", "c lost (1 more such line left out)"]
+        eventually(lambda: caplog.messages == ["a lost", "c lost (1 more such line left out)"])
+        eventually(lambda: not any(thread.name == "mesh-lines" for thread in threading.enumerate()))
+        for each in "de":
+            lines.info(LOG, "lost", "%s lost", each)
+        eventually(lambda: caplog.messages[-1].startswith("e lost"))

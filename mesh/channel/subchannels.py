@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from mesh import lines
 from mesh.channel.causes import Causes
 from mesh.channel.events import Events
 from mesh.config import MethodPolicy, ServiceConfig
@@ -504,7 +503,6 @@ class ResolvedPool(Pool):
         now = time.monotonic()
         self._change(lambda: self.cluster.sweep(now))
         self._events.swept()
-        lines.flush()
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
         known = self.cluster.states
         for address, state in states:
