@@ -58,6 +58,7 @@ def test_lines_are_logged_at_info(caplog: pytest.LogCaptureFixture, monkeypatch:
     assert caplog.messages == ["b lost", "100 %"]
 
 
+@pytest.mark.slow
 def test_what_was_held_back_is_logged_soon(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "_limit", Limit(period=0.05))
     monkeypatch.setattr(lines, "PERIOD", 0.05)
