@@ -3,6 +3,16 @@
 from mesh.channel.sync import insecure_channel, secure_channel
 from mesh.context import detach, remaining
 from mesh.errors import explain
-from mesh.server.sync import serve
+from mesh.server.settings import ServerSettings
+from mesh.server.sync import Server, serve
 
-__all__ = ["detach", "explain", "insecure_channel", "remaining", "secure_channel", "serve"]
+__all__ = [
+    "Server",
+    "ServerSettings",
+    "detach",
+    "explain",
+    "insecure_channel",
+    "remaining",
+    "secure_channel",
+    "serve",
+]

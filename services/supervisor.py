@@ -172,7 +172,7 @@ class Replica:
             log.seek(self._begins_at)
             lines = log.read().decode(errors="replace").strip().splitlines()
         if not lines:
-            return "ended without a word"
+            return "it logged nothing"
         try:
             return str(json.loads(lines[-1])["event"])
         except (ValueError, KeyError, TypeError):
@@ -295,7 +295,7 @@ class Shop:
                 if time.monotonic() - began >= STEADY:
                     backoff = FIRST_BACKOFF
                 why = f": {replica.last_words()}" if code > 0 else ""
-                say(f"{replica.name} {_ending(code)}{why}; starts again in {backoff:g} s (log: {_short(replica.log)})")
+                say(f"{replica.name} {_ending(code)}{why}; restarting in {backoff:g} s (log: {_short(replica.log)})")
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, MAX_BACKOFF)
 
@@ -365,7 +365,7 @@ class Shop:
         # Past rich, which would wrap lines at the terminal's edge: these are to be copied.
         for line in copyable(self.plan):
             say(line)
-        say(f"\nReady in {seconds:.1f} s. Ctrl-C drains and ends all.")
+        say(f"\nReady in {seconds:.1f} s. Ctrl-C drains and stops everything.")
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Callable[[str], None]]:
@@ -467,7 +467,7 @@ def foreground() -> Iterator[None]:
 
 
 def _ending(code: int) -> str:
-    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    return f"exited with code {code}" if code >= 0 else f"killed ({signal.Signals(-code).name})"
 
 
 def _short(path: Path) -> str:

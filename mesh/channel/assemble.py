@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool
 
-from mesh import context
+from mesh import context, variables
 from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
@@ -67,6 +67,7 @@ class Assembly:
         compression: grpc.Compression | None,
         open_subchannel: OpenSubchannel,
     ) -> None:
+        variables.warn_once()
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
@@ -76,7 +77,7 @@ class Assembly:
         given = _checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
-        self._configs = Configs(target, balanced_by_core=resolver is None)
+        self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)

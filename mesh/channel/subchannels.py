@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
+from mesh.channel.causes import Causes
+from mesh.channel.events import Events
 from mesh.config import MethodPolicy, ServiceConfig
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Connectivity, Endpoint
@@ -87,6 +89,7 @@ class Subchannel(abc.ABC):
 
     def __init__(self, address: str, options: ChannelOptions) -> None:
         self.address = address
+        self.options = options
         self._options = (*options, ("grpc.enable_retries", 1))
         self._retry_options = (*options, ("grpc.enable_retries", 0))
         self.closed = False
@@ -112,6 +115,10 @@ class Subchannel(abc.ABC):
     @abc.abstractmethod
     def aside(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
         """An asyncio channel to the address, for what isn't a caller's."""
+
+    @abc.abstractmethod
+    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        """An asyncio channel to the address that doesn't watch its health, to ask about just that."""
 
     def connect(self) -> None:
         """Open the channel and begin to connect."""
@@ -209,6 +216,9 @@ class SyncSubchannel(Subchannel):
         finally:
             await aside.close()
 
+    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        return _unwatched(self.address, self.options, self._credentials, self._compression)
+
     def check(self, connect: bool) -> int:
         # grpc.Channel tells its state only to subscribers, each of which costs a thread; core answers at once.
         # Private, and so only here; a test pins it.
@@ -242,9 +252,27 @@ class AioSubchannel(Subchannel):
     async def aside(self) -> AsyncIterator[grpc.aio.Channel]:
         yield self.core()
 
+    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        return _unwatched(self.address, self.options, self._credentials, self._compression)
+
     def check(self, connect: bool) -> int:
         state: int = self._channel.get_state(connect).value[0]
         return state
+
+
+@contextlib.asynccontextmanager
+async def _unwatched(
+    address: str,
+    options: ChannelOptions,
+    credentials: grpc.ChannelCredentials | None,
+    compression: grpc.Compression | None,
+) -> AsyncIterator[grpc.aio.Channel]:
+    plain = [option for option in options if option[0] != "grpc.service_config"]
+    subchannel = AioSubchannel(address, plain, credentials, compression)
+    try:
+        yield subchannel.core()
+    finally:
+        await subchannel.close()
 
 
 def _multicallable(channel: Any, method: Method) -> Any:
@@ -392,6 +420,10 @@ class ResolvedPool(Pool):
         self._resting: set[str] = set()
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
+        self._causes = Causes(lambda: self._wake())
+        cluster.causes = self._causes.known
+        self._events = Events(cluster)
+        self._moved = False
 
     def get(self, address: str) -> Subchannel | None:
         if self._resting:
@@ -434,6 +466,7 @@ class ResolvedPool(Pool):
             resolving.cancel()
             if self._out_of_band is not None:
                 await self._out_of_band.close()
+            await self._causes.close()
             with self._lock:
                 subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
                 self._subchannels.clear()
@@ -445,8 +478,7 @@ class ResolvedPool(Pool):
     async def _resolve(self) -> None:
         async with contextlib.aclosing(self._resolver.updates()) as updates:
             async for update in updates:
-                if update.endpoints is None:
-                    _LOG.warning("%s: %s", self.cluster.name, update.error)
+                self._events.resolved(update)
                 if update.service_config is not None:
                     self._configured(update.service_config)
                 self._change(functools.partial(self._update, update))
@@ -456,7 +488,8 @@ class ResolvedPool(Pool):
             self.cluster.unresolved(update.error, final=update.final)
             return
         nodes = dict(self.cluster.nodes)
-        new, gone = self.cluster.update(update.endpoints)
+        new, gone = self.cluster.update(update.endpoints, update.error)
+        self._events.updated(new, gone)
         now = time.monotonic()
         for address in gone:
             self._retired.append((now, nodes[address], self._subchannels.pop(address)))
@@ -467,14 +500,21 @@ class ResolvedPool(Pool):
     def _tick(self) -> bool:
         """Do what time brings, look at every state, and connect what is idle and not at rest; returns whether
         connections are being made."""
-        self._change(lambda: self.cluster.sweep(time.monotonic()))
+        now = time.monotonic()
+        self._change(lambda: self.cluster.sweep(now))
+        self._events.swept()
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
         known = self.cluster.states
         for address, state in states:
             if state == Connectivity.IDLE and known.get(address) == Connectivity.READY:
                 self._resting.add(address)
+        failing = [address for address, state in states if state == Connectivity.TRANSIENT_FAILURE]
+        self._causes.tick(self._subchannels, failing, now)
         self._observe(states)
-        if any(state == Connectivity.TRANSIENT_FAILURE for _, state in states):
+        if self._moved:
+            self._moved = False
+            self._events.observed(tuple(known.items()), self._causes.known)
+        if failing:
             self._resolver.resolve_now()
         connecting = sum(state == Connectivity.CONNECTING for _, state in states)
         resting = self._resting
@@ -520,6 +560,12 @@ class ResolvedPool(Pool):
 
     def _observe(self, states: Sequence[tuple[str, Connectivity]]) -> None:
         known = self.cluster.states
-        if any(known.get(address, state) != state for address, state in states):
-            self._change(functools.partial(self.cluster.observe, states))
+        changed = [
+            (address, seen)
+            for address, state in states
+            if known.get(address, seen := self._causes.seen(address, state)) != seen
+        ]
+        if changed:
+            self._change(functools.partial(self.cluster.observe, changed))
+            self._moved = True  # logged by the tick: a call may be here
             self._wake()

@@ -40,7 +40,7 @@ from mesh.channel.drive import (
 from mesh.channel.instrumentation import channels_around, wrapped
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
-from mesh.errors import RpcError, terminated
+from mesh.errors import CallError, RpcError, terminated
 from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
@@ -686,7 +686,7 @@ class _BlockingDriver(_Driver):
         self._due = until
 
 
-class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa: N818 - it is a call, too
     """A call that was started with ``.future()``, or streams: all that grpc returns there, and ``explain()``."""
 
     def __init__(self, driver: _Driver) -> None:
@@ -792,7 +792,9 @@ class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
         name = type(self).__name__
         if verdict is None:
             return f"<{name} object>"
-        return terminated(name, CODES[verdict.outcome.code], verdict.outcome.details, self.debug_error_string())
+        endpoint = verdict.attempt.endpoint.address if verdict.attempt and verdict.outcome.code else ""
+        outcome = verdict.outcome
+        return terminated(name, CODES[outcome.code], outcome.details, self.debug_error_string(), endpoint)
 
     __str__ = __repr__
 
@@ -878,13 +880,13 @@ def _debug_error_string(call: Any) -> str:
     return "" if text == "None" else text
 
 
-def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
+def _error(explanation: Explanation, verdict: Verdict) -> CallError:
     """What a blocking call raises."""
     outcome = verdict.outcome
     core: Any = outcome.result
     if core is None:
-        return RpcError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
-    return RpcError(
+        return CallError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
+    return CallError(
         core.code(),
         outcome.details,
         explanation,

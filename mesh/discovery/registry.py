@@ -15,10 +15,12 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from mesh.discovery import absent
 from mesh.discovery.cache import Cache
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
+from mesh.errors import in_short
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -135,16 +137,16 @@ class RegistryResolver(Resolver):
                     break
                 self._roster.settle(_now())
                 if self._recall() or self._answered:
-                    yield self._known()
+                    yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
-            failure = f"{error.code().name}: {error.details()}"
+            failure = f"{error.code().name}: {in_short(error.details() or '')}"
         finally:
             self._answered = False
             call.cancel()
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
         if self._recall():
-            yield self._known()
+            yield await self._known(stub)
         yield Update(None, f"registry {self._registry}: {failure}")
 
     def _pause(self, begun: float) -> float | None:
@@ -157,9 +159,9 @@ class RegistryResolver(Resolver):
                 untils.append(begun + RECALL)
         return max(min(untils) - _now(), 0.0) if untils else None
 
-    def _known(self) -> Update:
+    async def _known(self, stub: pb_grpc.RegistryAsyncStub) -> Update:
         endpoints = self._probation.apply(self._roster.endpoints(), _now())
-        error = "" if endpoints else f"registry {self._registry}: no instance of {self._service}"
+        error = "" if endpoints else await absent.describe(stub, self._registry, self._service)
         return Update(endpoints, error, service_config=self._roster.service_config)
 
     def _recall(self) -> bool:

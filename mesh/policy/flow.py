@@ -23,7 +23,6 @@ from mesh.model import Attempt, CallSpec, Code, Commit, Ended, Headers, Outcome,
 from mesh.policy.cluster import Cluster
 from mesh.policy.hedge import Hedges
 from mesh.policy.load import Node
-from mesh.policy.pick import Picker
 from mesh.policy.retry import Retries
 
 Flow = Generator[Step, Wake, Verdict]
@@ -65,7 +64,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
                         due = inf
                         continue
-                    return last or _expired(cluster.picker)
+                    return last or _expired(call, cluster, now)
                 if not (paid or (hedges and hedges.withdraw(now))):
                     due = inf
                     continue
@@ -96,7 +95,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 elif picker.queue or call.wait_for_ready:
                     step = Wait(deadline if deadline < inf else None, picker)
                 else:
-                    return last or Verdict(Outcome(Code.UNAVAILABLE, picker.error))
+                    return last or Verdict(Outcome(Code.UNAVAILABLE, cluster.why(picker, now)))
             elif committing:
                 step, committing = Commit(committing), 0
             elif running:
@@ -104,7 +103,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             elif due < deadline:
                 step = Wait(due)
             else:
-                return last or _expired(cluster.picker)
+                return last or _expired(call, cluster, now)
 
             # What came of it.
             wake = yield step
@@ -168,11 +167,17 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             gate.ended(call, now)
 
 
-def _expired(picker: Picker) -> Verdict:
+def _expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
     """The deadline came while nothing was running."""
+    picker, waited = cluster.picker, now - call.started
     if picker.unresolved:
         return Verdict(Outcome(Code.UNAVAILABLE, picker.error))
-    return Verdict(Outcome(Code.DEADLINE_EXCEEDED, picker.error or "the deadline had passed before the call was sent"))
+    why = cluster.why(picker, now, waited)
+    if not why and call.deadline <= call.started:
+        why = "the deadline had passed before the call was sent"
+    elif not why:
+        why = f"{cluster.name}: not sent within {waited:.1f} s; ready endpoints: {len(picker.nodes)}"
+    return Verdict(Outcome(Code.DEADLINE_EXCEEDED, why))
 
 
 def _abandon(running: dict[int, Attempt], tried: list[Node], outcome: Outcome, now: float | None) -> None:

@@ -16,6 +16,7 @@ import uuid
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
+from mesh import variables
 from mesh.registry.book import Book
 from mesh.registry.service import SERVICE_NAME, RegistryService
 from weft.mesh.v1 import registry_pb2_grpc
@@ -60,6 +61,7 @@ def main() -> int:
     )
     listen = parser.parse_args().listen
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    variables.warn_once()
     try:
         check(listen)
         asyncio.run(serve(listen))

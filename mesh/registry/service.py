@@ -19,7 +19,8 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from mesh import config
+from mesh import config, lines
+from mesh.descriptors import unknown_names
 from mesh.registry.book import Book, Delta
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -82,7 +83,13 @@ class RegistryService(pb_grpc.RegistryServicer):
         before = self._book.find(instance.service, instance.id)
         if before is not None and before.address != instance.address:
             # A process that came back elsewhere; or two with one id, and then this line comes again and again.
-            _log.warning("%s %s moves from %s to %s", instance.service, instance.id, before.address, instance.address)
+            _log.warning(
+                "%s: instance %s moved from %s to %s; two processes with one instance id do so again and again",
+                instance.service,
+                instance.id,
+                before.address,
+                instance.address,
+            )
         lease_id = self._book.register(instance, ttl, _now())
         self._tell(instance.service)
         self._schedule()
@@ -138,7 +145,11 @@ class RegistryService(pb_grpc.RegistryServicer):
         await _refuse(context, violations)
         self._book.configure(request.service, request.service_config)
         self._tell(request.service)
-        return pb.SetServiceConfigResponse()
+        warnings = _config_warnings(request.service, request.service_config)
+        what = "set" if request.service_config else "removed"
+        ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
+        lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)
+        return pb.SetServiceConfigResponse(warnings=warnings)
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
         return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))
@@ -220,10 +231,10 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._expiry = None
         now = _now()
         if now - due > STALL:
-            _log.warning("was away for %.1f s: all leases begin anew", now - due)
+            _log.warning("this process was stopped or starved for %.1f s; all leases are extended", now - due)
             self._book.renew_all(now)
         for instance in self._book.expire(now):
-            _log.info("%s %s at %s: lease expired", instance.service, instance.id, instance.address)
+            _log.info("%s: lease of instance %s at %s expired", instance.service, instance.id, instance.address)
             self._tell(instance.service)
         self._schedule()
 
@@ -286,6 +297,14 @@ def _config_violations(text: str) -> _Violations:
         path, _, what = str(error).removeprefix("service config: ").partition(": ")
         return [("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)]
     return []
+
+
+def _config_warnings(service: str, text: str) -> tuple[str, ...]:
+    """What is unknown in a valid config, and so ignored."""
+    if not text:
+        return ()
+    parsed = config.parse(text)
+    return (*parsed.warnings, *unknown_names(parsed, [service]))
 
 
 def _address_violations(path: str, address: str) -> _Violations:

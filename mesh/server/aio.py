@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh import lines, variables
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -27,6 +28,7 @@ from mesh.server.assembly import (
     advertised,
     bind,
     instances,
+    listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
 from mesh.server.gate import AioGate
@@ -41,7 +43,8 @@ _AT_ONCE = 1.0
 
 
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
+    """Servicers, served: with health, registration, deadlines, overload protection and a graceful end; and with
+    reflection where the settings ask for it.
 
     ::
 
@@ -53,6 +56,7 @@ class Server:
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        variables.warn_once()
         self.settings = settings if settings is not None else ServerSettings.from_env()
         self.services: tuple[str, ...] = ()
         self.port = 0
@@ -90,6 +94,7 @@ class Server:
         load.add_to_server(self.gate.load, server, self._ended)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
+        lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
         self._health.set(NOT_SERVING, self.services)
@@ -114,7 +119,7 @@ class Server:
     async def _serve(self) -> None:
         settings = self.settings
         self._health.set(SERVING, self.services)
-        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
         if settings.registry:
             self._registration = Registration(
                 settings.registry, instances(self.services, settings, self.address), settings.lease_ttl

@@ -167,6 +167,12 @@ def advertised(settings: ServerSettings, port: int) -> str:
     return f"{_own_address(settings.registry) if host in WILDCARDS else host}:{port}"
 
 
+def listening(listen: str, port: int, address: str) -> str:
+    """Where a server listens, for people: its address, and the one that clients are given where that is another."""
+    bound = listen if listen.startswith(("unix:", "unix-abstract:")) else f"{listen.rpartition(':')[0]}:{port}"
+    return bound if bound == address else f"{bound}, advertised as {address}"
+
+
 def _own_address(registry: str) -> str:
     """This machine's address on the way to ``registry``: what a UDP socket gets that is connected and sends nothing."""
     host, _, port = registry.rpartition(":")

@@ -20,7 +20,9 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from mesh import lines
 from mesh.config import RetryPolicy
+from mesh.errors import in_short
 from mesh.policy.backoff import Backoff
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -59,6 +61,11 @@ class Leases:
         self._instances = {instance.service: instance for instance in instances}
         self._held: dict[str, str] = {}  # service -> lease id
         self._ttl = ttl
+
+    @property
+    def ttl(self) -> float:
+        """Seconds that leases last without a keep-alive."""
+        return self._ttl
 
     def missing(self) -> list[pb.Instance]:
         """The instances to register."""
@@ -105,6 +112,8 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._registering: asyncio.Task[None] | None = None
+        self._told = ""  # the failure that was logged last, until the registry answers again
+        self._who = instances[0].id if instances else ""
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -130,38 +139,45 @@ class Registration:
         ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
         for outcome in await asyncio.gather(*ended, return_exceptions=True):
             if isinstance(outcome, BaseException):
-                LOG.warning("deregistering at %s failed: %s", self._registry, _reason(outcome))
+                why, ttl = _reason(outcome), self.leases.ttl
+                LOG.warning("deregistration at %s failed: %s; the lease expires in %g s", self._registry, why, ttl)
                 break
         self.leases.lost(self.leases.held())
         await self._channel.close()
 
     async def _run(self, stub: Any) -> None:
         backoff = Backoff(BACKOFF)
-        told = ""
         while True:
             try:
                 await self._register(stub)
-                if told:
-                    LOG.info("registered at %s again", self._registry)
-                told = ""
                 backoff.reset()
                 await self._renew(stub)
             except Exception as error:  # whatever the registry does, serving goes on
                 if isinstance(error, (grpc.RpcError, _Silent)):
-                    if _reason(error) != told:
-                        told = _reason(error)
-                        LOG.warning("not registered at %s, trying on: %s", self._registry, told)
+                    if _reason(error) != self._told:
+                        self._told = _reason(error)
+                        LOG.warning("registration at %s failed; retrying: %s", self._registry, self._told)
                 else:
-                    LOG.exception("registering at %s failed", self._registry)
+                    LOG.exception("registration at %s failed; retrying", self._registry)
             await asyncio.sleep(backoff.delay(self._rng))
 
     async def _register(self, stub: Any) -> None:
         """Register what has no lease."""
-        for instance in self.leases.missing():
+        missing = self.leases.missing()
+        for instance in missing:
             self._registering = asyncio.get_running_loop().create_task(self._register_one(stub, instance))
             # Who awaits it may be gone when it fails.
             self._registering.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._registering)
+        if missing:
+            self._answered()
+            services = ", ".join(instance.service for instance in missing)
+            lines.info(LOG, "registered", "registered at %s as %s: %s", self._registry, self._who, services)
+
+    def _answered(self) -> None:
+        if self._told:
+            self._told = ""
+            lines.info(LOG, "found", "registry %s answers again", self._registry)
 
     async def _register_one(self, stub: Any, instance: pb.Instance) -> None:
         request = pb.RegisterRequest(instance=instance, ttl=self._ttl)
@@ -182,10 +198,12 @@ class Registration:
                     answer = await stream.read()
                 if answer is grpc.aio.EOF:
                     raise _Silent("the registry ended the keep-alives")
+                self._answered()
                 if answer.unknown_lease_ids:
                     LOG.warning(
-                        "the registry lost %d of our leases (has another process our id?); registering again",
-                        len(answer.unknown_lease_ids),
+                        "registry %s restarted, or another process uses the instance id %s; registering again",
+                        self._registry,
+                        self._who,
                     )
                     self.leases.lost(answer.unknown_lease_ids)
                     await self._register(stub)
@@ -232,5 +250,8 @@ class RegistrationThread:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
+        # How core ends what a server that stops has not answered; this side's own cancels are no AioRpcError.
+        if error.code() is grpc.StatusCode.CANCELLED or error.details() == "Cancelling all calls":
+            return "the registry is shutting down"
+        return f"{error.code().name}: {in_short(error.details() or '')}"
     return str(error) or type(error).__name__

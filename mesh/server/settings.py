@@ -87,7 +87,7 @@ def _labels(value: str) -> dict[str, str]:
     for label in filter(None, (part.strip() for part in value.split(","))):
         key, equals, text = label.partition("=")
         if not (key and equals):
-            raise _RefusedError("key=value, with commas between")
+            raise _RefusedError("comma-separated key=value pairs")
         labels[key.strip()] = text.strip()
     return labels
 
@@ -190,7 +190,7 @@ class ServerSettings:
             try:
                 told[setting.name] = setting.metadata["parse"](value)
             except _RefusedError as accepted:
-                raise ValueError(f"{variable}={value!r}: should be {accepted}") from None
+                raise ValueError(f"{variable}={value!r}: expected {accepted}") from None
         return cls(**told)
 
     def admission(self, threads: int | None = None) -> AdmissionConfig:

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh import lines, variables
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -29,6 +30,7 @@ from mesh.server.assembly import (
     advertised,
     bind,
     instances,
+    listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
@@ -43,7 +45,8 @@ _AT_ONCE = 1.0
 
 
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
+    """Servicers, served: with health, registration, deadlines, overload protection and a graceful end; and with
+    reflection where the settings ask for it.
 
     ::
 
@@ -55,6 +58,7 @@ class Server:
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        variables.warn_once()
         self.settings = settings if settings is not None else ServerSettings.from_env()
         self.services: tuple[str, ...] = ()
         self.port = 0
@@ -96,6 +100,7 @@ class Server:
         load.add_to_threaded_server(self.gate.load, server, self._held)
         self.port = bind(server, settings.listen)
         self.address = advertised(settings, self.port)
+        lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
         self._health.set(NOT_SERVING, self.services)
@@ -124,7 +129,7 @@ class Server:
                 told = instances(self.services, settings, self.address)
                 self._registration = RegistrationThread(Registration(settings.registry, told, settings.lease_ttl))
                 self._registration.start()
-        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
 
     def drain(self) -> None:
         """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -117,6 +118,16 @@ class TestWhatItPrints:
         said = shop.process.said
         for offset in (0, 1, 2, 3, 11, 12, 21, 22, 31):
             assert f"{HOST}:{shop.port + offset} " in said
+
+    def test_its_logs_say_where_each_listens_and_is_registered_and_know_every_variable(self, shop: Mesh) -> None:
+        for name in ("user-1", "order-2", "notification-1"):
+            log = (shop.data / "logs" / f"{name}.log").read_text()
+            events = [json.loads(line) for line in log.splitlines()]
+            said = [event["event"] for event in events if event["logger"] == "mesh.server" and event["level"] == "info"]
+            address = said[0].removeprefix("listening on ")
+            assert f" {address} " in shop.process.said
+            assert f"registered at {shop.registry} as {name}: " in "\n".join(said)
+            assert "unknown environment variable" not in log
 
     def test_the_grpcurl_lines_work(self, shop: Mesh) -> None:
         lines = [line for line in shop.process.said.splitlines() if line.startswith("grpcurl ")]
@@ -242,7 +253,7 @@ def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
-    mesh.process.wait_for("user-1 was ended by SIGKILL")
+    mesh.process.wait_for("user-1 killed (SIGKILL); restarting")
     mesh.process.wait_for("user-1 is back", within=30)
     assert mesh.run(sys.executable, str(REPOSITORY / "examples/quickstart_sync.py"))
     assert mesh.process.end(signal.SIGINT, within=40) == 0

@@ -284,7 +284,7 @@ async def test_watching_needs_a_service(registry: Serving) -> None:
 async def test_two_processes_with_one_id_are_logged(registry: Serving, caplog: pytest.LogCaptureFixture) -> None:
     await registry.register(instance("a", address="10.0.0.1:1"))
     await registry.register(instance("a", address="10.0.0.1:2"))
-    assert f"{USER} a moves from 10.0.0.1:1 to 10.0.0.1:2" in caplog.text
+    assert f"{USER}: instance a moved from 10.0.0.1:1 to 10.0.0.1:2" in caplog.text
 
 
 async def test_watchers_that_leave_are_forgotten(registry: Serving) -> None:

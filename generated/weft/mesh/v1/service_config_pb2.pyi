@@ -24,8 +24,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class ServiceConfig(_message.Message):
     """How a client calls a service, as JSON in the channel option "grpc.service_config". The form is gRPC's own; keys that the
-    mesh adds are marked "weft". Keys that aren't known are ignored, as gRPC ignores them; a value that is wrong is an error
-    with the field's path. Durations are written "1.5s".
+    mesh adds are marked "weft". Unknown keys are ignored, as gRPC ignores them, with a warning; a value that is wrong is an
+    error with the field's path. Durations are written "1.5s".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1289,7 +1289,7 @@ class RetryPolicy(_message.Message):
 
     Default: required, above 0.
     Source: gRFC A6.
-    Change: up, to give way faster.
+    Change: raise to back off faster.
     """
     @_builtins.property
     def initial_backoff(self) -> _duration_pb2.Duration:
