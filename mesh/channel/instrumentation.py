@@ -84,12 +84,12 @@ def channels_around(target: str, credentials: grpc.ChannelCredentials | None) ->
         channel, around = _made(make, target, credentials), []
         # grpc.intercept_channel's channels, and OpenTelemetry's own, hold the next one so. Core's is no grpc.Channel.
         while isinstance(inner := getattr(channel, "_channel", None), grpc.Channel):
-            around.append(channel)
+            # Copies without it: core's channel ends with the last reference. (To close it could be wrong: a replacement
+            # may have its channels from a pool.)
+            around.append(_around(channel, None))
             channel = inner
-        channel.close()
         if type(channel).__module__.partition(".")[0] == "mesh":
             return ()  # the program made the mesh's function grpc's, and then instrumented that: it stands around us
-        wrapped(around, None)
     except Exception as error:
         _warn(target, make, error)
         return ()
@@ -99,10 +99,14 @@ def channels_around(target: str, credentials: grpc.ChannelCredentials | None) ->
 def wrapped(around: Iterable[grpc.Channel], inner: Any) -> Any:
     """``inner`` inside channels like ``around``."""
     for channel in reversed(tuple(around)):
-        outer: Any = copy.copy(channel)
-        outer._channel = inner  # noqa: SLF001
-        inner = outer
+        inner = _around(channel, inner)
     return inner
+
+
+def _around(channel: grpc.Channel, inner: Any) -> Any:
+    outer: Any = copy.copy(channel)
+    outer._channel = inner  # noqa: SLF001
+    return outer
 
 
 def aio_interceptors(

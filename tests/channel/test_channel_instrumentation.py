@@ -224,6 +224,15 @@ async def test_a_replacement_that_makes_no_grpc_channel_leaves_the_meshs_working
     assert record.getMessage().endswith("broken adds (LookupError: not set up)")
 
 
+def test_a_channel_that_a_replacement_shares_stays_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = grpc.insecure_channel(server.address)
+    monkeypatch.setattr(grpc, "insecure_channel", lambda target: shared)
+    with shared:
+        with mesh.insecure_channel(server.address) as channel:
+            one_of_each(channel)
+        one_of_each(shared)
+
+
 def test_a_channel_is_not_kept_by_what_stands_around_its_calls(
     server: Server, monkeypatch: pytest.MonkeyPatch, seen: Seen, form: str
 ) -> None:
