@@ -59,6 +59,8 @@ OPTIONS = [
 class RegistryResolver(Resolver):
     """Watches ``service`` at the registry that ``registry`` names: ``host:port``, or another target of gRPC's."""
 
+    configures = True
+
     def __init__(
         self,
         registry: str,
@@ -112,6 +114,7 @@ class RegistryResolver(Resolver):
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
         reading = asyncio.ensure_future(call.read())
         begun = _now()
+        refused = False
         try:
             while True:
                 # Not wait_for: a read that is cancelled ends the call.
@@ -138,6 +141,7 @@ class RegistryResolver(Resolver):
                     yield self._known()
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {error.details()}"
+            refused = True
         finally:
             self._answered = False
             call.cancel()
@@ -145,7 +149,8 @@ class RegistryResolver(Resolver):
             await asyncio.gather(reading, return_exceptions=True)
         if self._recall():
             yield self._known()
-        yield Update(None, f"registry {self._registry}: {failure}")
+        # As in gRPC: a call without endpoints waits for an answer, and fails when asking for one does.
+        yield Update(None, f"registry {self._registry}: {failure}", final=refused)
 
     def _pause(self, begun: float) -> float | None:
         """How long a watch may go on as it is, if the registry says nothing more. Seconds; None: for ever."""

@@ -49,7 +49,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     committed = False
     committing = 0  # the attempt to hand over next
     step: Step
-    call.started = now
+    call.started = call.started or now  # it may have waited for its policy before
     gate = cluster.gate
     if len(gate.out) >= gate.free:
         refused = gate.refuses(call, now, rng)
@@ -65,7 +65,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
                         due = inf
                         continue
-                    return last or _expired(cluster.picker)
+                    return last or expired(cluster.picker)
                 if not (paid or (hedges and hedges.withdraw(now))):
                     due = inf
                     continue
@@ -104,7 +104,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             elif due < deadline:
                 step = Wait(due)
             else:
-                return last or _expired(cluster.picker)
+                return last or expired(cluster.picker)
 
             # What came of it.
             wake = yield step
@@ -168,7 +168,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             gate.ended(call, now)
 
 
-def _expired(picker: Picker) -> Verdict:
+def expired(picker: Picker) -> Verdict:
     """The deadline came while nothing was running."""
     if picker.unresolved:
         return Verdict(Outcome(Code.UNAVAILABLE, picker.error))
