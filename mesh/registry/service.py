@@ -44,6 +44,10 @@ EXPIRY_PERIOD = 0.1
 STALL = 1.0
 """An expiry that comes this late means that the process was stopped or starved, and heard no keep-alives. Seconds."""
 
+QUIET = 0.5
+"""After so long without any keep-alive the process may have been stopped, in any part of that time. A shorter stop lets
+no lease end, as keep-alives come every third of a time to live. Seconds."""
+
 MAX_TEXT = 1024
 """Characters in any text of an instance."""
 
@@ -71,6 +75,8 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._streams: set[asyncio.Task[Any]] = set()
         self._expiry: asyncio.TimerHandle | None = None
+        self._heard = -QUIET  # when the last keep-alive came
+        self._quiet_until = -QUIET  # when the last quiet time ended
         self._closed = False
 
     async def Register(self, request: pb.RegisterRequest, context: _Context) -> pb.RegisterResponse:
@@ -94,7 +100,10 @@ class RegistryService(pb_grpc.RegistryServicer):
     async def KeepAlive(self, _: object, context: _Context) -> None:  # type: ignore[override]
         async with self._stream(context):
             while (request := await context.read()) is not grpc.aio.EOF:
-                unknown = self._book.renew(request.lease_ids, _now())
+                now = _now()
+                self._note(now)
+                self._heard = now
+                unknown = self._book.renew(request.lease_ids, now)
                 await context.write(pb.KeepAliveResponse(unknown_lease_ids=unknown))
 
     async def Deregister(self, request: pb.DeregisterRequest, _: _Context) -> pb.DeregisterResponse:
@@ -215,13 +224,20 @@ class RegistryService(pb_grpc.RegistryServicer):
             self._expiry.cancel()
         self._expiry = asyncio.get_running_loop().call_at(due, self._expire, due)
 
+    def _note(self, now: float) -> None:
+        """See whether a quiet time ends here. (A clock of its own, ticking, would wake an idle registry.)"""
+        if now - self._heard > QUIET:
+            self._quiet_until = now
+
     def _expire(self, due: float) -> None:
         self._expiry = None
         now = _now()
+        self._note(now)
         if now - due > STALL:
             _log.warning("was away for %.1f s: all leases begin anew", now - due)
             self._book.renew_all(now)
-        for instance in self._book.expire(now):
+        # Right after a quiet time, keep-alives that came meanwhile may still wait to be read.
+        for instance in self._book.expire(now, doubtful=now - self._quiet_until < QUIET):
             _log.info("%s %s at %s: lease expired", instance.service, instance.id, instance.address)
             self._tell(instance.service)
         self._schedule()

@@ -39,6 +39,10 @@ class Early:
         except StopIteration as stop:
             self.step, self.verdict = None, stop.value
 
+    def waits(self) -> Wait:
+        assert isinstance(self.step, Wait), self.step
+        return self.step
+
     def ends(self, code: Code, details: str) -> None:
         assert self.verdict is not None
         assert (self.verdict.outcome.code, self.verdict.outcome.details) == (code, details)
@@ -49,11 +53,10 @@ class Early:
 def test_it_waits_for_the_first_resolution_and_then_has_its_methods_policy(deadline: float) -> None:
     cluster = cluster_of(0)
     early = Early(cluster, deadline)
-    assert isinstance(early.step, Wait)
-    assert early.step.until == (None if deadline == inf else deadline)
-    assert early.step.picker is cluster.picker, "what it waits for replaces the picker"
+    assert early.waits().until == (None if deadline == inf else deadline)
+    assert early.waits().picker is cluster.picker, "what it waits for replaces the picker"
     early.happens(Elapsed(11.0))
-    assert isinstance(early.step, Wait)
+    early.waits()
 
     early.told = True
     cluster.update([Endpoint("e0")])
@@ -88,7 +91,7 @@ def test_it_fails_when_nobody_can_say_who_is_there_unless_it_waits_for_ready() -
     for early in (failing, waiting):
         early.happens(Elapsed(10.5))
     failing.ends(Code.UNAVAILABLE, "test: registry refuses")
-    assert isinstance(waiting.step, Wait)
+    waiting.waits()
 
 
 def test_a_policy_that_stays_unknown_is_waited_for() -> None:
