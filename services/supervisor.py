@@ -35,6 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mesh import files
 from weft.mesh.v1 import registry_pb2, registry_pb2_grpc
 
 HOST = "127.0.0.1"
@@ -98,16 +99,17 @@ class Plan:
             "MESH_NATS_URL": f"nats://{HOST}:{broker}",
         }
 
-        def replica(name: str, command: Sequence[str], port: int, service: str = "") -> Replica:
-            own = {**environment, "MESH_LISTEN": f"{HOST}:{port}", "MESH_INSTANCE_ID": name}
+        def replica(name: str, command: Sequence[str], port: int, service: str = "", **further: str) -> Replica:
+            own = {**environment, "MESH_LISTEN": f"{HOST}:{port}", "MESH_INSTANCE_ID": name, **further}
             return Replica(name, command, service, port, own, self.data / "logs" / f"{name}.log")
 
         def replicas(kind: str, service: str, first: int, count: int) -> list[Replica]:
             command = [sys.executable, "-m", f"services.{kind}"]
             return [replica(f"{kind}-{n + 1}", command, first + n, service) for n in range(count)]
 
+        registry = [sys.executable, "-m", "mesh.registry", "--listen", self.registry]
         return [
-            replica("registry", [sys.executable, "-m", "mesh.registry", "--listen", self.registry], self.port),
+            replica("registry", registry, self.port, MESH_REGISTRY_STATE=str(self.data / "registry")),
             replica(
                 BROKER, [_nats_server(), "-a", HOST, "-p", str(broker), "-js", "-sd", str(self.data / "nats")], broker
             ),
@@ -207,6 +209,26 @@ class Shop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, stopped)
         began = time.monotonic()
+        with self._lock_data():
+            return await self._run(stop, began)
+
+    @contextlib.contextmanager
+    def _lock_data(self) -> Iterator[None]:
+        """Have the folder with the data for this shop alone: two brokers on one store lose messages."""
+        data = self.plan.data
+        try:
+            lock = files.lock(data)
+        except files.InUseError as error:
+            raise CannotRunError(
+                f"{data} is in use by another mesh (pid {error.holder}): "
+                f"make run-mesh DATA={data}-2 PORT={_another(self.plan.port)} runs beside it"
+            ) from None
+        except OSError as error:
+            raise CannotRunError(f"can't write to {error.filename}: {(error.strerror or '').lower()}") from None
+        with lock:
+            yield
+
+    async def _run(self, stop: asyncio.Event, began: float) -> int:
         self._check_ports()
         self._prepare_logs()
         started = asyncio.create_task(self._start())

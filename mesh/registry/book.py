@@ -181,6 +181,10 @@ class Book:
         known = self._services.get(service)
         return known.config if known else ""
 
+    def configs(self) -> dict[str, str]:
+        """The services' configs, of those that have one."""
+        return {name: service.config for name, service in self._services.items() if service.config}
+
     def changes(self, service: str, since: int) -> Delta | None:
         """What changed in a service after revision ``since``, each instance once, as it is now.
 

@@ -20,7 +20,9 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import config
+from mesh.addresses import is_local, parse
 from mesh.registry.book import Book, Delta
+from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -58,8 +60,6 @@ MAX_CONFIG = 256 * 1024
 """Characters in a service config."""
 
 _FULL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(%\w+)?\]|[^\s:/,\[\]]+):(?P<port>\d{1,5})", re.ASCII)
-_WILDCARDS = frozenset({"0.0.0.0", "[::]"})
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Violations = list[tuple[str, str]]
@@ -68,10 +68,15 @@ _log = logging.getLogger(__name__)
 
 
 class RegistryService(pb_grpc.RegistryServicer):
-    """The registry's servicer. It belongs to the event loop that its server runs on."""
+    """The registry's servicer. It belongs to the event loop that its server runs on.
+
+    ``state``: where service configs are kept across restarts, if anywhere.
+    """
 
     def __init__(self, book: Book) -> None:
         self._book = book
+        self.state: State | None = None
+        self._configuring = asyncio.Lock()
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._streams: set[asyncio.Task[Any]] = set()
         self._expiry: asyncio.TimerHandle | None = None
@@ -144,9 +149,26 @@ class RegistryService(pb_grpc.RegistryServicer):
     ) -> pb.SetServiceConfigResponse:
         violations = _service_violations("service", request.service) + _config_violations(request.service_config)
         await _refuse(context, violations)
-        self._book.configure(request.service, request.service_config)
-        self._tell(request.service)
+        # A caller that leaves meanwhile must not leave behind a config that is on disk and not in the book.
+        try:
+            await asyncio.shield(self._configure(request.service, request.service_config))
+        except OSError as error:
+            _log.error("%s: the config can't be kept in %r: %s", request.service, self.state, error)
+            await context.abort(
+                grpc.StatusCode.INTERNAL,
+                f"the registry can't keep the config on disk ({error.strerror}); the one before still holds",
+            )
         return pb.SetServiceConfigResponse()
+
+    async def _configure(self, service: str, text: str) -> None:
+        async with self._configuring:
+            if self.state is not None:
+                configs = self._book.configs()
+                configs[service] = text
+                kept = {name: each for name, each in configs.items() if each}
+                await asyncio.to_thread(self.state.save, kept)
+            self._book.configure(service, text)
+            self._tell(service)
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
         return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))
@@ -304,11 +326,12 @@ def _config_violations(text: str) -> _Violations:
 
 
 def _address_violations(path: str, address: str) -> _Violations:
-    if re.fullmatch(r"unix(-abstract)?:\S+", address):
+    if is_local(address):
         return []
-    parts = _HOST_PORT.fullmatch(address)
-    if parts is None or not 1 <= int(parts["port"]) <= 65535:
-        return [(path, 'must be "host:port" or "unix:path"')]
-    if parts["host"] in _WILDCARDS:
+    try:
+        parsed = parse(address)
+    except ValueError as error:
+        return [(path, f'must be "host:port", "[ipv6]:port" or "unix:path": {error}')]
+    if parsed.is_wildcard:
         return [(path, "must be an address that others can reach, not the wildcard that the server listens on")]
     return []

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -25,8 +26,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
 from mesh.server.gate import AioGate
@@ -80,6 +81,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.aio.Server | None = None
         self._health: _Health | None = None
         self._registration: Registration | None = None
@@ -110,7 +112,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_server(self.gate.load, server)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
@@ -181,6 +184,7 @@ class Server:
         await asyncio.wait([stopping], timeout=grace - for_streams + _AT_ONCE)
         stopping.cancel()
         await asyncio.wait([stopping])
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def kill(self) -> None:

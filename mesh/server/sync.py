@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -28,8 +29,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
@@ -77,6 +78,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.Server | None = None
         self._health = _Health()
         self._registration: RegistrationThread | None = None
@@ -109,7 +111,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_threaded_server(self.gate.load, server)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
@@ -182,6 +185,7 @@ class Server:
                     self._server.stop(0.0)
                     break
             stopped.wait(max(0.0, end - time.monotonic()) + _AT_ONCE)
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
