@@ -227,7 +227,7 @@ class ServerSettings:
             ("grpc.max_connection_age_grace_ms", round(self.connection_age_grace * 1000)),
         ]
         timeout = round(self.keepalive_timeout * 1000)
-        return [
+        ours: list[Option] = [
             # Without it two processes may share a port, and each gets half of the other's calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self.max_receive_bytes),
@@ -248,5 +248,6 @@ class ServerSettings:
             # Clients watch their connections in the same way, also while they have no call.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", round(self.min_ping_interval * 1000)),
-            *self.options,
         ]
+        # Each name once: of two with one name core takes the first.
+        return list({**dict(ours), **dict(self.options)}.items())
