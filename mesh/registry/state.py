@@ -5,9 +5,9 @@ Instances aren't kept: they register again within seconds, and what is kept of t
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +44,8 @@ class State:
             configs = json.loads(text)["configs"]
             return {_name(service): _valid(service, told) for service, told in configs.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            aside = self._path.with_name(f"{FILE}.corrupt-{time.time_ns()}")
+            names = (self._path.with_name(f"{FILE}.corrupt-{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             self._path.replace(aside)
             _log.error(
                 "%s can't be used (%s: %s); starting without service configs. The file is now %s: mend it and put it "

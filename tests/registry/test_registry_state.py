@@ -82,7 +82,10 @@ def test_a_corrupt_file_is_set_aside_and_named(text: bytes, tmp_path: Path, capl
     state.save({USER: CONFIG})
     state.close()
     assert kept(tmp_path) == {USER: CONFIG}
-    assert aside.exists()
+    (tmp_path / FILE).write_bytes(b"again")
+    assert kept(tmp_path) == {}
+    assert sorted(path.name for path in tmp_path.glob("*corrupt*")) == [f"{FILE}.corrupt-1", f"{FILE}.corrupt-2"]
+    assert aside.read_bytes() == text
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
