@@ -144,8 +144,8 @@ class Replica:
         self._environment = environment
         self._begins_at = 0
 
-    async def start(self, log: IO[bytes]) -> None:
-        """Start the process; its output goes to ``log``."""
+    async def start(self, log: IO[bytes], lock: int) -> None:
+        """Start the process; its output goes to ``log``. It keeps the data's ``lock`` as long as it lives."""
         self._begins_at = log.seek(0, os.SEEK_END)
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -155,6 +155,7 @@ class Replica:
             env={**os.environ, **self._environment},
             # Out of the terminal's group: Ctrl-C reaches the supervisor alone, which ends the processes in order.
             process_group=0,
+            pass_fds=(lock,),
             preexec_fn=_die_with(os.getpid()),
         )
 
@@ -195,6 +196,7 @@ class Shop:
         self._up = False
         self._draining = False
         self._killed = asyncio.Event()
+        self._lock = -1  # the file that has the data's folder locked
 
     async def run(self) -> int:
         """Run until a signal says otherwise; returns the exit code."""
@@ -226,6 +228,8 @@ class Shop:
         except OSError as error:
             raise CannotRunError(f"can't write to {error.filename}: {(error.strerror or '').lower()}") from None
         with lock:
+            # The processes have it, too: they may outlive this one by what they take to drain.
+            self._lock = lock.fileno()
             yield
 
     async def _run(self, stop: asyncio.Event, began: float) -> int:
@@ -303,7 +307,7 @@ class Shop:
         with replica.log.open("ab") as log:
             while True:
                 began = time.monotonic()
-                await replica.start(log)
+                await replica.start(log, self._lock)
                 assert replica.process is not None
                 if self._up:
                     back = asyncio.create_task(self._welcome(replica))

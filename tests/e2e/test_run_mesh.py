@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -269,5 +270,10 @@ def test_no_process_outlives_a_killed_supervisor(spawn: Spawn, tmp_path: Path) -
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     pids = mesh.pids()
+    os.kill(pids["nats"], signal.SIGSTOP)
     assert mesh.process.end(signal.SIGKILL) == -signal.SIGKILL
+    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", mesh.data)
+    assert second.wait() == 2, "while the broker lives, no other has its store"
+    assert "is in use by another mesh" in second.said
+    os.kill(pids["nats"], signal.SIGCONT)
     eventually(lambda: all(gone(pid) for pid in pids.values()), within=30, what="its processes had ended")

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
+import mesh
 import mesh.server.aio
 import mesh.server.sync
 from mesh.addresses import parse
@@ -181,6 +182,34 @@ def test_an_abstract_socket_is_served_once(kind: Any) -> None:
         assert rests(listen)
     finally:
         first.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize(
+    ("listen", "advertise"), [("[::]:0", ""), ("[::1]:0", ""), ("[::1]:0", "::1"), ("[::1]:0", "[::1]")]
+)
+def test_a_mesh_on_ipv6_works_however_its_addresses_are_written(
+    kind: Any, listen: str, advertise: str, spawn: Spawn
+) -> None:
+    registry = spawn.python("-m", "mesh.registry", "--listen", "[::1]:0")
+    at = registry.wait_for("serving on [::1]:").partition("serving on ")[2].split()[0]
+    server = kind(ServerSettings(listen=listen, advertise=advertise, registry=at, drain_wait=0))
+    try:
+        with mesh.insecure_channel(f"mesh://{at}/{NAME}") as channel:
+            call: Any = channel.unary_unary(f"/{NAME}/Nap")
+            eventually(lambda: answered(call))
+            assert call.with_call(b"0", timeout=10)[1].explain().attempts[0].address == f"[::1]:{server.port}"
+    finally:
+        server.close()
+
+
+def answered(call: Any) -> bool:
+    """Whether it is: the server may not have registered yet."""
+    try:
+        return bool(call(b"0", timeout=10) == b"rested")
+    except grpc.RpcError:
+        return False
 
 
 def test_a_socket_whose_queue_is_full_has_a_server(tmp_path: Path) -> None:
