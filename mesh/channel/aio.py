@@ -440,7 +440,7 @@ class _Driver(EventDriver):
     ) -> None:
         super().__init__(call, flow, channel.assembly.pool)
         self.channel = channel
-        self.hedged = method.policy.hedge.max_attempts > 1
+        self.hedged = False  # known with the first attempt
         self.replay = AioReplay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._method = method
         self._credentials = credentials
@@ -457,6 +457,7 @@ class _Driver(EventDriver):
             self._scope.adopt(self, self._cancel_from_anywhere)
 
     def begin(self, attempt: Attempt) -> None:
+        self.hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:

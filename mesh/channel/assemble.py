@@ -36,6 +36,7 @@ from mesh.discovery.target import resolver_for
 from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
+from mesh.policy.early import PENDING, EarlyCall, early_flow
 from mesh.policy.flow import Flow, call_flow
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
@@ -79,6 +80,8 @@ class Assembly:
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
+        # Whether a config is yet to come that calls wait for.
+        self._pending = resolver is not None and resolver.configures and not text
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
         self.cluster = Cluster(target, self.config, self.rng, time.monotonic(), threading.Lock)
@@ -141,13 +144,20 @@ class Assembly:
     def _offer(self, source: Source, text: str) -> None:
         """Have another config hold from the next call on, if ``text`` makes one. Calls in flight go on with theirs."""
         with self._lock:
-            if not self._configs.offer(source, text):
+            changed = self._configs.offer(source, text)
+            first = self._pending and (changed or source is Source.REGISTRY)
+            if not (changed or first):
                 return
+            self._pending = False
             for method in self._methods.values():
                 method.policy = self._policy(method.path)
-        self.pool.reconfigure(self.config)
+        # Calls that wait for their policy are woken by this, or by the endpoints that come next.
+        if changed:
+            self.pool.reconfigure(self.config)
 
     def _policy(self, path: str) -> MethodPolicy:
+        if self._pending:
+            return PENDING
         policy = self.config.method(path, idempotency_of(path))
         return policy if self._retries else replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
 
@@ -171,20 +181,53 @@ class Assembly:
     ) -> CallSpec:
         """A new call, with what it inherits from the inbound call being handled."""
         policy = method.policy
+        if policy is PENDING:
+            return self._early_call(method, now, timeout, metadata, wait_for_ready)
         if wait_for_ready is None:
             wait_for_ready = bool(policy.wait_for_ready)
         scope = context.current()
         if scope is None:
             return CallSpec(method.path, policy, deadline_of(now, timeout, None, policy), metadata, wait_for_ready)
         deadline = deadline_of(now, timeout, scope.deadline, policy)
-        if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
-            metadata = (*(metadata or ()), (context.CRITICALITY, scope.criticality))
-        return CallSpec(method.path, policy, deadline, metadata, wait_for_ready, not scope.is_retry)
+        return CallSpec(
+            method.path, policy, deadline, _with_criticality(metadata, scope), wait_for_ready, not scope.is_retry
+        )
+
+    def _early_call(
+        self,
+        method: Method,
+        now: float,
+        timeout: float | None,
+        metadata: Sequence[Metadatum] | None,
+        wait_for_ready: bool | None,
+    ) -> EarlyCall:
+        """A call made before the first resolution."""
+        scope = context.current()
+        inherited = None if scope is None else scope.deadline
+
+        def settle(call: EarlyCall) -> None:
+            policy = method.policy
+            if policy is not PENDING:
+                call.policy = policy
+                call.deadline = deadline_of(now, timeout, inherited, policy)
+                call.wait_for_ready = bool(policy.wait_for_ready if wait_for_ready is None else wait_for_ready)
+
+        return EarlyCall(
+            method.path,
+            PENDING,
+            deadline_of(now, timeout, inherited, PENDING),
+            metadata if scope is None else _with_criticality(metadata, scope),
+            bool(wait_for_ready),
+            scope is None or not scope.is_retry,
+            settle=settle,
+        )
 
     def flow(self, call: CallSpec, now: float) -> Flow:
         """The flow of ``call``. Raises TypeError for metadata that grpc would refuse so."""
         if call.metadata and not _sendable(call.metadata):
             return _refused(call, now)
+        if type(call) is EarlyCall:
+            return early_flow(call, self.cluster, self.rng, now)
         return call_flow(call, self.cluster, self.rng, now)
 
     def failed(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:
@@ -196,6 +239,13 @@ class Assembly:
 
     def __repr__(self) -> str:
         return f"<Assembly {self.target} {self.cluster!r}>"
+
+
+def _with_criticality(metadata: Sequence[Metadatum] | None, scope: context.Scope) -> Sequence[Metadatum] | None:
+    """``metadata``, with the criticality of the inbound call unless it has one."""
+    if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
+        return (*(metadata or ()), (context.CRITICALITY, scope.criticality))
+    return metadata
 
 
 _KEY = re.compile(r"[0-9a-z_.-]+")

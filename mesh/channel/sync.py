@@ -525,7 +525,7 @@ class _Driver(LockedDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._hedged = method.policy.hedge.max_attempts > 1
+        self._hedged = False  # known with the first attempt
         self._unary = method.kind.endswith("unary")
         self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._request = requests
@@ -537,6 +537,7 @@ class _Driver(LockedDriver):
             self._scope.adopt(self, self.cancel)
 
     def begin(self, attempt: Attempt) -> None:
+        self._hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:

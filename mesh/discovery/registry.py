@@ -61,6 +61,8 @@ OPTIONS = [
 class RegistryResolver(Resolver):
     """Watches ``service`` at the registry that ``registry`` names: ``host:port``, or another target of gRPC's."""
 
+    configures = True
+
     def __init__(
         self,
         registry: str,
@@ -114,6 +116,7 @@ class RegistryResolver(Resolver):
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
         reading = asyncio.ensure_future(call.read())
         begun = _now()
+        refused = False
         try:
             while True:
                 # Not wait_for: a read that is cancelled ends the call.
@@ -140,6 +143,7 @@ class RegistryResolver(Resolver):
                     yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {in_short(error.details() or '')}"
+            refused = True
         finally:
             self._answered = False
             call.cancel()
@@ -147,7 +151,8 @@ class RegistryResolver(Resolver):
             await asyncio.gather(reading, return_exceptions=True)
         if self._recall():
             yield await self._known(stub)
-        yield Update(None, f"registry {self._registry}: {failure}")
+        # As in gRPC: a call without endpoints waits for an answer, and fails when asking for one does.
+        yield Update(None, f"registry {self._registry}: {failure}", final=refused)
 
     def _pause(self, begun: float) -> float | None:
         """How long a watch may go on as it is, if the registry says nothing more. Seconds; None: for ever."""

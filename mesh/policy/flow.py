@@ -48,7 +48,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     committed = False
     committing = 0  # the attempt to hand over next
     step: Step
-    call.started = now
+    call.started = call.started or now  # it may have waited for its policy before
     gate = cluster.gate
     if len(gate.out) >= gate.free:
         refused = gate.refuses(call, now, rng)
@@ -64,7 +64,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
                         due = inf
                         continue
-                    return last or _expired(call, cluster, now)
+                    return last or expired(call, cluster, now)
                 if not (paid or (hedges and hedges.withdraw(now))):
                     due = inf
                     continue
@@ -103,7 +103,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             elif due < deadline:
                 step = Wait(due)
             else:
-                return last or _expired(call, cluster, now)
+                return last or expired(call, cluster, now)
 
             # What came of it.
             wake = yield step
@@ -167,7 +167,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             gate.ended(call, now)
 
 
-def _expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
+def expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
     """The deadline came while nothing was running."""
     picker, waited = cluster.picker, now - call.started
     if picker.unresolved:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import lines, variables
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -26,8 +27,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
     listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
@@ -62,6 +63,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.aio.Server | None = None
         self._health = AioHealth()
         self._ended = asyncio.Event()
@@ -92,7 +94,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_server(self.gate.load, server, self._ended)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
@@ -160,6 +163,7 @@ class Server:
         await asyncio.wait([stopping], timeout=grace - for_streams + _AT_ONCE)
         stopping.cancel()
         await asyncio.wait([stopping])
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def kill(self) -> None:

@@ -189,6 +189,7 @@ class Registration:
     async def _renew(self, stub: Any) -> None:
         """Renew what has a lease, on one stream, until that fails."""
         stream = stub.KeepAlive()
+        ending = asyncio.ensure_future(stream.code())
         try:
             while True:
                 # At once on a new stream: after an outage a lease may be near its end.
@@ -207,10 +208,16 @@ class Registration:
                     )
                     self.leases.lost(answer.unknown_lease_ids)
                     await self._register(stub)
-                await asyncio.sleep(self.leases.renew_in(self._rng))
+                # A stream that ends meanwhile is found out at once, and not by writing to it.
+                await asyncio.wait([ending], timeout=self.leases.renew_in(self._rng))
+                if ending.done():
+                    raise _Silent(f"{ending.result().name}: {await stream.details()}")
         except TimeoutError:
             raise _Silent(f"no answer in {TIMEOUT:g} s") from None
+        except asyncio.InvalidStateError:  # it ended before the message could be written
+            raise _Silent(f"{(await stream.code()).name}: {await stream.details()}") from None
         finally:
+            ending.cancel()
             stream.cancel()
 
 

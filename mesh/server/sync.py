@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import lines, variables
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -28,8 +29,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
     listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
@@ -64,6 +65,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.Server | None = None
         # Streams of ours that hold a thread each, because an interceptor stands around them.
         self._held = threading.BoundedSemaphore(SPARE // 2)
@@ -98,7 +100,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_threaded_server(self.gate.load, server, self._held)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
@@ -168,6 +171,7 @@ class Server:
                     self._server.stop(0.0)
                     break
             stopped.wait(max(0.0, end - time.monotonic()) + _AT_ONCE)
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:

@@ -147,7 +147,7 @@ class LoadBalancingConfig(_message.Message):
     OUTLIER_DETECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
-        """Each endpoint in turn, from a random start.
+        """Each endpoint in turn, or as often as its weight gives it, from a random start.
 
         Default: not used.
         Source: gRPC.
