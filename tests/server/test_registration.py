@@ -194,7 +194,7 @@ class TestRegistration:
             while registry.service.streams < 6:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             await registry.go()
-            while len(said := [each for each in caplog.records if "not registered" in each.message]) < 6:  # noqa: ASYNC110
+            while len(said := [each for each in caplog.records if "failed; retrying" in each.message]) < 6:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             await registry.come()
             # At once, and not when the next keep-alive is due.
