@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,14 +29,16 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context
-from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
+from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
+from mesh.core import ChannelOptions
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
 from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
 from mesh.policy.flow import Flow, call_flow
+from mesh.tasks import keep_running
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
 # mesh:/// targets alone.
@@ -92,7 +94,7 @@ class Assembly:
             self.pool = OwnPool(self.cluster, Endpoint(target), subchannel)
         else:
             keepalive = dict(KEEPALIVE) if found.scheme == "mesh" else {}
-            core = {**keepalive, **_authority(found.authority), **given}
+            core = {**keepalive, **_authority(found.authority, given), **given}
 
             def open_endpoint(address: str) -> Subchannel:
                 health_service = self.config.health_service
@@ -116,7 +118,9 @@ class Assembly:
         return self._run(self._config_file)
 
     async def _run(self, config_file: ConfigFile) -> None:
-        reading = asyncio.create_task(self._reread(config_file))
+        reading = asyncio.create_task(
+            keep_running("reading the config file", functools.partial(self._reread, config_file), where=self.target)
+        )
         try:
             await self.pool.run()
         finally:
@@ -256,8 +260,12 @@ def _endpoint_config(health_service: str | None) -> str:
     )
 
 
-def _authority(name: str | None) -> dict[str, str]:
-    # The service's name and not the address: TLS then verifies the service.
-    if name is None:
+_AUTHORITY_OPTIONS = ("grpc.default_authority", "grpc.ssl_target_name_override")
+
+
+def _authority(name: str | None, given: Mapping[str, Any]) -> dict[str, str]:
+    """What stands for the endpoints' addresses in TLS and in ``:authority``: the service's name. A name that the user
+    gave holds for both, as in gRPC: core derives each of the two options from the other where only one is set."""
+    if name is None or not given.keys().isdisjoint(_AUTHORITY_OPTIONS):
         return {}
     return {"grpc.default_authority": name, "grpc.ssl_target_name_override": re.sub(r":\d+$", "", name)}
