@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
+from concurrent import futures
 from typing import Any
 
 from mesh.config import RetryPolicy
@@ -64,7 +65,7 @@ def _cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def log_failure(task: asyncio.Task[None]) -> None:
+def log_failure(task: asyncio.Future[None] | futures.Future[None]) -> None:
     """A done callback for a task that nobody awaits: log its exception."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        _LOG.error("%s failed: %s: %s", task.get_name(), type(error).__name__, error, exc_info=error)
+        _LOG.error("%r failed: %s: %s", task, type(error).__name__, error, exc_info=error)

@@ -29,6 +29,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context
+from mesh.channel.arguments import check_compression, checked, text_of
 from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.core import ChannelOptions
@@ -69,13 +70,15 @@ class Assembly:
         compression: grpc.Compression | None,
         open_subchannel: OpenSubchannel,
     ) -> None:
+        target = text_of(target)
+        check_compression(compression)
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
         self._methods: dict[tuple[Any, ...], Method] = {}
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
-        given = _checked(options or ())
+        given = checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         self._configs = Configs(target, balanced_by_core=resolver is None)
@@ -227,18 +230,6 @@ def _refused(call: CallSpec, now: float) -> Flow:
     call.started = now
     yield from ()
     return Verdict(Outcome(Code.INTERNAL, "Invalid metadata"))
-
-
-def _checked(options: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """The options by name. What core would refuse is refused here, because core sees it only when a call is made."""
-    given = {}
-    for name, value in options:
-        if not isinstance(value, str | bytes) and not hasattr(value, "__int__"):
-            raise TypeError(f"channel option {name!r}: expected a string, bytes or a number, got {value!r}")
-        if isinstance(value, int) and not -(2**31) <= value < 2**31:
-            raise OverflowError(f"channel option {name!r}: {value} is beyond 32 bits")
-        given[name.decode() if isinstance(name, bytes) else name] = value
-    return given
 
 
 def idempotency_of(path: str) -> Idempotency:
