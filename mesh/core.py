@@ -16,7 +16,6 @@ import grpc
 import grpc.aio
 from grpc._channel import Channel as _Channel
 from grpc.aio._channel import Channel as _AioChannel
-from grpc.experimental import _insecure_channel_credentials
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
@@ -51,8 +50,3 @@ def state(channel: Any, connect: bool) -> int:
 
 def _core(credentials: grpc.ChannelCredentials | None) -> Any:
     return None if credentials is None else credentials._credentials  # type: ignore[attr-defined]  # noqa: SLF001
-
-
-def insecure(credentials: grpc.ChannelCredentials) -> bool:
-    """Whether these are ``grpc.experimental.insecure_channel_credentials``."""
-    return credentials._credentials is _insecure_channel_credentials  # type: ignore[attr-defined]  # noqa: SLF001

@@ -875,5 +875,5 @@ def secure_channel(
         TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
         ValueError: as ``insecure_channel``.
     """
-    check_channel_credentials(credentials, plaintext=True)
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression, interceptors)

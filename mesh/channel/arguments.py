@@ -7,8 +7,6 @@ from typing import Any
 
 import grpc
 
-from mesh import core
-
 
 def text_of(target: Any) -> str:
     """The target, which grpc also takes as bytes."""
@@ -19,14 +17,12 @@ def text_of(target: Any) -> str:
     return target
 
 
-def check_channel_credentials(credentials: Any, *, plaintext: bool) -> None:
-    """Of ``secure_channel``. ``plaintext``: whether credentials that are none are taken (grpc.aio takes them)."""
+def check_channel_credentials(credentials: Any) -> None:
+    """Of ``secure_channel``."""
     if not isinstance(credentials, grpc.ChannelCredentials):
         raise TypeError(
             f"credentials: expected grpc.ChannelCredentials, got {credentials!r}; for plaintext use insecure_channel"
         )
-    if not plaintext and core.insecure(credentials):
-        raise ValueError("secure_channel cannot be called with insecure credentials. Call insecure_channel instead.")
 
 
 def check_compression(compression: Any) -> None:
@@ -42,14 +38,11 @@ def check_call(credentials: Any, compression: Any) -> None:
     check_compression(compression)
 
 
-def checked(options: Iterable[Any]) -> dict[str, Any]:
+def checked(options: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     """A channel's options by name. What core would refuse is refused here, because core sees it only when a call is
     made."""
     given = {}
-    for option in options:
-        if not isinstance(option, tuple | list) or len(option) != 2:
-            raise TypeError(f"options: expected (name, value) pairs, got {option!r}")
-        name, value = option
+    for name, value in options:
         if not isinstance(name, str | bytes):
             raise TypeError(f"options: expected a string as the name, got {name!r}")
         if not isinstance(value, str | bytes) and not hasattr(value, "__int__"):

@@ -905,7 +905,7 @@ def secure_channel(
 
     Raises:
         TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
-        ValueError: as ``insecure_channel``; and for credentials that are insecure.
+        ValueError: as ``insecure_channel``.
     """
-    check_channel_credentials(credentials, plaintext=False)
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression)
