@@ -21,6 +21,7 @@ from mesh.channel import background
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
 from tests.channel.suite import RESPONSES, UNARY, Server
+from tests.processes import eventually
 
 Failure: Any = grpc.RpcError
 CODE = grpc.StatusCode
@@ -257,31 +258,38 @@ def collecting(pool: Any) -> None:
     pool.cluster.sweep = swept
 
 
+def background_lives() -> None:
+    done = threading.Event()
+    background.call(done.set)
+    assert done.wait(5), "the background thread hangs"
+
+
 @pytest.mark.slow
 def test_garbage_is_collected_while_a_lock_is_held(server: Server, silent: str) -> None:
+    """Calls that wait, that run and that stream, and a channel: in the background thread, and in any other."""
     gc.disable()
     try:
-        with blocking(f"static:///{server.address}") as channel:
-            unary: Any = channel.unary_unary(UNARY)
-            assert unary(b"ok", timeout=5) == b"ok"
-            waiting = blocking(f"static:///{silent}")
-            Cycle(waiting.unary_unary(UNARY).future(b"ok", timeout=60))  # a waiting call, and its channel
-            Cycle(unary.future(b"hang", timeout=60))
+        with blocking(f"static:///{silent}") as waiting, blocking(f"static:///{server.address}") as channel:
+            Cycle(waiting.unary_unary(UNARY).future(b"ok", timeout=60))
+            Cycle(channel.unary_unary(UNARY).future(b"hang", timeout=60))
             Cycle(channel.unary_stream(RESPONSES)(b"hang", timeout=60))
             server.wait_until_busy(2)
-            del waiting
-            collecting(channel.assembly.pool)
+            collecting(waiting.assembly.pool)
             server.wait_until_idle()  # the calls were cancelled
-            assert unary(b"ok", timeout=5) == b"ok"
-            done = threading.Event()
-            background.call(done.set)
-            assert done.wait(5), "the background thread hangs"
-            # And in any thread that holds the lock.
-            Cycle(unary.future(b"hang", timeout=60))
-            server.wait_until_busy(1)
-            with channel.assembly.pool._lock:
+            background_lives()
+            del waiting.assembly.pool.cluster.sweep
+            Cycle(waiting.unary_unary(UNARY).future(b"ok", timeout=60))
+            with waiting.assembly.pool._lock:
                 gc.collect()
-            server.wait_until_idle()
+        dropped = blocking(f"static:///{silent}")
+        assert dropped.unary_unary(UNARY).future(b"ok", timeout=0.05).code() is CODE.DEADLINE_EXCEEDED
+        pool = dropped.assembly.pool
+        collecting(pool)
+        Cycle(dropped)
+        del dropped
+        eventually(lambda: pool.closed)
+        eventually(lambda: not pool._subchannels)
+        background_lives()
     finally:
         gc.enable()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.model import Connectivity
+from mesh.model import Connectivity, Endpoint
 from mesh.policy.connecting import AT_ONCE, BUSY, CALM, PLACE, Connects
+from tests.policy.driving import cluster_of
 
 IDLE, CONNECTING, READY = Connectivity.IDLE, Connectivity.CONNECTING, Connectivity.READY
 
@@ -38,3 +39,21 @@ def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
     connects.look([("a", IDLE)], 0.0)
     pauses = [connects.look([("a", CONNECTING)], now)[1] for now in (0.01, 0.1, 0.4, 1.0, 5.0)]
     assert pauses == pytest.approx([BUSY, BUSY, 0.02, 0.05, CALM])
+
+
+def test_calls_fail_with_the_cause_while_no_connection_is_made() -> None:
+    cluster = cluster_of(0)
+    cluster.update([Endpoint("a")])
+    assert cluster.picker.queue
+    cluster.stalled("connecting failed: ValueError: boom")
+    assert not cluster.picker.queue
+    assert cluster.picker.error == "test: connecting failed: ValueError: boom"
+    cluster.observe([("a", READY)])  # what is connected goes on
+    assert cluster.picker.nodes
+    cluster.observe([("a", CONNECTING)])
+    assert not cluster.picker.queue
+    cluster.stalled("")
+    assert cluster.picker.queue
+    before = cluster.picker
+    cluster.stalled("")
+    assert cluster.picker is before
