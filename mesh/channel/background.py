@@ -29,8 +29,16 @@ def loop() -> asyncio.AbstractEventLoop:
         if _loop is None:
             _loop = asyncio.new_event_loop()
             _loop.set_exception_handler(_failed)
-            threading.Thread(target=_loop.run_forever, name="mesh-background", daemon=True).start()
+            threading.Thread(target=_run, args=(_loop,), name="mesh-background", daemon=True).start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except BaseException:  # SystemExit, which asyncio lets through: every channel needs this thread
+            _LOG.exception("the background thread was interrupted, and goes on")
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> Future[None]:

@@ -37,7 +37,10 @@ class Worker:
                 self._condition.notify()
                 return
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter ends; the next work tries again
+                self._thread = None
 
     def _run(self) -> None:
         while True:
@@ -48,7 +51,7 @@ class Worker:
                 work = self._work.popleft()
             try:
                 work()
-            except Exception:
+            except BaseException:  # SystemExit, too: the thread serves other calls
                 _LOG.exception("Exception in callback %r", work)
             del work  # not kept alive while idle
 

@@ -223,6 +223,24 @@ def test_a_callback_that_raises_is_logged(server: Server, caplog: pytest.LogCapt
     assert "in a callback" in caplog.text
 
 
+def test_an_interrupt_in_a_callback_ends_no_thread_that_others_need(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit(3)
+
+    ran = threading.Event()
+    with blocking(f"static:///{server.address}") as channel:
+        future: Any = channel.unary_unary(UNARY).future(b"hang", timeout=20)
+        future.add_done_callback(leave)
+        future.add_done_callback(lambda _: ran.set())
+        future.cancel()
+        assert ran.wait(10)
+        background.call(leave)
+        assert channel.unary_unary(UNARY).future(b"hang", timeout=0.05).code() is CODE.DEADLINE_EXCEEDED
+    assert "the background thread was interrupted" in caplog.text
+
+
 async def test_an_aio_callback_that_raises_keeps_no_other_from_running(server: Server) -> None:
     def callback(_: object) -> None:
         raise RuntimeError("in a callback")

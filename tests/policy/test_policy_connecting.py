@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.model import Connectivity, Endpoint
+from mesh.policy.cluster import Cluster
 from mesh.policy.connecting import AT_ONCE, BUSY, CALM, PLACE, Connects
 from tests.policy.driving import cluster_of
 
@@ -41,19 +42,23 @@ def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
     assert pauses == pytest.approx([BUSY, BUSY, 0.02, 0.05, CALM])
 
 
+def queues(cluster: Cluster) -> bool:
+    return cluster.picker.queue
+
+
 def test_calls_fail_with_the_cause_while_no_connection_is_made() -> None:
     cluster = cluster_of(0)
     cluster.update([Endpoint("a")])
-    assert cluster.picker.queue
+    assert queues(cluster)
     cluster.stalled("connecting failed: ValueError: boom")
-    assert not cluster.picker.queue
+    assert not queues(cluster)
     assert cluster.picker.error == "test: connecting failed: ValueError: boom"
     cluster.observe([("a", READY)])  # what is connected goes on
     assert cluster.picker.nodes
     cluster.observe([("a", CONNECTING)])
-    assert not cluster.picker.queue
+    assert not queues(cluster)
     cluster.stalled("")
-    assert cluster.picker.queue
+    assert queues(cluster)
     before = cluster.picker
     cluster.stalled("")
     assert cluster.picker is before
