@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import logging
 import math
 import time
 import weakref
@@ -20,6 +21,7 @@ import grpc.aio
 from grpc.aio import _interceptor as interceptor_calls
 
 from mesh import context
+from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CANCELLED_DETAILS,
@@ -38,6 +40,9 @@ from mesh.errors import AioRpcError
 from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
+from mesh.tasks import log_failure
+
+_LOG = logging.getLogger("mesh.channel")
 
 T = TypeVar("T")
 
@@ -90,6 +95,7 @@ class Channel(grpc.aio.Channel):
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
+            self._running.add_done_callback(log_failure)
             # The multicallables hold the channel, so it lives as long as any stub.
             weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
 
@@ -201,8 +207,15 @@ class Channel(grpc.aio.Channel):
 
 
 def _stop(loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
-    if not loop.is_closed():
-        pool.close()
+    _from_finalizer(loop, pool.close)
+
+
+def _from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Call ``callback`` on the loop soon. Takes no lock: garbage is collected in any thread, which may hold any."""
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:  # the loop is closed, and everything on it is over
+        pass
 
 
 # -- interceptors
@@ -305,6 +318,8 @@ class _Multicallable:
         compression: grpc.Compression | None,
     ) -> Any:
         """Start a call."""
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel, method = self._channel, self._method
         channel.start()
         assembly = channel.assembly
@@ -328,6 +343,8 @@ class _Multicallable:
         compression: grpc.Compression | None,
     ) -> Any:
         """Start a call that goes through interceptors first."""
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         self._channel.start()
         if not self._interceptors:  # instrumentation adds none of this kind
             return self.call(requests, timeout, metadata, credentials, wait_for_ready, compression)
@@ -504,7 +521,10 @@ class _Driver(EventDriver):
             self.channel.assembly.failed(self.call, verdict, self._scope)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                _LOG.exception("Exception in callback %r", callback)
 
     def add_callback(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called when the call is over; at once when it is."""
@@ -713,7 +733,9 @@ class Call(grpc.aio.Call):
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
         if driver is not None and driver.verdict is None:
-            driver.cancel("Cancelled upon garbage collection!")
+            loop = driver.channel.loop
+            assert loop is not None  # the call was made on it
+            _from_finalizer(loop, functools.partial(driver.cancel, "Cancelled upon garbage collection!"))
 
     def __repr__(self) -> str:
         verdict = self._driver.verdict
@@ -891,5 +913,11 @@ def secure_channel(
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
     """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address."""
+    not an address.
+
+    Raises:
+        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        ValueError: as ``insecure_channel``.
+    """
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression, interceptors)

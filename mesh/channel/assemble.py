@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,10 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context, variables
-from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
+from mesh.channel.arguments import check_compression, checked, text_of
+from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
+from mesh.core import ChannelOptions
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
 from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
@@ -38,6 +40,7 @@ from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
 from mesh.policy.early import PENDING, EarlyCall, early_flow
 from mesh.policy.flow import Flow, call_flow
+from mesh.tasks import keep_running
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
 # mesh:/// targets alone.
@@ -69,13 +72,15 @@ class Assembly:
         open_subchannel: OpenSubchannel,
     ) -> None:
         variables.warn_once()
+        target = text_of(target)
+        check_compression(compression)
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
         self._methods: dict[tuple[Any, ...], Method] = {}
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
-        given = _checked(options or ())
+        given = checked(options or ())
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
@@ -96,7 +101,7 @@ class Assembly:
             self.pool = OwnPool(self.cluster, Endpoint(target), subchannel)
         else:
             keepalive = dict(KEEPALIVE) if found.scheme == "mesh" else {}
-            core = {**keepalive, **_authority(found.authority), **given}
+            core = {**keepalive, **_authority(found.authority, given), **given}
 
             def open_endpoint(address: str) -> Subchannel:
                 health_service = self.config.health_service
@@ -120,7 +125,9 @@ class Assembly:
         return self._run(self._config_file)
 
     async def _run(self, config_file: ConfigFile) -> None:
-        reading = asyncio.create_task(self._reread(config_file))
+        reading = asyncio.create_task(
+            keep_running("reading the config file", functools.partial(self._reread, config_file), where=self.target)
+        )
         try:
             await self.pool.run()
         finally:
@@ -276,18 +283,6 @@ def _refused(call: CallSpec, now: float) -> Flow:
     return Verdict(Outcome(Code.INTERNAL, "Invalid metadata"))
 
 
-def _checked(options: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """The options by name. What core would refuse is refused here, because core sees it only when a call is made."""
-    given = {}
-    for name, value in options:
-        if not isinstance(value, str | bytes) and not hasattr(value, "__int__"):
-            raise TypeError(f"channel option {name!r}: expected a string, bytes or a number, got {value!r}")
-        if isinstance(value, int) and not -(2**31) <= value < 2**31:
-            raise OverflowError(f"channel option {name!r}: {value} is beyond 32 bits")
-        given[name.decode() if isinstance(name, bytes) else name] = value
-    return given
-
-
 def idempotency_of(path: str) -> Idempotency:
     """What the descriptor of ``/package.Service/Method`` says, if one is loaded in this process."""
     name = path.removeprefix("/").replace("/", ".")
@@ -307,8 +302,12 @@ def _endpoint_config(health_service: str | None) -> str:
     )
 
 
-def _authority(name: str | None) -> dict[str, str]:
-    # The service's name and not the address: TLS then verifies the service.
-    if name is None:
+_AUTHORITY_OPTIONS = ("grpc.default_authority", "grpc.ssl_target_name_override")
+
+
+def _authority(name: str | None, given: Mapping[str, Any]) -> dict[str, str]:
+    """What stands for the endpoints' addresses in TLS and in ``:authority``: the service's name. A name that the user
+    gave holds for both, as in gRPC: core derives each of the two options from the other where only one is set."""
+    if name is None or not given.keys().isdisjoint(_AUTHORITY_OPTIONS):
         return {}
     return {"grpc.default_authority": name, "grpc.ssl_target_name_override": re.sub(r":\d+$", "", name)}

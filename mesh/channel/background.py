@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
+
+from mesh.tasks import log_failure
+
+_LOG = logging.getLogger("mesh.channel")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -23,18 +28,41 @@ def loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="mesh-background", daemon=True).start()
+            _loop.set_exception_handler(_failed)
+            threading.Thread(target=_run, args=(_loop,), name="mesh-background", daemon=True).start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except BaseException:  # SystemExit, which asyncio lets through: every channel needs this thread
+            _LOG.exception("the background thread was interrupted, and goes on")
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> Future[None]:
     """Run ``work`` on the loop; cancelling the future cancels it. It inherits no context: it outlives who starts it."""
-    return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
+    future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
+    future.add_done_callback(log_failure)
+    return future
 
 
 def call(callback: Callable[[], object]) -> None:
     """Call ``callback`` on the loop soon. It may block as briefly as arithmetic does."""
     loop().call_soon_threadsafe(callback)
+
+
+def call_from_finalizer(callback: Callable[[], object]) -> None:
+    """As ``call``, but takes no lock: garbage is collected in any thread, which may hold any lock. Does nothing where
+    the loop was never started."""
+    if _loop is not None:
+        _loop.call_soon_threadsafe(callback)
+
+
+def _failed(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback raised, and an exception that nobody took from its task."""
+    _LOG.error("%s: %r", context["message"], context.get("handle"), exc_info=context.get("exception"))
 
 
 class Timer:

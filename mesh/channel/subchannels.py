@@ -18,36 +18,30 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
+from mesh import core
 from mesh.channel.causes import Causes
 from mesh.channel.events import Events
 from mesh.config import MethodPolicy, ServiceConfig
+from mesh.core import ChannelOptions
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster import Cluster
+from mesh.policy.connecting import Connects
 from mesh.policy.load import Node
 from mesh.policy.pick import Picker
+from mesh.tasks import keep_running
 
 if TYPE_CHECKING:
     from mesh.channel.reports import OutOfBand
 
 _LOG = logging.getLogger("mesh.channel")
 
-# gRPC's own, bound here: a program that puts the mesh's in their place (as instrumentation does with its own) must not
-# have the endpoints' channels made by the mesh, too.
-_insecure_channel, _secure_channel = grpc.insecure_channel, grpc.secure_channel
-_aio_insecure_channel, _aio_secure_channel = grpc.aio.insecure_channel, grpc.aio.secure_channel
-
-ChannelOptions = Sequence[tuple[str, Any]]
-
-BUSY_TICK = 0.005  # seconds between two looks at the states while connections are being made
-CALM_TICK = 0.1  # and while none is
-CONNECTING_AT_ONCE = 16  # connections that are being made at the same time: connects are paced
 RETIRE_AFTER = (
     1.0  # seconds an endpoint that is gone keeps its channel at the least, for calls that have just picked it
 )
@@ -200,9 +194,7 @@ class SyncSubchannel(Subchannel):
         self._compression = compression
 
     def _open(self, options: ChannelOptions) -> grpc.Channel:
-        if self._credentials is None:
-            return _insecure_channel(self.address, options, self._compression)
-        return _secure_channel(self.address, self._credentials, options, self._compression)
+        return core.channel(self.address, options, self._credentials, self._compression)
 
     async def _close(self, channel: grpc.Channel) -> None:
         channel.close()
@@ -220,10 +212,7 @@ class SyncSubchannel(Subchannel):
         return _unwatched(self.address, self.options, self._credentials, self._compression)
 
     def check(self, connect: bool) -> int:
-        # grpc.Channel tells its state only to subscribers, each of which costs a thread; core answers at once.
-        # Private, and so only here; a test pins it.
-        state: int = self._channel._channel.check_connectivity_state(connect)  # noqa: SLF001
-        return state
+        return core.state(self._channel, connect)
 
 
 class AioSubchannel(Subchannel):
@@ -241,9 +230,7 @@ class AioSubchannel(Subchannel):
         self._compression = compression
 
     def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
-        if self._credentials is None:
-            return _aio_insecure_channel(self.address, options, self._compression)
-        return _aio_secure_channel(self.address, self._credentials, options, self._compression)
+        return core.aio_channel(self.address, options, self._credentials, self._compression)
 
     async def _close(self, channel: grpc.aio.Channel) -> None:
         await channel.close()
@@ -337,8 +324,7 @@ class Pool(abc.ABC):
         with self._lock:
             self.closed = True
             waiting, self._waiting = self._waiting, set()
-        for callback in waiting:
-            callback()
+        _call(waiting)
         self._wake()
 
     def reconfigure(self, config: ServiceConfig) -> None:
@@ -353,11 +339,18 @@ class Pool(abc.ABC):
             change()
             if self.cluster.picker is not before:
                 waiting, self._waiting = self._waiting, waiting
-        for callback in waiting:
-            callback()
+        _call(waiting)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.cluster!r}>"
+
+
+def _call(callbacks: Iterable[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # the call that it belongs to has failed with it; the others go on
+            _LOG.exception("a call failed when its channel's endpoints changed")
 
 
 class OwnPool(Pool):
@@ -418,6 +411,8 @@ class ResolvedPool(Pool):
         # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
         # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
         self._resting: set[str] = set()
+        self._connects = Connects()
+        self._stalled = False
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
         self._causes = Causes(lambda: self._wake())
@@ -449,18 +444,10 @@ class ResolvedPool(Pool):
         loop = asyncio.get_running_loop()
         wake = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
-        resolving = asyncio.create_task(self._resolve())
+        where = self.cluster.name
+        resolving = asyncio.create_task(keep_running("discovery", self._resolve, self._unresolved, where=where))
         try:
-            while not self.closed:
-                busy = self._tick()
-                await self._tidy(time.monotonic())
-                try:
-                    # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
-                    async with asyncio.timeout(BUSY_TICK if busy else CALM_TICK):
-                        await wake.wait()
-                except TimeoutError:
-                    pass
-                wake.clear()
+            await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=where)
         finally:
             self._wake = lambda: None
             resolving.cancel()
@@ -475,13 +462,39 @@ class ResolvedPool(Pool):
                 await subchannel.close()
             await asyncio.wait([resolving])
 
+    async def _watch(self, wake: asyncio.Event) -> None:
+        """Look at the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
+        while not self.closed:
+            pause = self._tick()
+            await self._tidy(time.monotonic())
+            if self._stalled:
+                self._stall("")
+            try:
+                # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
+                async with asyncio.timeout(pause):
+                    await wake.wait()
+            except TimeoutError:
+                pass
+            wake.clear()
+
+    def _stall(self, error: str) -> None:
+        self._stalled = bool(error)
+        self._change(lambda: self.cluster.stalled(error))
+
+    def _unresolved(self, error: str) -> None:
+        self._change(lambda: self.cluster.unresolved(error, final=True))
+
     async def _resolve(self) -> None:
+        heard = False
         async with contextlib.aclosing(self._resolver.updates()) as updates:
             async for update in updates:
                 self._events.resolved(update)
+                heard = True
                 if update.service_config is not None:
                     self._configured(update.service_config)
                 self._change(functools.partial(self._update, update))
+        if not heard:
+            raise RuntimeError("the resolver ended without an update")
 
     def _update(self, update: Update) -> None:
         if update.endpoints is None:
@@ -497,9 +510,9 @@ class ResolvedPool(Pool):
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
 
-    def _tick(self) -> bool:
-        """Do what time brings, look at every state, and connect what is idle and not at rest; returns whether
-        connections are being made."""
+    def _tick(self) -> float:
+        """Do what time brings, look at every state, and connect what is idle and not at rest; returns the seconds until
+        the next look."""
         now = time.monotonic()
         self._change(lambda: self.cluster.sweep(now))
         self._events.swept()
@@ -516,14 +529,20 @@ class ResolvedPool(Pool):
             self._events.observed(tuple(known.items()), self._causes.known)
         if failing:
             self._resolver.resolve_now()
-        connecting = sum(state == Connectivity.CONNECTING for _, state in states)
         resting = self._resting
-        idle = [address for address, state in states if state == Connectivity.IDLE and address not in resting]
-        for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
-            self._subchannels[address].connect()
+        awake = (entry for entry in states if entry[0] not in resting) if resting else states
+        begin, pause = self._connects.look(awake, now)
+        error: Exception | None = None
+        for address in begin:
+            try:
+                self._subchannels[address].connect()
+            except Exception as failure:  # the others connect nevertheless
+                error = failure
         if self.cluster.balancer.reports.out_of_band or self._out_of_band is not None:
             self._ask_for_load()
-        return bool(connecting or idle)
+        if error is not None:
+            raise error
+        return pause
 
     def _ask_for_load(self) -> None:
         """Have the endpoints that are READY asked for their load, if the balancing policy wants that."""

@@ -23,6 +23,7 @@ import grpc
 
 from mesh import context
 from mesh.channel import background
+from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CLOSED_DETAILS,
@@ -40,6 +41,7 @@ from mesh.channel.drive import (
 from mesh.channel.instrumentation import channels_around, wrapped
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
+from mesh.channel.worker import Worker
 from mesh.errors import CallError, RpcError, terminated
 from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
@@ -68,6 +70,9 @@ class Channel(grpc.Channel):
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._calls: weakref.WeakSet[_Driver] = weakref.WeakSet()
+        # Two threads, if they are needed: callbacks that wait don't hold up the channel's other calls.
+        self.stepping = Worker("mesh-calls")
+        self.callbacks = Worker("mesh-callbacks")
         self._watch = _StateWatch(self)
 
     def start(self) -> None:
@@ -81,7 +86,7 @@ class Channel(grpc.Channel):
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
                 background.spawn(self.assembly.run())
                 # The multicallables hold the channel, so it lives as long as any stub.
-                self._stop = weakref.finalize(self, self.assembly.pool.close)
+                self._stop = weakref.finalize(self, background.call_from_finalizer, self.assembly.pool.close)
                 self._stop.atexit = False
 
     def adopt(self, driver: _Driver) -> None:
@@ -293,6 +298,8 @@ class _Multicallable:
     ) -> D:
         """A driver for a new call, not yet started."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         now = time.monotonic()
         call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
@@ -388,6 +395,8 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
     ) -> tuple[Any, Any]:
         """Make the call in this thread. Of the pair that is returned, the call is there only ``with_call``."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         assembly = channel.assembly
         pool = assembly.pool
@@ -587,7 +596,12 @@ class _Driver(LockedDriver):
             self._scope.release(self)
             self.channel.assembly.failed(self.call, self.verdict, self._scope)
         for callback in callbacks:
-            _run_callback(callback)
+            self.channel.callbacks.run(callback)
+
+    def elapsed(self) -> None:
+        # What follows may run the caller's serializer, and this may be any thread: the one of the timers, or of another
+        # call, that found out that an endpoint is lost.
+        self.channel.stepping.run(super().elapsed)
 
     def add_callback(self, callback: Callable[[], object]) -> bool:
         """Have ``callback`` called when the call is over; False when it is."""
@@ -637,7 +651,7 @@ class _Driver(LockedDriver):
         else:
             # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
             # for on another.
-            background.call(functools.partial(self._failed, number, address, inner))
+            self.channel.stepping.run(functools.partial(self._failed, number, address, inner))
 
     def _failed(self, number: int, address: str, inner: Any) -> None:
         self.ended(number, _outcome(inner, self.pool, address, final=self._unrepeatable()))
@@ -682,6 +696,9 @@ class _BlockingDriver(_Driver):
 
     def _send(self, wake: Wake | None) -> None:
         self._mail.put(wake)
+
+    def elapsed(self) -> None:
+        self._send(Elapsed(time.monotonic()))
 
     def wake_at(self, until: float | None) -> None:
         self._due = until
@@ -786,7 +803,7 @@ class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa:
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
         if driver is not None and driver.verdict is None:
-            driver.cancel("Cancelled upon garbage collection!")
+            background.call_from_finalizer(functools.partial(driver.cancel, "Cancelled upon garbage collection!"))
 
     def __repr__(self) -> str:
         verdict = self._driver.verdict
@@ -920,5 +937,11 @@ def secure_channel(
     compression: grpc.Compression | None = None,
 ) -> grpc.Channel:
     """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address."""
+    not an address.
+
+    Raises:
+        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        ValueError: as ``insecure_channel``.
+    """
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression)

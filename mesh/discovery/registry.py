@@ -15,12 +15,14 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from mesh import core
 from mesh.discovery import absent
 from mesh.discovery.cache import Cache
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
 from mesh.errors import in_short
+from mesh.tasks import keep_running
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -87,9 +89,9 @@ class RegistryResolver(Resolver):
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         last: Update | None = None
-        saving = asyncio.create_task(self._save())
+        saving = asyncio.create_task(keep_running("saving to the disk cache", self._save, where=repr(self)))
         try:
-            async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
+            async with core.aio_channel(self._registry, OPTIONS) as channel:
                 stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
                 backoff = MIN_BACKOFF
                 while True:

@@ -81,6 +81,7 @@ class Cluster:
         self._new_lock = new_lock
         self._resolved = False
         self._refused = False
+        self._stalled = ""  # why connections aren't being made
         self._now = now  # of the last sweep, for what needs no more than that
         self._weigh_at = now
         self._subset = Subset()
@@ -174,6 +175,13 @@ class Cluster:
             self._refused = final
             self._swap()
 
+    def stalled(self, error: str) -> None:
+        """Connections aren't being made for now: calls that would wait for one fail with ``error``. Empty: they are
+        again."""
+        if error != self._stalled:
+            self._stalled = error
+            self._swap()
+
     def observe(self, states: Iterable[tuple[str, Connectivity]]) -> bool:
         """Take the endpoints' states as they are now; returns whether one of them changed."""
         changed = connected = False
@@ -233,6 +241,8 @@ class Cluster:
         place, ready = self._levels.serving(self.states, self._now)
         if ready:
             self.picker = self._serving(place, ready)
+        elif self._stalled:
+            self.picker = Picker(queue=False, error=f"{self.name}: {self._stalled}")
         elif not self.nodes:
             queue = not (self._resolved or self._refused)
             self.picker = Picker(queue=queue, error=f"{self.name}: {self.error}", unresolved=queue)
@@ -242,7 +252,7 @@ class Cluster:
 
     def why(self, picker: Picker, now: float, waited: float | None = None) -> str:
         """Why ``picker`` had no endpoint for a call that has ``waited`` so many seconds; empty when it had one."""
-        if picker.unresolved or not picker.error:
+        if picker.unresolved or not picker.error or self._stalled:
             return picker.error
         # Copied at once: the pool changes these meanwhile.
         states, since = dict(self.states), dict(self.since)

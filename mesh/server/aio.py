@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import signal
 import sys
@@ -38,6 +39,7 @@ from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -104,7 +106,9 @@ class Server:
         await server.start()
         self._server = server
         if readiness.given:
-            self._starting = asyncio.get_running_loop().create_task(self._when_ready(readiness))
+            self._starting = asyncio.get_running_loop().create_task(
+                keep_running("starting to serve", functools.partial(self._when_ready, readiness))
+            )
         else:
             await self._serve()
 

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from mesh import lines
+from mesh import core, lines
 from mesh.config import RetryPolicy
 from mesh.errors import in_short
 from mesh.policy.backoff import Backoff
@@ -117,7 +117,7 @@ class Registration:
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._channel = grpc.aio.insecure_channel(self._registry, _CHANNEL_OPTIONS)
+        self._channel = core.aio_channel(self._registry, _CHANNEL_OPTIONS)
         self._task = asyncio.get_running_loop().create_task(self._run(pb_grpc.RegistryStub(self._channel)))
 
     async def close(self, within: float) -> None:
@@ -249,8 +249,10 @@ class RegistrationThread:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        self._registration.start()
-        self._started.set()
+        try:
+            self._registration.start()
+        finally:
+            self._started.set()
         await self._closing.wait()
         await self._registration.close(self._timeout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import random
 import signal
@@ -40,6 +41,7 @@ from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import SPARE, ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -115,8 +117,12 @@ class Server:
             self._serve()
 
     def _when_ready(self, readiness: Readiness) -> None:
+        asyncio.run(keep_running("starting to serve", functools.partial(self._serve_when_ready, readiness)))
+
+    async def _serve_when_ready(self, readiness: Readiness) -> None:
+        """On a loop of its own, where nothing else runs, so that it may block."""
         rng = random.Random()
-        while not asyncio.run(readiness.ask()):
+        while not await readiness.ask():
             if self._ending.wait(readiness.pace.delay(rng)):
                 return
         self._serve()
