@@ -22,11 +22,11 @@ from grpc.aio import _interceptor as interceptor_calls
 from mesh import context
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
-    CANCELLED_DETAILS,
     CODES,
     NEVER_SENT,
     STATES,
     EventDriver,
+    ending,
     failed,
     retry_metadata,
     too_large,
@@ -34,7 +34,7 @@ from mesh.channel.drive import (
 from mesh.channel.replay import AioReplay, Request
 from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
-from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
+from mesh.model import Attempt, CallSpec, Code, Connectivity, Metadatum, Outcome, Verdict
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
 
@@ -46,7 +46,7 @@ Requests = AsyncIterable[Any] | Iterable[Any] | None
 # grpc's words, which its users may know.
 _FINISHED_DETAILS = "RPC already finished."
 _HALF_CLOSED_DETAILS = 'RPC is half closed after calling "done_writing".'
-_WRITE_FAILED_DETAILS = "Internal error from Core"
+_WRITE_FAILED = 'Failed "execute_batch"'
 _STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
 _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single RPC."
 
@@ -405,6 +405,7 @@ class _Driver(EventDriver):
         self._serializer = serializer
         self._request = requests
         self._streams = method.kind.endswith("stream")
+        self._starting = True
         self._timer: asyncio.TimerHandle | None = None
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
@@ -412,6 +413,17 @@ class _Driver(EventDriver):
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
+
+    def start(self) -> None:
+        super().start()
+        self._starting = False
+
+    def _conclude_later(self, verdict: Verdict) -> bool:
+        """A call doesn't end before its creator has it, as in grpc.aio: the loop's next turn ends it."""
+        if self._starting:
+            self._flow = ending(verdict)
+            asyncio.get_running_loop().call_soon(self.elapsed)
+        return self._starting
 
     def begin(self, attempt: Attempt) -> None:
         number, address = attempt.number, attempt.endpoint.address
@@ -523,7 +535,7 @@ class _Driver(EventDriver):
             inner,
             final=self._unrepeatable(),
             # Cancelled here, and not by the driver, which has forgotten those: whoever awaited it was.
-            cancelled=number in self.running and inner.cancelled() and _ready(inner.details()) == CANCELLED_DETAILS,
+            cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_here(inner),
         )
         self.ended(number, outcome)
 
@@ -566,12 +578,24 @@ class _End:
         if driver is None:
             return
         # When a message can no longer be sent, grpc says INTERNAL, and mostly calls again with the server's own status.
-        if not self._waited and driver.replay is not None and _ready(inner.details()) == _WRITE_FAILED_DETAILS:
+        if not self._waited and driver.replay is not None and _write_failed(inner):
             self._waited = True
             asyncio.get_running_loop().call_later(_STATUS_WITHIN, self, inner)
             return
         self._driver = None
         driver.over(self._number, self._address, inner)
+
+
+def _ended_here(inner: Any) -> bool:
+    """Whether grpc.aio itself ended the call, as for a cancel. Core writes a debug string for each status of its own or
+    of a peer, and a peer has no way to leave it out."""
+    return not _ready(inner.debug_error_string())
+
+
+def _write_failed(inner: Any) -> bool:
+    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core begin
+    with a status code, whatever a peer writes."""
+    return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -601,7 +625,7 @@ class Call(grpc.aio.Call):
 
     def cancelled(self) -> bool:
         verdict = self._driver.verdict
-        return verdict is not None and verdict.outcome.cancelled
+        return verdict is not None and verdict.outcome.code == Code.CANCELLED  # also the server's, as in grpc.aio
 
     def done(self) -> bool:
         return self._driver.verdict is not None
