@@ -63,7 +63,7 @@ class Channel(grpc.aio.Channel):
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, AioSubchannel)
-        self.interceptors = _by_kind(interceptors or ())
+        self.interceptors = _by_kind(tuple(interceptors or ()))
         self.closed = False
         self.calls: set[_Driver] = set()
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
@@ -71,10 +71,15 @@ class Channel(grpc.aio.Channel):
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Bring the channel to life on the running loop; once. Raises UsageError when it is closed."""
+        """Bring the channel to life on the running loop; once.
+
+        Raises UsageError when it is closed, RuntimeError on another loop than its first.
+        """
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
-        if self._running is None:
+        if self._running is not None:
+            self._check_loop()
+        else:
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
@@ -82,12 +87,34 @@ class Channel(grpc.aio.Channel):
             # The multicallables hold the channel, so it lives as long as any stub.
             weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
 
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The channel's event loop, by the name that it has in grpc.aio. Before the first use: the current one."""
+        return self.loop or asyncio.get_event_loop()
+
+    def _check_loop(self) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:  # a call may be made here and awaited there
+            return
+        loop = self.loop
+        if running is not loop:
+            raise RuntimeError(
+                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}, and was used "
+                f"on {running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
+            )
+
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
         if grace is not None and grace < 0:
             raise ValueError(f"grace must be non-negative, got {grace}.")
         if self.closed:
             return
+        if self.loop is not None and self.loop.is_closed():  # and with it all that was in flight
+            self.closed = True
+            return
+        if self._running is not None:
+            self._check_loop()
         self.closed = True
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
@@ -119,6 +146,8 @@ class Channel(grpc.aio.Channel):
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
+        if self._running is not None:
+            self._check_loop()
         pool = self.assembly.pool
         if isinstance(pool, OwnPool):  # core knows the state of its own targets best
             self.start()

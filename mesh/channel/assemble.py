@@ -143,12 +143,17 @@ class Assembly:
             if not self._configs.offer(source, text):
                 return
             for method in self._methods.values():
-                method.policy = self._policy(method.path)
+                method.policy = self._policy(method.kind, method.path)
         self.pool.reconfigure(self.config)
 
-    def _policy(self, path: str) -> MethodPolicy:
+    def _policy(self, kind: str, path: str) -> MethodPolicy:
         policy = self.config.method(path, idempotency_of(path))
-        return policy if self._retries else replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        if not self._retries:
+            return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        # It ends when an answer begins: a stream of responses may last longer.
+        if policy.retry is not None and kind.endswith("unary") and policy.retry.receive_timeout < policy.attempt_timeout:
+            return replace(policy, attempt_timeout=policy.retry.receive_timeout)
+        return policy
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""
@@ -156,7 +161,7 @@ class Assembly:
         with self._lock:
             found = self._methods.get(key)
             if found is None:
-                found = Method(kind, path, serializer, deserializer, registered, self._policy(path))
+                found = Method(kind, path, serializer, deserializer, registered, self._policy(kind, path))
                 self._methods[key] = found
             return found
 
@@ -169,6 +174,8 @@ class Assembly:
         wait_for_ready: bool | None,
     ) -> CallSpec:
         """A new call, with what it inherits from the inbound call being handled."""
+        if metadata and type(metadata) is not tuple:
+            metadata = tuple(metadata)  # it is read more than once, and may be an iterator
         policy = method.policy
         if wait_for_ready is None:
             wait_for_ready = bool(policy.wait_for_ready)
