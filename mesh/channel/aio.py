@@ -100,8 +100,8 @@ class Channel(grpc.aio.Channel):
         loop = self.loop
         if running is not loop:
             raise RuntimeError(
-                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}, and was used "
-                f"on {running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
+                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}; this is "
+                f"{running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
             )
 
     async def close(self, grace: float | None = None) -> None:
@@ -622,8 +622,8 @@ def _ended_here(inner: Any) -> bool:
 
 
 def _write_failed(inner: Any) -> bool:
-    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core begin
-    with a status code, whatever a peer writes."""
+    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
+    begin with a status code, whatever a peer writes."""
     return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
 
 

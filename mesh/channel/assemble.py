@@ -150,10 +150,9 @@ class Assembly:
         policy = self.config.method(path, idempotency_of(path))
         if not self._retries:
             return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
-        # It ends when an answer begins: a stream of responses may last longer.
-        if policy.retry is not None and kind.endswith("unary") and policy.retry.receive_timeout < policy.attempt_timeout:
-            return replace(policy, attempt_timeout=policy.retry.receive_timeout)
-        return policy
+        if policy.retry is None or kind.endswith("stream"):  # a stream of responses may rightly last longer
+            return policy
+        return replace(policy, attempt_timeout=min(policy.attempt_timeout, policy.retry.receive_timeout))
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""

@@ -42,8 +42,8 @@ PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 PUSHBACK = "grpc-retry-pushback-ms"
 LONGEST_PUSHBACK = 20  # characters; any 64-bit number has fewer or as many
 
-# Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call left,
-# and its status text may be a peer's (docs/decisions/0013).
+# Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call
+# left, and its status text may be a peer's (docs/decisions/0013).
 NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
 # grpc's words
 CANCELLED_DETAILS = "Locally cancelled by application!"
