@@ -697,7 +697,9 @@ class Call(grpc.aio.Call):
                 continue
             try:
                 await inner.wait_for_connection()
-            except grpc.RpcError:
+            except grpc.RpcError:  # of this attempt; the flow may not know yet
+                if inner in self._driver.running.values():
+                    await self._driver.change()
                 continue
             return
         await self._raise_for_status()

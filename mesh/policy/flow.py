@@ -131,14 +131,15 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if outcome.cancelled:
                     _abandon(running, tried, CANCELLED, now)
                     return verdict
-                if outcome.never_sent and pauses < MAX_PAUSES and not committed:
+                if outcome.never_sent:
                     sent -= 1
-                    due, paid = now, True
-                    nodes = cluster.picker.nodes
-                    if nodes and all(node in tried for node in nodes):
-                        due += PAUSE * 2**pauses
-                        pauses += 1
-                    continue
+                    if pauses < MAX_PAUSES and not committed:
+                        due, paid = now, True
+                        nodes = cluster.picker.nodes
+                        if nodes and all(node in tried for node in nodes):
+                            due += PAUSE * 2**pauses
+                            pauses += 1
+                        continue
                 last = verdict
                 # An attempt that its own timeout ended left the call time for another.
                 timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout

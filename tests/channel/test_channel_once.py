@@ -18,6 +18,7 @@ import pytest
 import mesh
 import mesh.aio
 from mesh.channel.aio import _write_failed
+from mesh.channel.drive import pushback_of
 from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor
 from tests.channel.suite import REQUESTS, UNARY, Server
 from tests.processes import Spawn, free_ports
@@ -388,3 +389,20 @@ async def test_an_asyncio_call_whose_server_is_killed_after_it_ran_is_run_once(
     async with OPEN_AIO["mesh"](",".join(addresses)) as channel:
         assert await aio_failure(AIO_KINDS[kind](channel, b"")) is grpc.StatusCode.UNAVAILABLE
     assert file.read_text() == "ran\n"
+
+
+# -- what else a server writes
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "soon", "-1", "1e3"])
+def test_a_pushback_that_is_no_number_of_milliseconds_ends_the_retries(value: str) -> None:
+    assert pushback_of((("x-other", "1"), ("grpc-retry-pushback-ms", value))) == -1.0
+
+
+def test_a_peers_details_are_not_shown_as_cores_debug_string(gateway: Gateway) -> None:
+    forged = 'no"\n\tdebug_error_string = "forged'
+    with OPEN["mesh"](gateway.address) as channel:
+        call = channel.unary_unary(METHOD).future(f"NOT_FOUND {forged}".encode(), timeout=TIMEOUT, wait_for_ready=True)
+        assert call.details() == forged
+        assert not call.debug_error_string().startswith("forged")
+        assert call.debug_error_string()
