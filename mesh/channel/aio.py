@@ -24,11 +24,11 @@ from mesh import context
 from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
-    CANCELLED_DETAILS,
     CODES,
     NEVER_SENT,
     STATES,
     EventDriver,
+    ending,
     failed,
     retry_metadata,
     too_large,
@@ -37,7 +37,7 @@ from mesh.channel.instrumentation import Make, aio_interceptors, replacement
 from mesh.channel.replay import AioReplay, Request
 from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
-from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
+from mesh.model import Attempt, CallSpec, Code, Connectivity, Metadatum, Outcome, Verdict
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
 from mesh.tasks import log_failure
@@ -52,7 +52,7 @@ Requests = AsyncIterable[Any] | Iterable[Any] | None
 # grpc's words, which its users may know.
 _FINISHED_DETAILS = "RPC already finished."
 _HALF_CLOSED_DETAILS = 'RPC is half closed after calling "done_writing".'
-_WRITE_FAILED_DETAILS = "Internal error from Core"
+_WRITE_FAILED = 'Failed "execute_batch"'
 _STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
 _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single RPC."
 
@@ -69,7 +69,7 @@ class Channel(grpc.aio.Channel):
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, AioSubchannel)
-        self.interceptors = _by_kind(interceptors or ())
+        self.interceptors = _by_kind(tuple(interceptors or ()))
         for kind, of_kind in self.interceptors.items():
             setattr(self, f"_{kind}_interceptors", of_kind)  # as grpc's channel: programs append to them
         self._instrument: Callable[[], None] | None = None
@@ -85,10 +85,15 @@ class Channel(grpc.aio.Channel):
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Bring the channel to life on the running loop; once. Raises UsageError when it is closed."""
+        """Bring the channel to life on the running loop; once.
+
+        Raises UsageError when it is closed, RuntimeError on another loop than its first.
+        """
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
-        if self._running is None:
+        if self._running is not None:
+            self._check_loop()
+        else:
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             if self._instrument is not None:
                 self._instrument()
@@ -106,12 +111,34 @@ class Channel(grpc.aio.Channel):
             of_kind[place : place + 1] = added.get(kind, ())
         self._instrument = None
 
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The channel's event loop, by the name that it has in grpc.aio. Before the first use: the current one."""
+        return self.loop or asyncio.get_event_loop()
+
+    def _check_loop(self) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:  # a call may be made here and awaited there
+            return
+        loop = self.loop
+        if running is not loop:
+            raise RuntimeError(
+                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}; this is "
+                f"{running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
+            )
+
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
         if grace is not None and grace < 0:
             raise ValueError(f"grace must be non-negative, got {grace}.")
         if self.closed:
             return
+        if self.loop is not None and self.loop.is_closed():  # and with it all that was in flight
+            self.closed = True
+            return
+        if self._running is not None:
+            self._check_loop()
         self.closed = True
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
@@ -143,6 +170,8 @@ class Channel(grpc.aio.Channel):
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
+        if self._running is not None:
+            self._check_loop()
         pool = self.assembly.pool
         if isinstance(pool, OwnPool):  # core knows the state of its own targets best
             self.start()
@@ -465,6 +494,7 @@ class _Driver(EventDriver):
         self._serializer = serializer
         self._request = requests
         self._streams = method.kind.endswith("stream")
+        self._starting = True
         self._timer: asyncio.TimerHandle | None = None
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
@@ -472,6 +502,17 @@ class _Driver(EventDriver):
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
+
+    def start(self) -> None:
+        super().start()
+        self._starting = False
+
+    def _conclude_later(self, verdict: Verdict) -> bool:
+        """A call doesn't end before its creator has it, as in grpc.aio: the loop's next turn ends it."""
+        if self._starting:
+            self._flow = ending(verdict)
+            asyncio.get_running_loop().call_soon(self.elapsed)
+        return self._starting
 
     def begin(self, attempt: Attempt) -> None:
         self.hedged = self.call.policy.hedge.max_attempts > 1
@@ -587,7 +628,7 @@ class _Driver(EventDriver):
             inner,
             final=self._unrepeatable(),
             # Cancelled here, and not by the driver, which has forgotten those: whoever awaited it was.
-            cancelled=number in self.running and inner.cancelled() and _ready(inner.details()) == CANCELLED_DETAILS,
+            cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_here(inner),
         )
         self.ended(number, outcome)
 
@@ -630,12 +671,24 @@ class _End:
         if driver is None:
             return
         # When a message can no longer be sent, grpc says INTERNAL, and mostly calls again with the server's own status.
-        if not self._waited and driver.replay is not None and _ready(inner.details()) == _WRITE_FAILED_DETAILS:
+        if not self._waited and driver.replay is not None and _write_failed(inner):
             self._waited = True
             asyncio.get_running_loop().call_later(_STATUS_WITHIN, self, inner)
             return
         self._driver = None
         driver.over(self._number, self._address, inner)
+
+
+def _ended_here(inner: Any) -> bool:
+    """Whether grpc.aio itself ended the call, as for a cancel. Core writes a debug string for each status of its own or
+    of a peer, and a peer has no way to leave it out."""
+    return not _ready(inner.debug_error_string())
+
+
+def _write_failed(inner: Any) -> bool:
+    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
+    begin with a status code, whatever a peer writes."""
+    return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -665,7 +718,7 @@ class Call(grpc.aio.Call):
 
     def cancelled(self) -> bool:
         verdict = self._driver.verdict
-        return verdict is not None and verdict.outcome.cancelled
+        return verdict is not None and verdict.outcome.code == Code.CANCELLED  # also the server's, as in grpc.aio
 
     def done(self) -> bool:
         return self._driver.verdict is not None
@@ -708,7 +761,9 @@ class Call(grpc.aio.Call):
                 continue
             try:
                 await inner.wait_for_connection()
-            except grpc.RpcError:
+            except grpc.RpcError:  # of this attempt; the flow may not know yet
+                if inner in self._driver.running.values():
+                    await self._driver.change()
                 continue
             return
         await self._raise_for_status()

@@ -157,16 +157,20 @@ class Assembly:
                 return
             self._pending = False
             for method in self._methods.values():
-                method.policy = self._policy(method.path)
+                method.policy = self._policy(method.kind, method.path)
         # Calls that wait for their policy are woken by this, or by the endpoints that come next.
         if changed:
             self.pool.reconfigure(self.config)
 
-    def _policy(self, path: str) -> MethodPolicy:
+    def _policy(self, kind: str, path: str) -> MethodPolicy:
         if self._pending:
             return PENDING
         policy = self.config.method(path, idempotency_of(path))
-        return policy if self._retries else replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        if not self._retries:
+            return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        if policy.retry is None or kind.endswith("stream"):  # a stream of responses may rightly last longer
+            return policy
+        return replace(policy, attempt_timeout=min(policy.attempt_timeout, policy.retry.receive_timeout))
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""
@@ -174,7 +178,7 @@ class Assembly:
         with self._lock:
             found = self._methods.get(key)
             if found is None:
-                found = Method(kind, path, serializer, deserializer, registered, self._policy(path))
+                found = Method(kind, path, serializer, deserializer, registered, self._policy(kind, path))
                 self._methods[key] = found
             return found
 
@@ -187,6 +191,8 @@ class Assembly:
         wait_for_ready: bool | None,
     ) -> CallSpec:
         """A new call, with what it inherits from the inbound call being handled."""
+        if metadata and type(metadata) is not tuple:
+            metadata = tuple(metadata)  # it is read more than once, and may be an iterator
         policy = method.policy
         if policy is PENDING:
             return self._early_call(method, now, timeout, metadata, wait_for_ready)

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from mesh.channel.replay import LIMIT
-from mesh.channel.subchannels import NEVER_SENT_DETAILS, Pool
+from mesh.channel.subchannels import Pool
 from mesh.model import (
     Attempt,
     CallSpec,
@@ -40,14 +40,14 @@ from mesh.policy.flow import Flow
 
 PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 PUSHBACK = "grpc-retry-pushback-ms"
+LONGEST_PUSHBACK = 20  # characters; any 64-bit number has fewer or as many
 
+# Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call
+# left, and its status text may be a peer's (docs/decisions/0013).
 NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
 # grpc's words
 CANCELLED_DETAILS = "Locally cancelled by application!"
 CLOSED_DETAILS = "Channel closed!"
-
-# Core's word for REFUSED_STREAM (RFC 9113, 8.7: nothing was processed), which it doesn't retry by itself.
-REFUSED_DETAILS = "Stream removed (RST_STREAM (Received RST_STREAM with error code 7)"
 
 
 def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
@@ -185,6 +185,8 @@ class EventDriver:
             try:
                 step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
             except StopIteration as stop:
+                if self._conclude_later(stop.value):
+                    return
                 self._conclude(stop.value)
             else:
                 self._perform(step)
@@ -208,6 +210,10 @@ class EventDriver:
         if until != self._until:
             self._until = until
             self.wake_at(until)
+
+    def _conclude_later(self, verdict: Verdict) -> bool:  # noqa: ARG002
+        """Whether the world takes the verdict in a later event; until then the call is not over."""
+        return False
 
     def _conclude(self, verdict: Verdict) -> bool:
         if self.verdict is not None:
@@ -273,6 +279,18 @@ def until(instant: float | None) -> float:
     return SLICE if instant is None else min(max(0.0, instant - time.monotonic()), SLICE)
 
 
+def ending(verdict: Verdict) -> Flow:
+    """A flow that ends with ``verdict`` at its first wake-up. It has run its first step."""
+
+    def end() -> Flow:
+        yield Wait()
+        return verdict
+
+    flow = end()
+    next(flow)
+    return flow
+
+
 START = Elapsed(0.0)
 """Runs a flow's first step."""
 
@@ -284,6 +302,8 @@ def pushback_of(trailing_metadata: Any) -> float | None:
     """The server's word on when to retry, in seconds; -1.0 (never) when it can't be read (A6)."""
     for key, value in trailing_metadata or ():
         if key == PUSHBACK:
+            if len(value) > LONGEST_PUSHBACK:
+                return -1.0
             try:
                 milliseconds = int(value)
             except ValueError:
@@ -305,22 +325,13 @@ def failed(
     cancelled: bool = False,
 ) -> Outcome:
     """The outcome of an attempt that core ended with a status other than OK. ``final``: it can't be made again."""
-    details = details or ""
-    # Where core resolves and connects, it has tried every address itself: that is a failure like another.
-    never_sent = code == Code.UNAVAILABLE and details.startswith(NEVER_SENT_DETAILS) and not pool.core_waits
-    if never_sent:
-        pool.lost(address)
-    refused = code == Code.UNAVAILABLE and details.startswith(REFUSED_DETAILS)
-    if refused:
-        # A handler may pass an error on in its own words: whoever called it must not read core's there.
-        details = f"{address} refused it: {details}"
+    if code == Code.UNAVAILABLE:
+        pool.check(address)
     return Outcome(
         code,
-        details,
+        details or "",
         pushback=pushback_of(trailing),
         committed=final or bool(initial),
-        never_sent=never_sent,
-        refused=refused,
         cancelled=cancelled,
         result=result,
     )

@@ -47,9 +47,6 @@ RETIRE_AFTER = (
 )
 RETRY_IDLE = 60.0  # seconds after which the retries' channel is closed
 
-NEVER_SENT_DETAILS = ("connections to all backends failing", "failed to connect to all addresses", "empty address list")
-"""How core's round_robin and pick_first begin the details of a call that found no connection, so never left."""
-
 _READY = int(Connectivity.READY)
 
 
@@ -289,8 +286,8 @@ class Pool(abc.ABC):
         return self.cluster.state
 
     @abc.abstractmethod
-    def lost(self, address: str) -> None:
-        """A call to ``address`` found no connection: look at its state again."""
+    def check(self, address: str) -> None:
+        """A call to ``address`` ended as UNAVAILABLE: look at its connection's state again."""
 
     @abc.abstractmethod
     async def run(self) -> None:
@@ -368,7 +365,7 @@ class OwnPool(Pool):
     def get(self, address: str) -> Subchannel:  # noqa: ARG002
         return self.subchannel
 
-    def lost(self, address: str) -> None:
+    def check(self, address: str) -> None:
         pass
 
     def wanted(self) -> None:
@@ -430,7 +427,7 @@ class ResolvedPool(Pool):
             self._observe([(address, subchannel.state())])
         return None
 
-    def lost(self, address: str) -> None:
+    def check(self, address: str) -> None:
         subchannel = self._subchannels.get(address)
         if subchannel is not None:
             self._observe([(address, subchannel.state())])

@@ -893,7 +893,8 @@ def _outcome(error: Any, pool: Pool, address: str, *, final: bool = False) -> Ou
 def _debug_error_string(call: Any) -> str:
     # Asked for it, grpc waits for ever when the call was ended on this side: cancelled, or by a bad message. But it
     # prints what it has.
-    _, _, rest = str(call).partition('\tdebug_error_string = "')
+    # The details are the peer's, and may read like what follows them.
+    _, _, rest = str(call).partition(f'\tdetails = "{call.details()}"\n\tdebug_error_string = "')
     text = rest.removesuffix('"\n>')
     return "" if text == "None" else text
 

@@ -184,6 +184,10 @@ class ServerSettings:
     interceptors: Sequence[Any] = ()
     options: Sequence[Option] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("interceptors", "options"):  # may be iterators, and each server reads them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServerSettings:
         """The settings that ``environ`` (the process's environment, without one) asks for; the rest, and those whose
