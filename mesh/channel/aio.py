@@ -20,10 +20,12 @@ import grpc.aio
 from grpc.aio import _interceptor as interceptor_calls
 
 from mesh import context
+from mesh.channel import forking
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CANCELLED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     STATES,
     EventDriver,
@@ -34,7 +36,7 @@ from mesh.channel.drive import (
 from mesh.channel.replay import AioReplay, Request
 from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
-from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
+from mesh.model import Attempt, CallSpec, Code, Connectivity, Metadatum, Outcome, Verdict
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
 
@@ -69,18 +71,36 @@ class Channel(grpc.aio.Channel):
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._left: object = None  # in a forked child, what is the parent's
+
+    def forked(self) -> object:
+        """In a forked child: the channel is the parent's alone; returns what must not be freed here."""
+        left = self.assembly, self._running, self._stop, tuple(self.calls), tuple(self.intercepted)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in self.calls:
+            driver.forked()
+        self.calls, self.intercepted = set(), weakref.WeakSet()
+        self._left, self._running = left, None
+        return left
 
     def start(self) -> None:
         """Bring the channel to life on the running loop; once. Raises UsageError when it is closed."""
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
         if self._running is None:
+            if self._left is not None:
+                raise forking.inherited()
+            forking.check(aio=True)
+            forking.register(self)
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             # The multicallables hold the channel, so it lives as long as any stub.
-            weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
+            self._stop = weakref.finalize(self, _stop, self.loop, self.assembly.pool)
+            self._stop.atexit = False
 
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
@@ -89,6 +109,8 @@ class Channel(grpc.aio.Channel):
         if self.closed:
             return
         self.closed = True
+        if self._left is not None:
+            return
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
             ends = [*(driver.finished() for driver in self.calls), *(call.code() for call in intercepted)]
@@ -384,6 +406,8 @@ class _Driver(EventDriver):
     """Drives a call over core's asyncio calls. It holds all of the call's state; the call object is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -412,6 +436,12 @@ class _Driver(EventDriver):
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed = {}, None
 
     def begin(self, attempt: Attempt) -> None:
         number, address = attempt.number, attempt.endpoint.address

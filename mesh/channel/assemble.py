@@ -29,6 +29,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context
+from mesh.channel import forking
 from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
@@ -67,15 +68,20 @@ class Assembly:
         compression: grpc.Compression | None,
         open_subchannel: OpenSubchannel,
     ) -> None:
+        options = tuple(options or ())
+        self._arguments = target, options, credentials, compression, open_subchannel
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
         self._methods: dict[tuple[Any, ...], Method] = {}
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
-        given = _checked(options or ())
+        self.discovers_by_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
+        given = _checked(options)
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
+        if forking.generation:  # core must not take the parent's connection for one with the same options
+            given.setdefault("weft.forks", forking.generation)
         self._configs = Configs(target, balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
         # With an option the others are never asked.
@@ -102,6 +108,14 @@ class Assembly:
 
             configured = functools.partial(self._offer, Source.REGISTRY)
             self.pool = ResolvedPool(self.cluster, resolver, open_endpoint, configured)
+
+    def again(self) -> Assembly:
+        """The same with connections of its own, for a forked child; the multicallables' methods move there."""
+        again = Assembly(*self._arguments)
+        for method in self._methods.values():
+            method.policy = again._policy(method.path)
+        again._methods = self._methods
+        return again
 
     @property
     def config(self) -> ServiceConfig:

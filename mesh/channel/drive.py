@@ -45,6 +45,7 @@ NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent
 # grpc's words
 CANCELLED_DETAILS = "Locally cancelled by application!"
 CLOSED_DETAILS = "Channel closed!"
+FORKED_DETAILS = "Call cancelled in fork child"
 
 # Core's word for REFUSED_STREAM (RFC 9113, 8.7: nothing was processed), which it doesn't retry by itself.
 REFUSED_DETAILS = "Stream removed (RST_STREAM (Received RST_STREAM with error code 7)"

@@ -313,6 +313,14 @@ class Pool(abc.ABC):
             callback()
         self._wake()
 
+    async def pause(self) -> None:
+        """End what runs over grpc.aio, until ``resume``. On the loop of ``run``, of a blocking channel."""
+        return
+
+    def resume(self) -> None:
+        """Begin again what ``pause`` ended."""
+        return
+
     def reconfigure(self, config: ServiceConfig) -> None:
         """Have the cluster take another config."""
         self._change(lambda: self.cluster.reconfigure(config, time.monotonic()))
@@ -392,6 +400,8 @@ class ResolvedPool(Pool):
         self._resting: set[str] = set()
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
+        self._resolving: asyncio.Task[None] | None = None
+        self._paused = False
 
     def get(self, address: str) -> Subchannel | None:
         if self._resting:
@@ -417,7 +427,8 @@ class ResolvedPool(Pool):
         loop = asyncio.get_running_loop()
         wake = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
-        resolving = asyncio.create_task(self._resolve())
+        if not self._paused and self._resolving is None:
+            self._resolving = asyncio.create_task(self._resolve())
         try:
             while not self.closed:
                 busy = self._tick()
@@ -431,16 +442,29 @@ class ResolvedPool(Pool):
                 wake.clear()
         finally:
             self._wake = lambda: None
-            resolving.cancel()
-            if self._out_of_band is not None:
-                await self._out_of_band.close()
+            await self.pause()
             with self._lock:
                 subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
                 self._subchannels.clear()
                 self._retired.clear()
             for subchannel in subchannels:
                 await subchannel.close()
+
+    async def pause(self) -> None:
+        self._paused = True
+        resolving, self._resolving = self._resolving, None
+        if resolving is not None:
+            resolving.cancel()
             await asyncio.wait([resolving])
+        if self._out_of_band is not None:
+            await self._out_of_band.close()
+            self._out_of_band = None
+
+    def resume(self) -> None:
+        if self._paused and not self.closed:
+            self._paused = False
+            self._resolving = asyncio.get_running_loop().create_task(self._resolve())
+            self._wake()
 
     async def _resolve(self) -> None:
         async with contextlib.aclosing(self._resolver.updates()) as updates:
@@ -481,7 +505,7 @@ class ResolvedPool(Pool):
         idle = [address for address, state in states if state == Connectivity.IDLE and address not in resting]
         for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
             self._subchannels[address].connect()
-        if self.cluster.balancer.reports.out_of_band or self._out_of_band is not None:
+        if not self._paused and (self.cluster.balancer.reports.out_of_band or self._out_of_band is not None):
             self._ask_for_load()
         return bool(connecting or idle)
 

@@ -22,11 +22,12 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from mesh import context
-from mesh.channel import background
+from mesh.channel import background, forking
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CLOSED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     START,
     STATES,
@@ -76,11 +77,27 @@ class Channel(grpc.Channel):
             if self.closed:
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
+                forking.check(aio=self.assembly.discovers_by_aio)
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
                 background.spawn(self.assembly.run())
+                forking.register(self, self.assembly.pool)
                 # The multicallables hold the channel, so it lives as long as any stub.
                 self._stop = weakref.finalize(self, self.assembly.pool.close)
                 self._stop.atexit = False
+        self._watch.look()
+
+    def forked(self) -> object:
+        """In a forked child: begin anew, with connections of its own; returns what is the parent's."""
+        left = self.assembly, self._stop, list(self._calls)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in left[2]:
+            driver.forked()
+        self._lock, self._stop, self._calls = threading.Lock(), None, weakref.WeakSet()
+        if not self.closed:
+            self.assembly = self.assembly.again()
+            self._watch = self._watch.again()
+        return left
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -181,10 +198,16 @@ class _StateWatch:
         self._armed = False
         self._delivering = False
 
+    def again(self) -> _StateWatch:
+        """The same for a forked child, where nobody is told before the channel is used."""
+        again = _StateWatch(self._channel)
+        again._told = dict.fromkeys(self._told)
+        return again
+
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
             self._told[callback] = None
-        self._look()
+        self.look()
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
@@ -197,9 +220,9 @@ class _StateWatch:
     def _replaced(self) -> None:
         with self._lock:
             self._armed = False
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Watch for the next change, and deliver what the subscribers haven't been told."""
         with self._lock:
             if not self._told:
@@ -474,6 +497,8 @@ class _Driver(LockedDriver):
     """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -502,6 +527,13 @@ class _Driver(LockedDriver):
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self.cancel)
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._lock, self._condition = threading.Lock(), threading.Condition()
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed, self._callbacks = {}, None, None
 
     def begin(self, attempt: Attempt) -> None:
         number, address = attempt.number, attempt.endpoint.address
