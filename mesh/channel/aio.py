@@ -56,6 +56,8 @@ _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single 
 class Channel(grpc.aio.Channel):
     """A ``grpc.aio.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = False
+
     def __init__(
         self,
         target: str,
@@ -433,6 +435,7 @@ class _Driver(EventDriver):
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
         self._waiting: list[asyncio.Future[None]] = []
+        self._end: asyncio.Future[None] | None = None
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
@@ -469,7 +472,7 @@ class _Driver(EventDriver):
             self._timer.cancel()
         self._timer = None
         if until is not None:
-            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.elapsed)
+            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self.replay is not None:
@@ -483,6 +486,8 @@ class _Driver(EventDriver):
         if verdict is None or self not in self.channel.calls:
             return
         self.channel.calls.discard(self)
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
         if self.replay is not None:
             self.replay.close()
         if self._scope is not None:
@@ -503,7 +508,20 @@ class _Driver(EventDriver):
         """Wait until an attempt begins or is committed, or the call is over."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future in self._waiting:
+                self._waiting.remove(future)
+            raise
+
+    def end(self) -> asyncio.Future[None]:
+        """Done when the call is over; one for all who wait for it beside something else."""
+        if self._end is None:
+            self._end = asyncio.get_running_loop().create_future()
+            if self.verdict is not None:
+                self._end.set_result(None)
+        return self._end
 
     async def finished(self) -> Outcome:
         """Wait until the call is over."""
@@ -799,14 +817,11 @@ class _StreamRequest(Call):
         if self._done_writing_flag:
             raise asyncio.InvalidStateError(_HALF_CLOSED_DETAILS)
         sent = replay.write(request)
-        over = asyncio.ensure_future(self._driver.finished())
         try:
-            await asyncio.wait((sent, over), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sent, self._driver.end()), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self.cancel()
             raise
-        finally:
-            over.cancel()
         if not replay.taken(sent):
             await self._raise_for_status()
 

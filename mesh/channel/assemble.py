@@ -21,6 +21,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,7 +74,8 @@ class Assembly:
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
-        self._methods: dict[tuple[Any, ...], Method] = {}
+        # Weak: a program may make a stub, or a serializer, for each call.
+        self._methods: weakref.WeakValueDictionary[tuple[Any, ...], Method] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
         self.discovers_by_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
@@ -112,7 +114,7 @@ class Assembly:
     def again(self) -> Assembly:
         """The same with connections of its own, for a forked child; the multicallables' methods move there."""
         again = Assembly(*self._arguments)
-        for method in self._methods.values():
+        for method in list(self._methods.values()):
             method.policy = again._policy(method.path)
         again._methods = self._methods
         return again
@@ -156,7 +158,7 @@ class Assembly:
         with self._lock:
             if not self._configs.offer(source, text):
                 return
-            for method in self._methods.values():
+            for method in list(self._methods.values()):
                 method.policy = self._policy(method.path)
         self.pool.reconfigure(self.config)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mesh.channel.subchannels import Pool
 
 WITHIN = 1.0  # seconds that the background thread gets, to end the registry's watches and to leave gRPC, before a fork
-POLLER = 0.1  # seconds that grpc.aio's thread gets to end after them
+SETTLE = 0.2  # seconds that gRPC gets to end after its last channel was closed
 
 generation = 0
 """How many forks lie between this process and the one that was started."""
@@ -42,6 +42,7 @@ _REMEDY = (
 class Channel(Protocol):
     """What a channel does about forks."""
 
+    blocking: bool
     closed: bool
 
     def forked(self) -> object:
@@ -53,6 +54,7 @@ class _State:
 
     def __init__(self) -> None:
         self.channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use
+        self.registered = False
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()  # those that run on the background loop
         self.paused: list[Pool] = []
         self.release: Callable[[], object] = lambda: None
@@ -67,6 +69,7 @@ _state = _State()
 def register(channel: Channel, pool: Pool | None = None) -> None:
     """``channel`` is in use; with ``pool`` when that runs on the background loop."""
     _state.channels.add(channel)
+    _state.registered = True
     if pool is not None:
         _state.pools.add(pool)
 
@@ -120,14 +123,27 @@ def _refusal(what: str, remedy: str, *, setting: bool = False) -> str:
 
 def _before() -> None:
     _state.paused = [pool for pool in _state.pools if not pool.closed] if aio_in_use() else []
-    if _state.paused:
-        background.pause([pool.pause for pool in _state.paused], WITHIN)
-        end = time.monotonic() + POLLER
-        gc.collect()  # grpc.aio's thread ends with the last of its channels
-        while aio_in_use() and time.monotonic() < end:
-            time.sleep(0.001)
+    background.pause([pool.pause for pool in _state.paused], WITHIN)
+    if _state.registered:
+        _settle()
     _state.release = background.hold(WITHIN)
     _state.core, _state.aio = core_in_use(), aio_in_use()
+
+
+def _settle() -> None:
+    """Wait for what closed channels leave: grpc.aio's thread, and core, end soon after the last of them is freed."""
+    still_open = [channel for channel in _state.channels if not channel.closed]
+
+    def unsettled() -> bool:
+        if not still_open and not supported() and core_in_use():
+            return True
+        return all(channel.blocking for channel in still_open) and aio_in_use()
+
+    if unsettled():
+        gc.collect()
+        end = time.monotonic() + SETTLE
+        while unsettled() and time.monotonic() < end:
+            time.sleep(0.001)
 
 
 def _after_in_parent() -> None:

@@ -15,9 +15,11 @@ import abc
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +57,17 @@ NEVER_SENT_DETAILS = ("connections to all backends failing", "failed to connect 
 """How core's round_robin and pick_first begin the details of a call that found no connection, so never left."""
 
 _READY = int(Connectivity.READY)
+_numbers = itertools.count()  # of core channels
 
 
 class Method:
-    """One method of a channel, as its multicallables share it: compared by identity, so a subchannel's lookup is
-    quick."""
+    """One method of a channel, as its multicallables share it.
 
-    __slots__ = ("deserializer", "kind", "path", "policy", "registered", "serializer")
+    ``calls``: core's multicallables, by the number of the core channel. They are kept here and not by the subchannel,
+    so that they live no longer than the multicallables that the program holds.
+    """
+
+    __slots__ = ("__weakref__", "calls", "deserializer", "kind", "path", "policy", "registered", "serializer")
 
     def __init__(
         self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool, policy: MethodPolicy
@@ -72,6 +78,7 @@ class Method:
         self.deserializer = deserializer
         self.registered = registered
         self.policy = policy
+        self.calls: dict[int, Any] = {}
 
     def __repr__(self) -> str:
         return f"<Method {self.path} {self.kind}>"
@@ -93,8 +100,8 @@ class Subchannel(abc.ABC):
         self._channel: Any = None
         self._retry_channel: Any = None
         self._retried = 0.0
-        self._calls: dict[Method, Any] = {}
-        self._retry_calls: dict[Method, Any] = {}
+        self._number, self._retry_number = next(_numbers), next(_numbers)
+        self._methods: weakref.WeakSet[Method] = weakref.WeakSet()  # those that have a call here
         self._lock = threading.Lock()
 
     @abc.abstractmethod
@@ -135,7 +142,7 @@ class Subchannel(abc.ABC):
         """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
         if previous:
             return self._retry_call(method)
-        return self._calls.get(method) or self._first_call(method)
+        return method.calls.get(self._number) or self._first_call(method)
 
     def core(self) -> Any:
         """The core channel, opened if it isn't yet."""
@@ -147,16 +154,18 @@ class Subchannel(abc.ABC):
     def _first_call(self, method: Method) -> Any:
         core = self.core()
         with self._lock:  # grpc: registering a method is not thread-safe
-            return self._calls.setdefault(method, _multicallable(core, method))
+            self._methods.add(method)
+            return method.calls.setdefault(self._number, _multicallable(core, method))
 
     def _retry_call(self, method: Method) -> Any:
         with self._lock:
             self._retried = time.monotonic()
             if self._retry_channel is None:
                 self._retry_channel = self._open(self._retry_options)
-            if method not in self._retry_calls:
-                self._retry_calls[method] = _multicallable(self._retry_channel, method)
-            return self._retry_calls[method]
+            if self._retry_number not in method.calls:
+                self._methods.add(method)
+                method.calls[self._retry_number] = _multicallable(self._retry_channel, method)
+            return method.calls[self._retry_number]
 
     async def close_idle_retries(self, now: float, *, in_flight: int) -> None:
         """Close the retries' channel when it was long unused."""
@@ -164,7 +173,7 @@ class Subchannel(abc.ABC):
             if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
                 return
             idle, self._retry_channel = self._retry_channel, None
-            self._retry_calls.clear()
+            self._forget_calls(self._retry_number)
         await self._close(idle)
 
     async def close(self) -> None:
@@ -173,6 +182,13 @@ class Subchannel(abc.ABC):
         for channel in (self._channel, self._retry_channel):
             if channel is not None:
                 await self._close(channel)
+        with self._lock:
+            self._forget_calls(self._number)
+            self._forget_calls(self._retry_number)
+
+    def _forget_calls(self, number: int) -> None:
+        for method in tuple(self._methods):
+            method.calls.pop(number, None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address} {self.state().name}>"

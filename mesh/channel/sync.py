@@ -55,6 +55,8 @@ Metadata = Sequence[Metadatum] | None
 class Channel(grpc.Channel):
     """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = True
+
     def __init__(
         self,
         target: str,
@@ -571,7 +573,7 @@ class _Driver(LockedDriver):
     def wake_at(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.elapsed)
+        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self._replay is not None:
