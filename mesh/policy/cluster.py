@@ -36,6 +36,10 @@ AGGREGATION = (
 )
 
 
+METHODS = 1000
+"""Methods whose latencies are kept; past it the one that was first called longest ago is forgotten."""
+
+
 def _nobody() -> None:
     """Nobody is to be woken."""
 
@@ -85,7 +89,12 @@ class Cluster:
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
-        return self._latencies.get(method) or self._latencies.setdefault(method, Latencies(self._new_lock()))
+        known = self._latencies.get(method)
+        if known is None:
+            if len(self._latencies) >= METHODS:
+                self._latencies.pop(tuple(self._latencies)[0], None)  # any thread may be here: one step, no iteration
+            known = self._latencies.setdefault(method, Latencies(self._new_lock()))
+        return known
 
     @property
     def state(self) -> Connectivity:
