@@ -1,7 +1,8 @@
 """A program that makes, uses and drops everything the mesh has, round after round, and says after each what is left.
 
-``python -m tests.soak SECONDS``: prints one JSON object a round. A registry, an asyncio server, a threaded server and
-both kinds of client are in the one process, so that whatever leaks is seen. Run by ``tests/faults/test_soak.py``.
+``python -m tests.soak SECONDS COUNT``: prints one JSON object a round, of COUNT calls of each kind for each channel.
+A registry, an asyncio server, a threaded server and both kinds of client are in the one process, so that whatever leaks
+is seen. Run by ``tests/faults/test_soak.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from google.protobuf.duration_pb2 import Duration
 import mesh
 import mesh.aio
 from mesh.server import aio as aio_server
+from mesh.server import deadlines
 from mesh.server import sync as sync_server
-from mesh.server.deadlines import METHODS
 from mesh.server.settings import ServerSettings
 from tests.registry.serving import Serving, serving
 from weft.mesh.v1 import registry_pb2 as pb
@@ -36,10 +37,10 @@ from weft.mesh.v1 import registry_pb2 as pb
 SERVICE = "soak.Soak"
 UNARY, RESPONSES, REQUESTS, BOTH = (f"/{SERVICE}/{name}" for name in ("Unary", "Responses", "Requests", "Both"))
 TIMEOUT = 20.0
-COUNT = 20
-"""Of each kind in a round."""
+METHODS = 50
+"""Methods whose handlers a server keeps here: few, so that this bound is reached at once."""
 
-CONFIGS = (
+CONFIGS: tuple[dict[str, Any], ...] = (
     {"methodConfig": [{"name": [{}], "retryPolicy": {
         "maxAttempts": 3, "initialBackoff": "0.001s", "maxBackoff": "0.001s", "backoffMultiplier": 1,
         "retryableStatusCodes": ["ABORTED"]}}]},
@@ -129,9 +130,10 @@ def add(*behaviors: Any) -> Callable[[Any, Any], None]:
 class Soak:
     """The rounds."""
 
-    def __init__(self, registry: Serving, servers: tuple[str, str]) -> None:
+    def __init__(self, registry: Serving, servers: tuple[str, str], count: int) -> None:
         self._registry = registry
         self._servers = servers
+        self._count = count  # of calls of each kind, for each channel
         self._targets = [f"static:///{','.join(servers)}", servers[0]]
         self._number = 0
         self._lasting_sync: Any = mesh.insecure_channel(f"mesh://{registry.address}/{SERVICE}")
@@ -140,13 +142,6 @@ class Soak:
     def _next(self) -> int:
         self._number += 1
         return self._number
-
-    async def fill(self) -> None:
-        """Bring what is bounded to its bound."""
-        for target in self._servers:
-            async with mesh.aio.insecure_channel(target) as channel:
-                for _ in range(METHODS + 1):
-                    await channel.unary_unary(f"/any.Any{self._next()}/Method")(b"ok", timeout=TIMEOUT)
 
     async def round(self) -> None:
         await self._configs()
@@ -210,7 +205,7 @@ class Soak:
             await self._configure(name, None)
 
     async def _aio_calls(self, channel: Any) -> None:
-        for _ in range(COUNT):
+        for _ in range(self._count):
             tag = self._next()
             stub = channel.unary_unary(UNARY, lambda message: message, lambda message: message)
             assert await stub(b"ok", timeout=TIMEOUT, wait_for_ready=True) == b"ok"
@@ -229,14 +224,14 @@ class Soak:
             early.cancel()
             assert await channel.stream_unary(REQUESTS)(iter([b"1", b"2"]), timeout=TIMEOUT) == b"2"
         stream = channel.stream_stream(BOTH)(timeout=TIMEOUT)
-        for _ in range(COUNT):
+        for _ in range(self._count):
             await stream.write(b"ok")
             assert await stream.read() == b"ok"
         await stream.done_writing()
         assert await stream.read() is grpc.aio.EOF
 
     def _sync_calls(self, channel: Any) -> None:
-        for _ in range(COUNT):
+        for _ in range(self._count):
             tag = self._next()
             stub = channel.unary_unary(UNARY, lambda message: message, lambda message: message)
             assert stub(b"ok", timeout=TIMEOUT, wait_for_ready=True) == b"ok"
@@ -292,7 +287,7 @@ def _of_interest(module: object) -> bool:
 def total(measured: dict[str, Any]) -> int:
     """All that is counted, in one number."""
     counts = (measured[name] for name in ("descriptors", "threads", "tasks", "timers"))
-    return sum(counts) + sum(measured["objects"].values())
+    return int(sum(counts) + sum(measured["objects"].values()))
 
 
 async def settled() -> dict[str, Any]:
@@ -308,7 +303,8 @@ async def settled() -> dict[str, Any]:
     return measured
 
 
-async def main(seconds: float) -> None:
+async def main(seconds: float, count: int) -> None:
+    deadlines.METHODS = METHODS
     end = time.monotonic() + seconds
     settings: dict[str, Any] = {"listen": "127.0.0.1:0", "drain_wait": 0.0}
     async with serving(log_size=64) as registry:
@@ -318,8 +314,7 @@ async def main(seconds: float) -> None:
             second = sync_server.Server(sync_pairs, ServerSettings(registry=registry.address, **settings))
             second.start()
             servers = f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"
-            soak = Soak(registry, servers)
-            await soak.fill()
+            soak = Soak(registry, servers, count)
             rounds = 0
             while rounds < 5 or time.monotonic() < end:
                 await soak.round()
@@ -331,4 +326,4 @@ async def main(seconds: float) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # the calls that fail on purpose
-    asyncio.run(main(float(sys.argv[1])))
+    asyncio.run(main(float(sys.argv[1]), int(sys.argv[2])))

@@ -30,9 +30,9 @@ GROWTH = 6.0
 """Megabytes that a process may grow by: what allocators and caches take until they level off."""
 
 
-def rounds(seconds: float, within: float) -> list[dict[str, Any]]:
+def rounds(seconds: float, count: int, within: float) -> list[dict[str, Any]]:
     """What the program says of each round."""
-    command = [sys.executable, "-m", "tests.soak", str(seconds)]
+    command = [sys.executable, "-m", "tests.soak", str(seconds), str(count)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=within, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -58,13 +58,13 @@ def at_base(measured: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_few_rounds_of_everything_leave_nothing() -> None:
-    at_base(rounds(0, within=100))
+    at_base(rounds(0, 8, within=100))
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(240)
 def test_ninety_seconds_of_everything_leave_nothing_and_memory_levels_off() -> None:
-    measured = rounds(90, within=220)
+    measured = rounds(90, 20, within=220)
     at_base(measured)
     memory = [each["memory"] for each in measured]
     assert min(memory[-3:]) <= memory[len(memory) // 3] + GROWTH, memory
