@@ -92,7 +92,8 @@ class Cluster:
         known = self._latencies.get(method)
         if known is None:
             if len(self._latencies) >= METHODS:
-                self._latencies.pop(tuple(self._latencies)[0], None)  # any thread may be here: one step, no iteration
+                oldest, *_ = tuple(self._latencies)  # a copy: any thread may be here
+                self._latencies.pop(oldest, None)
             known = self._latencies.setdefault(method, Latencies(self._new_lock()))
         return known
 

@@ -354,7 +354,8 @@ class Wrapped:
             if self._observer is not None:
                 wrapped = observe(wrapped, method, self._observer)
             if method not in self._known and len(self._known) >= METHODS:  # a generic handler takes whatever is called
-                self._known.pop(tuple(self._known)[0], None)
+                oldest, *_ = tuple(self._known)
+                self._known.pop(oldest, None)
             known = self._known[method] = (handler, wrapped)
         return known[1]
 

@@ -17,8 +17,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
+
 import mesh
 import mesh.aio
+from mesh.server import aio as aio_server
+from mesh.server import sync as sync_server
+from mesh.server.settings import ServerSettings
 
 UNARY, RESPONSES = "/suite.Suite/Unary", "/suite.Suite/Responses"
 TIMEOUT = 8  # of calls, in seconds: what raises at once takes far less
@@ -27,8 +32,9 @@ WITHIN = 20  # seconds that a child gets
 
 class Program:
     """``world``: of the child's channel, "sync" or "aio". ``age``: whether the child uses the parent's channel ("old"),
-    makes one ("new"), closes or drops the parent's ("close"), or ends without using any ("exit"). ``parent``: what the
-    parent has used: "sync", "aio", "both", or "closed" (all were closed); "stream": a call is open at the fork."""
+    makes one ("new"), closes the parent's ("close"), reads the parent's open calls ("open"), serves ("serve"), or ends
+    without using any ("exit"). ``parent``: what the parent has used: "sync", "aio", "both", "nothing", or "closed" (all
+    were closed); "stream": calls are open at the fork."""
 
     def __init__(self, target: str, world: str, age: str, parent: str = "") -> None:
         self.target = target
@@ -81,6 +87,8 @@ class Program:
         if self.age == "open":
             stream, future = self.open
             return json.dumps([_outcome(lambda: str(next(stream))), _outcome(lambda: str(future.result(WITHIN)))])
+        if self.age == "serve":
+            return asyncio.run(self._serve()) if self.world == "aio" else self._serve_blocking()
         if self.world == "aio":
             return self.loop.run_until_complete(self.call(self.aio)) if self.age == "old" else asyncio.run(self._new())
         if self.age == "old":
@@ -92,6 +100,27 @@ class Program:
         async with mesh.aio.insecure_channel(self.target) as channel:
             return await self.call(channel)
 
+    async def _serve(self) -> str:
+        async def echo(request: bytes, context: object) -> bytes:
+            return request
+
+        settings = ServerSettings(listen="127.0.0.1:0", drain_wait=0.0)
+        async with (
+            aio_server.Server([(_add, echo)], settings) as server,
+            mesh.aio.insecure_channel(f"static:///127.0.0.1:{server.port}") as channel,
+        ):
+            return await self.call(channel)
+
+    def _serve_blocking(self) -> str:
+        server = sync_server.Server(
+            [(_add, lambda request, context: request)], ServerSettings(listen="127.0.0.1:0", drain_wait=0.0)
+        )
+        server.start()
+        with mesh.insecure_channel(f"static:///127.0.0.1:{server.port}") as channel:
+            answer = self.blocking_call(channel)
+        server.drain()
+        return answer
+
     def again(self) -> str:
         """The parent's channels once more, after the fork."""
         answers = []
@@ -100,6 +129,11 @@ class Program:
         if self.aio is not None:
             answers.append(self.loop.run_until_complete(self.call(self.aio)))
         return " ".join(answers)
+
+
+def _add(behavior: Any, server: Any) -> None:
+    handlers: dict[str, Any] = {"Unary": grpc.unary_unary_rpc_method_handler(behavior)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("suite.Suite", handlers),))
 
 
 def _outcome(work: Callable[[], str]) -> str:

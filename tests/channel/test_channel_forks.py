@@ -175,6 +175,31 @@ def test_a_call_that_was_open_at_the_fork_is_cancelled_in_the_child(support: str
     assert saw["parent"] == "ok"
 
 
+# -- servers
+
+
+@pytest.mark.parametrize("support", ["0", "1"])
+@pytest.mark.parametrize("how", MECHANISMS)
+@pytest.mark.parametrize("world", ["sync", "aio"])
+def test_a_child_serves_where_the_parent_used_nothing(world: str, how: str, support: str, server: Server) -> None:
+    works(run(server.address, world, "serve", how, support, "nothing"))
+
+
+@pytest.mark.parametrize("support", ["0", "1"])
+@pytest.mark.parametrize("world", ["sync", "aio"])
+def test_a_child_serves_or_says_why_not_where_the_parent_used_channels(
+    world: str, support: str, server: Server
+) -> None:
+    for parent in ("sync", "aio"):
+        saw = run(server.address, world, "serve", "os.fork", support, parent)
+        if support == "0":
+            raises(saw, setting=True)
+        elif parent == world == "aio":
+            raises(saw)
+        else:
+            works(saw)
+
+
 # -- mesh:///: the registry is watched over grpc.aio, on the background thread
 
 
