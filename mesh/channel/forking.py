@@ -102,7 +102,7 @@ def aio_in_use() -> bool:
 
 
 def supported() -> bool:
-    """Whether core's fork support is on. It is by default from grpcio 1.80 on; before, core and its Python half differ
+    """Whether core's fork support is on. It is by default from grpcio 1.82 on; before, core and its Python half differ
     in what they take for the default."""
     if "GRPC_ENABLE_FORK_SUPPORT" in os.environ:
         return bool(cygrpc.is_fork_support_enabled())
@@ -112,7 +112,7 @@ def supported() -> bool:
 def _restores() -> bool:
     """Whether core keeps apart the connections of parent and child (grpc/grpc#41784)."""
     major, minor = grpc.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (1, 80)
+    return (int(major), int(minor)) >= (1, 82)
 
 
 def _refusal(what: str, remedy: str, *, setting: bool = False) -> str:

@@ -145,9 +145,7 @@ def test_a_new_asyncio_channel_works_where_the_parent_used_blocking_ones(target:
     works(run(target, "aio", "new", "os.fork", "1", "sync"))
 
 
-@pytest.mark.skipif(
-    tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 80), reason="core shares the parent's connections"
-)
+@pytest.mark.skipif(not forking._restores(), reason="before grpcio 1.82 core ends or blocks such a child itself")
 @pytest.mark.parametrize("parent", ["aio", "both"])
 def test_a_new_blocking_channel_works_where_the_parent_used_asyncio(parent: str, target: str) -> None:
     works(run(target, "sync", "new", "os.fork", "1", parent))
@@ -157,6 +155,8 @@ def test_a_new_blocking_channel_works_where_the_parent_used_asyncio(parent: str,
 @pytest.mark.parametrize("parent", ["sync", "aio", "both", "stream"])
 @pytest.mark.parametrize("age", ["exit", "close"])
 def test_a_child_ends_well(parent: str, age: str, support: str, server: Server) -> None:
+    if parent in ("aio", "both") and support == "1" and not forking._restores():
+        pytest.skip("before grpcio 1.82 core ends such a child itself")
     saw = run(f"static:///{server.address}", "sync", age, "os.fork", support, parent)
     works(saw)
     assert saw["code"] == 0
