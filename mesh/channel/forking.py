@@ -55,6 +55,7 @@ class _State:
     def __init__(self) -> None:
         self.channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use
         self.registered = False
+        self.forking = threading.Lock()
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()  # those that run on the background loop
         self.paused: list[Pool] = []
         self.release: Callable[[], object] = lambda: None
@@ -122,6 +123,7 @@ def _refusal(what: str, remedy: str, *, setting: bool = False) -> str:
 
 
 def _before() -> None:
+    _state.forking.acquire()  # one thread at a time forks; released by both sides
     _state.paused = [pool for pool in _state.pools if not pool.closed] if aio_in_use() else []
     background.pause([pool.pause for pool in _state.paused], WITHIN)
     if _state.registered:
@@ -135,7 +137,7 @@ def _settle() -> None:
     still_open = [channel for channel in _state.channels if not channel.closed]
 
     def unsettled() -> bool:
-        if not still_open and not supported() and core_in_use():
+        if not still_open and core_in_use():
             return True
         return all(channel.blocking for channel in still_open) and aio_in_use()
 
@@ -151,11 +153,13 @@ def _after_in_parent() -> None:
     paused, _state.paused = _state.paused, []
     for pool in paused:
         background.call(pool.resume)
+    _state.forking.release()
 
 
 def _after_in_child() -> None:
     global generation
     generation += 1
+    _state.forking = threading.Lock()
     _state.paused = []
     _state.inherited.append(background.forked())
     if _state.core and not supported():

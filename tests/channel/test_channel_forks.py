@@ -45,8 +45,8 @@ def environment(support: str, **more: str) -> dict[str, str]:
 def run(target: str, world: str, age: str, how: str, support: str, parent: str = "", **more: str) -> dict[str, Any]:
     """Run the program to its end; returns what the child saw, its exit code, and the parent's later calls.
 
-    With fork support on, core crashes some children of a process that uses grpc.aio, whatever they do (docs/forking.md):
-    those are run again.
+    With fork support on, core crashes some children of a process that uses grpc.aio, whatever they do; those are run
+    again (docs/forking.md).
     """
     saw = _run(target, world, age, how, support, parent, **more)
     for _ in range(5):
@@ -125,7 +125,8 @@ def test_a_channel_in_a_worker_of_gunicorn(
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/"
     for _ in range(4):  # by either worker
-        expect(json.loads(gunicorn.wait_until(lambda: _get(url), what="it answered")), world, support)
+        answer = gunicorn.wait_until(lambda: _get(url), what="it answered") or b""
+        expect(json.loads(answer), world, support)
     gunicorn.end()
     assert "Worker exiting" in gunicorn.said
     if (world, support) != ("aio", "1"):  # as above
@@ -263,6 +264,37 @@ eventually(lambda: not (core_in_use() or aio_in_use()))
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=False
     )
     assert done.stdout.split() == ["False", "False", "True", "True"], done.stderr
+
+
+def test_threads_that_fork_at_once_leave_the_background_thread_running(server: Server) -> None:
+    program = """
+import os, sys, threading
+import mesh
+channel = mesh.insecure_channel(sys.argv[1])
+unary = channel.unary_unary("/suite.Suite/Unary")
+unary(b"ok", timeout=8)
+
+def fork():
+    for _ in range(5):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+threads = [threading.Thread(target=fork) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(unary.future(b"ok", timeout=8).result())
+another = mesh.insecure_channel(sys.argv[1])  # a new channel is brought to life by the background thread
+print(another.unary_unary("/suite.Suite/Unary")(b"ok", timeout=8))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, f"static:///{server.address}"],
+        cwd=REPOSITORY, env=environment("0"), capture_output=True, text=True, timeout=40, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["b'ok'", "b'ok'"], done.stderr
 
 
 def test_a_fork_holds_nothing_up_and_the_background_thread_goes_on(server: Server) -> None:
