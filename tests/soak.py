@@ -321,8 +321,8 @@ async def main(seconds: float, count: int) -> None:
                 rounds += 1
                 print(json.dumps(await settled()), flush=True)
             await soak.close()
-            # Not drained: what is left was said, and grpcio-health-checking can deadlock a threaded server's drain when a
-            # watcher leaves at the same moment.
+            # Not drained: everything was measured, and grpcio-health-checking can deadlock a threaded server's drain
+            # when a watcher leaves at the same moment.
             os._exit(0)
 
 
