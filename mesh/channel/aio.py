@@ -21,10 +21,12 @@ import grpc.aio
 from grpc.aio import _interceptor as interceptor_calls
 
 from mesh import context
+from mesh.channel import forking
 from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     STATES,
     EventDriver,
@@ -60,6 +62,8 @@ _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single 
 class Channel(grpc.aio.Channel):
     """A ``grpc.aio.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = False
+
     def __init__(
         self,
         target: str,
@@ -83,6 +87,19 @@ class Channel(grpc.aio.Channel):
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._left: object = None  # in a forked child, what is the parent's
+
+    def forked(self) -> object:
+        """In a forked child: the channel is the parent's alone; returns what must not be freed here."""
+        left = self.assembly, self._running, self._stop, tuple(self.calls), tuple(self.intercepted)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in self.calls:
+            driver.forked()
+        self.calls, self.intercepted = set(), weakref.WeakSet()
+        self._left, self._running = left, None
+        return left
 
     def start(self) -> None:
         """Bring the channel to life on the running loop; once.
@@ -94,6 +111,10 @@ class Channel(grpc.aio.Channel):
         if self._running is not None:
             self._check_loop()
         else:
+            if self._left is not None:
+                raise forking.inherited()
+            forking.check(aio=True)
+            forking.register(self)
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             if self._instrument is not None:
                 self._instrument()
@@ -102,7 +123,8 @@ class Channel(grpc.aio.Channel):
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             self._running.add_done_callback(log_failure)
             # The multicallables hold the channel, so it lives as long as any stub.
-            weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
+            self._stop = weakref.finalize(self, _stop, self.loop, self.assembly.pool)
+            self._stop.atexit = False
 
     def _take_interceptors(self, make: Make, target: str, credentials: grpc.ChannelCredentials | None) -> None:
         added = aio_interceptors(make, target, credentials, self.interceptors)
@@ -140,6 +162,8 @@ class Channel(grpc.aio.Channel):
         if self._running is not None:
             self._check_loop()
         self.closed = True
+        if self._left is not None:
+            return
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
             ends = [*(driver.finished() for driver in self.calls), *(call.code() for call in intercepted)]
@@ -473,6 +497,8 @@ class _Driver(EventDriver):
     """Drives a call over core's asyncio calls. It holds all of the call's state; the call object is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -499,6 +525,7 @@ class _Driver(EventDriver):
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
         self._waiting: list[asyncio.Future[None]] = []
+        self._end: asyncio.Future[None] | None = None
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
@@ -511,8 +538,14 @@ class _Driver(EventDriver):
         """A call doesn't end before its creator has it, as in grpc.aio: the loop's next turn ends it."""
         if self._starting:
             self._flow = ending(verdict)
-            asyncio.get_running_loop().call_soon(self.elapsed)
+            asyncio.get_running_loop().call_soon(self.timer_fired)
         return self._starting
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed = {}, None
 
     def begin(self, attempt: Attempt) -> None:
         self.hedged = self.call.policy.hedge.max_attempts > 1
@@ -541,7 +574,7 @@ class _Driver(EventDriver):
             self._timer.cancel()
         self._timer = None
         if until is not None:
-            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.elapsed)
+            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self.replay is not None:
@@ -555,6 +588,8 @@ class _Driver(EventDriver):
         if verdict is None or self not in self.channel.calls:
             return
         self.channel.calls.discard(self)
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
         if self.replay is not None:
             self.replay.close()
         if self._scope is not None:
@@ -578,7 +613,20 @@ class _Driver(EventDriver):
         """Wait until an attempt begins or is committed, or the call is over."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future in self._waiting:
+                self._waiting.remove(future)
+            raise
+
+    def end(self) -> asyncio.Future[None]:
+        """Done when the call is over; one for all who wait for it beside something else."""
+        if self._end is None:
+            self._end = asyncio.get_running_loop().create_future()
+            if self.verdict is not None:
+                self._end.set_result(None)
+        return self._end
 
     async def finished(self) -> Outcome:
         """Wait until the call is over."""
@@ -890,14 +938,11 @@ class _StreamRequest(Call):
         if self._done_writing_flag:
             raise asyncio.InvalidStateError(_HALF_CLOSED_DETAILS)
         sent = replay.write(request)
-        over = asyncio.ensure_future(self._driver.finished())
         try:
-            await asyncio.wait((sent, over), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sent, self._driver.end()), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self.cancel()
             raise
-        finally:
-            over.cancel()
         if not replay.taken(sent):
             await self._raise_for_status()
 

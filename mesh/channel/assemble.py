@@ -21,6 +21,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context, variables
+from mesh.channel import forking
 from mesh.channel.arguments import check_compression, checked, text_of
 from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
@@ -74,15 +76,21 @@ class Assembly:
         variables.warn_once()
         target = text_of(target)
         check_compression(compression)
+        options = tuple(options or ())
+        self._arguments = target, options, credentials, compression, open_subchannel
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
-        self._methods: dict[tuple[Any, ...], Method] = {}
+        # Weak: a program may make a stub, or a serializer, for each call.
+        self._methods: weakref.WeakValueDictionary[tuple[Any, ...], Method] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
-        given = checked(options or ())
+        self.discovers_by_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
+        given = checked(options)
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
+        if forking.generation:  # core must not take the parent's connection for one with the same options
+            given.setdefault("weft.forks", forking.generation)
         self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
         # Whether a config is yet to come that calls wait for.
@@ -111,6 +119,14 @@ class Assembly:
 
             configured = functools.partial(self._offer, Source.REGISTRY)
             self.pool = ResolvedPool(self.cluster, resolver, open_endpoint, configured)
+
+    def again(self) -> Assembly:
+        """The same with connections of its own, for a forked child; the multicallables' methods move there."""
+        again = Assembly(*self._arguments)
+        for method in list(self._methods.values()):
+            method.policy = again._policy(method.kind, method.path)
+        again._methods = self._methods
+        return again
 
     @property
     def config(self) -> ServiceConfig:
@@ -156,7 +172,7 @@ class Assembly:
             if not (changed or first):
                 return
             self._pending = False
-            for method in self._methods.values():
+            for method in list(self._methods.values()):
                 method.policy = self._policy(method.kind, method.path)
         # Calls that wait for their policy are woken by this, or by the endpoints that come next.
         if changed:

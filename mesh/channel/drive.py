@@ -48,6 +48,7 @@ NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent
 # grpc's words
 CANCELLED_DETAILS = "Locally cancelled by application!"
 CLOSED_DETAILS = "Channel closed!"
+FORKED_DETAILS = "Call cancelled in fork child"
 
 
 def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
@@ -89,6 +90,12 @@ def _wait(step: Step, pool: Pool) -> None:
         pool.forget(happened.set)
 
 
+class TimerFired(Elapsed):
+    """The timer of ``wake_at`` has ended."""
+
+    __slots__ = ()
+
+
 class EventDriver:
     """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
 
@@ -116,7 +123,7 @@ class EventDriver:
         raise NotImplementedError
 
     def wake_at(self, until: float | None) -> None:
-        """Have ``elapsed`` called at ``until`` and not before; None: not at all."""
+        """Have ``timer_fired`` called at ``until``, in place of what was set before; None: not at all."""
         raise NotImplementedError
 
     def changed(self) -> None:
@@ -141,8 +148,12 @@ class EventDriver:
         """What attempt ``number`` has sent can't be sent again."""
         self._send(Overflow(time.monotonic(), number))
 
-    def elapsed(self) -> None:
-        """Time has passed, or the picker was replaced."""
+    def timer_fired(self) -> None:
+        """The time that ``wake_at`` was given has come."""
+        self._send(TimerFired(time.monotonic()))
+
+    def picker_replaced(self) -> None:
+        """The picker was replaced."""
         self._send(Elapsed(time.monotonic()))
 
     def cancel(self, details: str = CANCELLED_DETAILS) -> bool:
@@ -179,8 +190,8 @@ class EventDriver:
         kind = type(wake)
         if kind is Ended:
             self.running.pop(wake.number, None)  # type: ignore[union-attr]
-        elif kind is Elapsed:
-            self._until = None  # the alarm has rung, perhaps a little early: it is set again where it is needed
+        elif kind is TimerFired:
+            self._until = None  # perhaps it was a little early: the timer is set again where it is needed
         if self.verdict is None:
             try:
                 step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
@@ -205,7 +216,7 @@ class EventDriver:
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
             self.pool.wanted()
-            self.pool.when_replaced(step.picker, self.elapsed)
+            self.pool.when_replaced(step.picker, self.picker_replaced)
         until = step.until
         if until != self._until:
             self._until = until
@@ -230,7 +241,7 @@ class EventDriver:
             self._until = None
             self.wake_at(None)
         if self._queued:
-            self.pool.forget(self.elapsed)
+            self.pool.forget(self.picker_replaced)
         self.changed()
 
     def _cancel_running(self) -> None:

@@ -15,9 +15,11 @@ import abc
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +50,17 @@ RETIRE_AFTER = (
 RETRY_IDLE = 60.0  # seconds after which the retries' channel is closed
 
 _READY = int(Connectivity.READY)
+_numbers = itertools.count()  # of core channels
 
 
 class Method:
-    """One method of a channel, as its multicallables share it: compared by identity, so a subchannel's lookup is
-    quick."""
+    """One method of a channel, as its multicallables share it.
 
-    __slots__ = ("deserializer", "kind", "path", "policy", "registered", "serializer")
+    ``calls``: core's multicallables, by the number of the core channel. They are kept here and not by the subchannel,
+    so that they live no longer than the multicallables that the program holds.
+    """
+
+    __slots__ = ("__weakref__", "calls", "deserializer", "kind", "path", "policy", "registered", "serializer")
 
     def __init__(
         self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool, policy: MethodPolicy
@@ -65,6 +71,7 @@ class Method:
         self.deserializer = deserializer
         self.registered = registered
         self.policy = policy
+        self.calls: dict[int, Any] = {}
 
     def __repr__(self) -> str:
         return f"<Method {self.path} {self.kind}>"
@@ -87,8 +94,8 @@ class Subchannel(abc.ABC):
         self._channel: Any = None
         self._retry_channel: Any = None
         self._retried = 0.0
-        self._calls: dict[Method, Any] = {}
-        self._retry_calls: dict[Method, Any] = {}
+        self._number, self._retry_number = next(_numbers), next(_numbers)
+        self._methods: weakref.WeakSet[Method] = weakref.WeakSet()  # those that have a call here
         self._lock = threading.Lock()
 
     @abc.abstractmethod
@@ -133,7 +140,7 @@ class Subchannel(abc.ABC):
         """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
         if previous:
             return self._retry_call(method)
-        return self._calls.get(method) or self._first_call(method)
+        return method.calls.get(self._number) or self._first_call(method)
 
     def core(self) -> Any:
         """The core channel, opened if it isn't yet."""
@@ -145,16 +152,18 @@ class Subchannel(abc.ABC):
     def _first_call(self, method: Method) -> Any:
         core = self.core()
         with self._lock:  # grpc: registering a method is not thread-safe
-            return self._calls.setdefault(method, _multicallable(core, method))
+            self._methods.add(method)
+            return method.calls.setdefault(self._number, _multicallable(core, method))
 
     def _retry_call(self, method: Method) -> Any:
         with self._lock:
             self._retried = time.monotonic()
             if self._retry_channel is None:
                 self._retry_channel = self._open(self._retry_options)
-            if method not in self._retry_calls:
-                self._retry_calls[method] = _multicallable(self._retry_channel, method)
-            return self._retry_calls[method]
+            if self._retry_number not in method.calls:
+                self._methods.add(method)
+                method.calls[self._retry_number] = _multicallable(self._retry_channel, method)
+            return method.calls[self._retry_number]
 
     async def close_idle_retries(self, now: float, *, in_flight: int) -> None:
         """Close the retries' channel when it was long unused."""
@@ -162,7 +171,7 @@ class Subchannel(abc.ABC):
             if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
                 return
             idle, self._retry_channel = self._retry_channel, None
-            self._retry_calls.clear()
+            self._forget_calls(self._retry_number)
         await self._close(idle)
 
     async def close(self) -> None:
@@ -171,6 +180,13 @@ class Subchannel(abc.ABC):
         for channel in (self._channel, self._retry_channel):
             if channel is not None:
                 await self._close(channel)
+        with self._lock:
+            self._forget_calls(self._number)
+            self._forget_calls(self._retry_number)
+
+    def _forget_calls(self, number: int) -> None:
+        for method in tuple(self._methods):
+            method.calls.pop(number, None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address} {self.state().name}>"
@@ -324,6 +340,14 @@ class Pool(abc.ABC):
         _call(waiting)
         self._wake()
 
+    async def pause(self) -> None:
+        """End what runs over grpc.aio, until ``resume``. On the loop of ``run``, of a blocking channel."""
+        return
+
+    def resume(self) -> None:
+        """Begin again what ``pause`` ended."""
+        return
+
     def reconfigure(self, config: ServiceConfig) -> None:
         """Have the cluster take another config."""
         self._change(lambda: self.cluster.reconfigure(config, time.monotonic()))
@@ -412,6 +436,8 @@ class ResolvedPool(Pool):
         self._stalled = False
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
+        self._resolving: asyncio.Task[None] | None = None
+        self._paused = False
         self._causes = Causes(lambda: self._wake())
         cluster.causes = self._causes.known
         self._events = Events(cluster)
@@ -441,23 +467,40 @@ class ResolvedPool(Pool):
         loop = asyncio.get_running_loop()
         wake = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
-        where = self.cluster.name
-        resolving = asyncio.create_task(keep_running("discovery", self._resolve, self._unresolved, where=where))
+        if not self._paused and self._resolving is None:
+            self._resolving = self._discover()
         try:
-            await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=where)
+            await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=self.cluster.name)
         finally:
             self._wake = lambda: None
-            resolving.cancel()
-            if self._out_of_band is not None:
-                await self._out_of_band.close()
-            await self._causes.close()
+            await self.pause()
             with self._lock:
                 subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
                 self._subchannels.clear()
                 self._retired.clear()
             for subchannel in subchannels:
                 await subchannel.close()
+
+    async def pause(self) -> None:
+        self._paused = True
+        resolving, self._resolving = self._resolving, None
+        if resolving is not None:
+            resolving.cancel()
             await asyncio.wait([resolving])
+        if self._out_of_band is not None:
+            await self._out_of_band.close()
+            self._out_of_band = None
+        await self._causes.close()
+
+    def resume(self) -> None:
+        if self._paused and not self.closed:
+            self._paused = False
+            self._resolving = self._discover()
+            self._wake()
+
+    def _discover(self) -> asyncio.Task[None]:
+        work = keep_running("discovery", self._resolve, self._unresolved, where=self.cluster.name)
+        return asyncio.get_running_loop().create_task(work)
 
     async def _watch(self, wake: asyncio.Event) -> None:
         """Look at the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
@@ -535,7 +578,7 @@ class ResolvedPool(Pool):
                 self._subchannels[address].connect()
             except Exception as failure:  # the others connect nevertheless
                 error = failure
-        if self.cluster.balancer.reports.out_of_band or self._out_of_band is not None:
+        if not self._paused and (self.cluster.balancer.reports.out_of_band or self._out_of_band is not None):
             self._ask_for_load()
         if error is not None:
             raise error

@@ -22,12 +22,13 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from mesh import context
-from mesh.channel import background
+from mesh.channel import background, forking
 from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CLOSED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     START,
     STATES,
@@ -57,6 +58,8 @@ Metadata = Sequence[Metadatum] | None
 class Channel(grpc.Channel):
     """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = True
+
     def __init__(
         self,
         target: str,
@@ -83,11 +86,28 @@ class Channel(grpc.Channel):
             if self.closed:
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
+                forking.check(aio=self.assembly.discovers_by_aio)
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
                 background.spawn(self.assembly.run())
+                forking.register(self, self.assembly.pool)
                 # The multicallables hold the channel, so it lives as long as any stub.
                 self._stop = weakref.finalize(self, background.call_from_finalizer, self.assembly.pool.close)
                 self._stop.atexit = False
+        self._watch.look()
+
+    def forked(self) -> object:
+        """In a forked child: begin anew, with connections of its own; returns what is the parent's."""
+        left = self.assembly, self._stop, list(self._calls)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in left[2]:
+            driver.forked()
+        self._lock, self._stop, self._calls = threading.Lock(), None, weakref.WeakSet()
+        self.stepping, self.callbacks = self.stepping.again(), self.callbacks.again()
+        if not self.closed:
+            self.assembly = self.assembly.again()
+            self._watch = self._watch.again()
+        return left
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -219,10 +239,16 @@ class _StateWatch:
         self._armed = False
         self._delivering = False
 
+    def again(self) -> _StateWatch:
+        """The same for a forked child, where nobody is told before the channel is used."""
+        again = _StateWatch(self._channel)
+        again._told = dict.fromkeys(self._told)
+        return again
+
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
             self._told[callback] = None
-        self._look()
+        self.look()
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
@@ -235,9 +261,9 @@ class _StateWatch:
     def _replaced(self) -> None:
         with self._lock:
             self._armed = False
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Watch for the next change, and deliver what the subscribers haven't been told."""
         with self._lock:
             if not self._told:
@@ -516,6 +542,8 @@ class _Driver(LockedDriver):
     """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -544,6 +572,13 @@ class _Driver(LockedDriver):
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self.cancel)
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._lock, self._condition = threading.Lock(), threading.Condition()
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed, self._callbacks = {}, None, None
 
     def begin(self, attempt: Attempt) -> None:
         self._hedged = self.call.policy.hedge.max_attempts > 1
@@ -582,7 +617,7 @@ class _Driver(LockedDriver):
     def wake_at(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.elapsed)
+        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self._replay is not None:
@@ -598,10 +633,14 @@ class _Driver(LockedDriver):
         for callback in callbacks:
             self.channel.callbacks.run(callback)
 
-    def elapsed(self) -> None:
-        # What follows may run the caller's serializer, and this may be any thread: the one of the timers, or of another
-        # call, that found out that an endpoint is lost.
-        self.channel.stepping.run(super().elapsed)
+    # What follows these may run the caller's serializer, and they come in any thread: the one of the timers, or of
+    # another call, that found out that an endpoint is lost.
+
+    def timer_fired(self) -> None:
+        self.channel.stepping.run(super().timer_fired)
+
+    def picker_replaced(self) -> None:
+        self.channel.stepping.run(super().picker_replaced)
 
     def add_callback(self, callback: Callable[[], object]) -> bool:
         """Have ``callback`` called when the call is over; False when it is."""
@@ -697,7 +736,7 @@ class _BlockingDriver(_Driver):
     def _send(self, wake: Wake | None) -> None:
         self._mail.put(wake)
 
-    def elapsed(self) -> None:
+    def picker_replaced(self) -> None:
         self._send(Elapsed(time.monotonic()))
 
     def wake_at(self, until: float | None) -> None:

@@ -33,7 +33,7 @@ class Worker:
         """Have ``work`` run soon. What it raises is logged."""
         with self._condition:
             self._work.append(work)
-            if self._thread is not None and self._thread.is_alive():  # false in a forked child
+            if self._thread is not None and self._thread.is_alive():
                 self._condition.notify()
                 return
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -41,6 +41,10 @@ class Worker:
                 self._thread.start()
             except RuntimeError:  # the interpreter ends; the next work tries again
                 self._thread = None
+
+    def again(self) -> Worker:
+        """A worker without work, for a forked child: the lock may be held by a thread that isn't there."""
+        return Worker(self._name)
 
     def _run(self) -> None:
         while True:

@@ -37,6 +37,10 @@ AGGREGATION = (
 )
 
 
+METHODS = 1000
+"""Methods whose latencies are kept; past it the one that was first called longest ago is forgotten."""
+
+
 def _nobody() -> None:
     """Nobody is to be woken."""
 
@@ -90,7 +94,13 @@ class Cluster:
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
-        return self._latencies.get(method) or self._latencies.setdefault(method, Latencies(self._new_lock()))
+        known = self._latencies.get(method)
+        if known is None:
+            if len(self._latencies) >= METHODS:
+                oldest, *_ = tuple(self._latencies)  # a copy: any thread may be here
+                self._latencies.pop(oldest, None)
+            known = self._latencies.setdefault(method, Latencies(self._new_lock()))
+        return known
 
     @property
     def state(self) -> Connectivity:

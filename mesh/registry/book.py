@@ -171,10 +171,10 @@ class Book:
 
     def configure(self, service: str, config: str) -> None:
         """Set a service's config, as JSON that whoever calls has validated; empty to take it back."""
-        known = self._service(service)
-        if known.config != config:
-            known.config = config
-            self._record(service, _CONFIG)
+        if config == self.config(service):
+            return
+        self._service(service).config = config
+        self._record(service, _CONFIG)
 
     def config(self, service: str) -> str:
         """The config that is set for a service; empty when there is none."""

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import lines, variables
+from mesh.channel import forking
 from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
@@ -78,8 +79,10 @@ class Server:
     async def start(self) -> None:
         """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
-        Raises OSError when it can't listen there.
+        Raises OSError when it can't listen there, RuntimeError in a forked child where no server can work
+        (docs/forking.md).
         """
+        forking.check(aio=True)
         settings = self.settings
         readiness = Readiness(settings.ready)
         server = grpc.aio.server(
