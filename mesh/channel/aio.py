@@ -170,6 +170,8 @@ class Channel(grpc.aio.Channel):
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=grace)
         for call in (*intercepted, *self.calls):
             call.cancel()
+        if self._stop is not None:
+            self._stop.detach()  # what it would call later keeps the pool
         self.assembly.pool.close()
         if self._running is not None and not self._running.done():
             await asyncio.wait([self._running])
