@@ -1,7 +1,7 @@
 """The registry's book-keeping: instances under leases, services' configs, and a bounded log of what changed.
 
-The law of this file: no clock, no IO, no chance. ``now`` is monotonic seconds, the epoch is given, and every method
-decides and returns; who waits, wakes watchers and talks to the network is ``service.py``.
+The law of this file: no clock, no IO; chance only in the ids of leases. ``now`` is monotonic seconds, the epoch is
+given, and every method decides and returns; who waits, wakes watchers and talks to the network is ``service.py``.
 
 Every change to what a watcher may see takes the next *revision*. A watcher that says which revision it has seen is told
 what changed since, as far as the log reaches back, and otherwise everything. So the book remembers nothing about any
@@ -11,6 +11,7 @@ watcher, and one that is slow costs nothing.
 from __future__ import annotations
 
 import heapq
+import secrets
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,6 +19,9 @@ from weft.mesh.v1 import registry_pb2 as pb
 
 LOG_SIZE = 10_000
 """Changes that the log remembers, over all services."""
+
+LEASE_ID_BYTES = 16
+"""Random bytes in a lease's id. Who knows the id may end the lease or keep it alive, so it can't be guessed. Bytes."""
 
 RENEWALS = 3
 """Keep-alives that a client sends in a lease's time to live."""
@@ -73,7 +77,6 @@ class Book:
         self._log_size = log_size
         self._services: dict[str, _Service] = {}
         self._leases: dict[str, _Lease] = {}
-        self._granted = 0
         # One entry a lease, at the time when it was last looked at: a renewal doesn't touch the heap, and an entry that
         # comes up for a lease renewed meanwhile goes back in at its new time. Entries of ended leases stay until they
         # come up.
@@ -84,7 +87,7 @@ class Book:
         self._forgotten = revision
 
     def register(self, instance: pb.Instance, ttl: float, now: float) -> str:
-        """Make an instance known for ``ttl`` seconds and return its lease's id.
+        """Make an instance known for ``ttl`` seconds and return its lease's id: a secret of who registered it.
 
         An id that its service already has is replaced, and so is its lease, which is unknown from here on. An instance
         that is exactly as before is no change.
@@ -93,8 +96,7 @@ class Book:
         before = service.leases.get(instance.id)
         if before is not None:
             del self._leases[before.id]
-        self._granted += 1
-        lease = _Lease(f"{self.epoch}-{self._granted}", instance, ttl, now + ttl)
+        lease = _Lease(secrets.token_hex(LEASE_ID_BYTES), instance, ttl, now + ttl)
         service.leases[instance.id] = self._leases[lease.id] = lease
         self._enqueue(lease)
         if before is None or before.instance != instance:

@@ -61,6 +61,18 @@ def test_leases_that_ended_or_never_were_are_answered_as_unknown() -> None:
     assert book.renew([expired, alive, ended, "of another life"], now=2) == [expired, ended, "of another life"]
 
 
+def test_the_id_of_a_lease_is_a_secret_that_nothing_else_gives_away() -> None:
+    book = Book("e")
+    leases = [book.register(instance(str(n)), ttl=10, now=0) for n in range(100)]
+
+    assert {len(bytes.fromhex(lease)) * 8 for lease in leases} == {128}
+    assert len({lease[at : at + 8] for lease in leases for at in (0, 8, 16, 24)}) == 400, "no part repeats"
+    guesses = [f"{book.epoch}-{n}" for n in range(200)]
+    assert book.renew(guesses, now=1) == guesses
+    assert [book.deregister(guess) for guess in guesses] == [None] * 200
+    assert len(book.snapshot(USER)) == 100
+
+
 def test_deregistering_ends_a_lease_at_once_and_only_once() -> None:
     book = Book("e")
     lease = book.register(instance(), ttl=10, now=0)
