@@ -154,7 +154,7 @@ class RegisterResponse(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
-    """The lease, to keep alive and to deregister."""
+    """The lease, to keep alive and to deregister. It is a secret: no other method returns it."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """The time to live that was granted."""
