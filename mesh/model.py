@@ -72,6 +72,11 @@ class Locality:
     sub_zone: str = ""
 
 
+MAX_WEIGHT = 1_000
+"""The largest weight that an instance may have; the least is 1. So one instance that asks for too much gets at most a
+thousand times the share of another. No unit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An address that may be called: ``host:port``, or a target that gRPC itself takes (``unix:path``).

@@ -11,10 +11,11 @@ import pytest
 
 from mesh.addresses import Address, check_target, is_local, parse
 from mesh.discovery.target import resolver_for
+from mesh.registry import checks
 from mesh.registry.__main__ import SettingError, check
-from mesh.registry.service import _address_violations
 from mesh.server.assembly import advertised
 from mesh.server.settings import ServerSettings
+from weft.mesh.v1 import registry_pb2 as pb
 
 
 class Echo(grpc.GenericRpcHandler):
@@ -32,15 +33,19 @@ def listens(text: str) -> str:
     return ServerSettings.from_env({"MESH_LISTEN": text}).listen
 
 
+def registration_violations(address: str) -> checks.Violations:
+    return checks.instance(pb.Instance(id="a", service="weft.A", address=address), "ipv4:127.0.0.1:1")
+
+
 def advertises(text: str) -> str:
     """What is registered for a server that is told to advertise this, as the registry takes it."""
     address = advertised(ServerSettings.from_env({"MESH_LISTEN": "[::]:0", "MESH_ADVERTISE": text}), PORT)
-    assert not _address_violations("instance.address", address), address
+    assert not registration_violations(address), address
     return address
 
 
 def registers(text: str) -> str:
-    violations = _address_violations("instance.address", text)
+    violations = registration_violations(text)
     if violations:
         raise ValueError(violations[0][1])
     return text

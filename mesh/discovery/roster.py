@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mesh.model import Endpoint, Locality
+from mesh.addresses import is_local, parse
+from mesh.model import MAX_WEIGHT, Endpoint, Locality
 from weft.mesh.v1 import registry_pb2 as pb
 
 HOLD = 30.0
@@ -130,11 +131,20 @@ class Roster:
                 complaints.append(f"instance {instance.id!r} of service {instance.service!r}, not {self._service!r}")
             elif not instance.id:
                 complaints.append(f"an instance at {instance.address!r} without an id")
-            elif not instance.address or any(character.isspace() for character in instance.address):
+            elif not _callable(instance.address):
                 complaints.append(f"instance {instance.id!r} with address {instance.address!r}")
             else:
+                if instance.weight > MAX_WEIGHT:
+                    complaints.append(f"instance {instance.id!r} with weight {instance.weight}, used as {MAX_WEIGHT}")
                 endpoints[instance.id] = _endpoint(instance)
         return endpoints
+
+
+def _callable(address: str) -> bool:
+    try:
+        return is_local(address) or not parse(address).is_wildcard
+    except ValueError:
+        return False
 
 
 def _endpoint(instance: pb.Instance) -> Endpoint:
@@ -142,7 +152,7 @@ def _endpoint(instance: pb.Instance) -> Endpoint:
     return Endpoint(
         address=instance.address,
         locality=Locality(where.region, where.zone, where.sub_zone),
-        weight=instance.weight or 1,
+        weight=min(instance.weight, MAX_WEIGHT) or 1,
         metadata=dict(instance.metadata),
     )
 

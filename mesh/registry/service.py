@@ -12,16 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from mesh import config, lines
-from mesh.addresses import is_local, parse
-from mesh.descriptors import unknown_names
+from mesh import lines
+from mesh.registry import checks
 from mesh.registry.book import Book, Delta
 from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2 as pb
@@ -51,19 +49,7 @@ QUIET = 0.5
 """After so long without any keep-alive the process may have been stopped, in any part of that time. A shorter stop lets
 no lease end, as keep-alives come every third of a time to live. Seconds."""
 
-MAX_TEXT = 1024
-"""Characters in any text of an instance."""
-
-MAX_METADATA = 64
-"""Labels on an instance."""
-
-MAX_CONFIG = 256 * 1024
-"""Characters in a service config."""
-
-_FULL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
-
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Violations = list[tuple[str, str]]
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +73,7 @@ class RegistryService(pb_grpc.RegistryServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: _Context) -> pb.RegisterResponse:
         instance = request.instance
-        await _refuse(context, _instance_violations(instance))
+        await _refuse(context, checks.instance(instance, context.peer()))
         ttl = DEFAULT_TTL
         if request.HasField("ttl"):
             ttl = min(max(request.ttl.seconds + request.ttl.nanos / 1e9, MIN_TTL), MAX_TTL)
@@ -134,7 +120,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         )
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.WatchResponse]:
-        await _refuse(context, _service_violations("service", request.service))
+        await _refuse(context, checks.service("service", request.service))
         # None: has seen nothing of this book.
         since = request.revision if request.epoch == self._book.epoch else None
         answered = False
@@ -155,7 +141,7 @@ class RegistryService(pb_grpc.RegistryServicer):
     async def SetServiceConfig(
         self, request: pb.SetServiceConfigRequest, context: _Context
     ) -> pb.SetServiceConfigResponse:
-        violations = _service_violations("service", request.service) + _config_violations(request.service_config)
+        violations = checks.service("service", request.service) + checks.service_config(request.service_config)
         await _refuse(context, violations)
         # A caller that leaves meanwhile must not leave behind a config that is on disk and not in the book.
         try:
@@ -166,7 +152,7 @@ class RegistryService(pb_grpc.RegistryServicer):
                 grpc.StatusCode.INTERNAL,
                 f"the registry can't keep the config on disk ({error.strerror}); the one before still holds",
             )
-        warnings = _config_warnings(request.service, request.service_config)
+        warnings = checks.config_warnings(request.service, request.service_config)
         what = "set" if request.service_config else "removed"
         ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
         lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)
@@ -282,7 +268,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def _refuse(context: _Context, violations: _Violations) -> None:
+async def _refuse(context: _Context, violations: checks.Violations) -> None:
     """End the call with INVALID_ARGUMENT if there are violations: pairs of a field's path and what is wrong with it."""
     if not violations:
         return
@@ -296,62 +282,3 @@ async def _refuse(context: _Context, violations: _Violations) -> None:
         status.details.add().Pack(bad)
         trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text, trailers)
-
-
-def _instance_violations(instance: pb.Instance) -> _Violations:
-    violations = _service_violations("instance.service", instance.service)
-    if not instance.id:
-        violations.append(("instance.id", "must be set"))
-    violations += _address_violations("instance.address", instance.address)
-    if len(instance.metadata) > MAX_METADATA:
-        violations.append(("instance.metadata", f"has more than {MAX_METADATA} labels"))
-    texts = {
-        "instance.id": instance.id,
-        "instance.address": instance.address,
-        "instance.locality.region": instance.locality.region,
-        "instance.locality.zone": instance.locality.zone,
-        "instance.locality.sub_zone": instance.locality.sub_zone,
-        "instance.metadata": max((text for label in instance.metadata.items() for text in label), key=len, default=""),
-    }
-    violations += [(path, f"is longer than {MAX_TEXT}") for path, text in texts.items() if len(text) > MAX_TEXT]
-    return violations
-
-
-def _service_violations(path: str, service: str) -> _Violations:
-    if len(service) > MAX_TEXT or not _FULL_NAME.fullmatch(service):
-        return [(path, 'must be a service\'s full name, such as "weft.user.v1.UserService"')]
-    return []
-
-
-def _config_violations(text: str) -> _Violations:
-    if not text:
-        return []
-    if len(text) > MAX_CONFIG:
-        return [("service_config", f"is longer than {MAX_CONFIG}")]
-    try:
-        config.parse(text)
-    except ValueError as error:
-        # "service config: methodConfig[0].timeout: expected ...", or "service config: not JSON: ..."
-        path, _, what = str(error).removeprefix("service config: ").partition(": ")
-        return [("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)]
-    return []
-
-
-def _config_warnings(service: str, text: str) -> tuple[str, ...]:
-    """What is unknown in a valid config, and so ignored."""
-    if not text:
-        return ()
-    parsed = config.parse(text)
-    return (*parsed.warnings, *unknown_names(parsed, [service]))
-
-
-def _address_violations(path: str, address: str) -> _Violations:
-    if is_local(address):
-        return []
-    try:
-        parsed = parse(address)
-    except ValueError as error:
-        return [(path, f'must be "host:port", "[ipv6]:port" or "unix:path": {error}')]
-    if parsed.is_wildcard:
-        return [(path, "must be an address that others can reach, not the wildcard that the server listens on")]
-    return []

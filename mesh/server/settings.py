@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.addresses import FORMS, check_target, is_local, parse
+from mesh.model import MAX_WEIGHT
 from mesh.observe import ServerObserver
 from mesh.policy.admission import AdmissionConfig, Mode
 from mesh.server.threads import SPARE
@@ -152,7 +153,7 @@ class ServerSettings:
     region: str = _setting("", "MESH_REGION", _text)
     zone: str = _setting("", "MESH_ZONE", _text)
     sub_zone: str = _setting("", "MESH_SUB_ZONE", _text)
-    weight: int = _setting(1, "MESH_WEIGHT", _whole(1, 1_000_000))
+    weight: int = _setting(1, "MESH_WEIGHT", _whole(1, MAX_WEIGHT))
     metadata: Mapping[str, str] = dataclasses.field(
         default_factory=dict, metadata={"variable": "MESH_METADATA", "parse": _labels}
     )

@@ -135,6 +135,19 @@ def test_an_instance_that_registers_again_and_leaves_is_gone() -> None:
     assert addresses(roster) == ""
 
 
+def test_a_registry_can_give_no_instance_more_than_the_largest_weight_nor_an_address_that_is_none() -> None:
+    roster = Roster(SERVICE)
+    greedy = pb.Instance(id="a", service=SERVICE, address="a:1", weight=2**32 - 1)
+    complaint = roster.apply(of_instances("e", 1, [greedy, instance("b")]), now=0)
+    assert complaint == "instance 'a' with weight 4294967295, used as 1000"
+    assert {endpoint.address: endpoint.weight for endpoint in roster.endpoints()} == {"a:1": 1000, "b:1": 1}
+
+    for nonsense in ("http://a", "dns:///a:1", "a:1,b:1", "a", "a:0", "0.0.0.0:1", "xds:///a"):
+        complaint = roster.apply(of_instances("e", 2, [instance("c", nonsense), instance("b")]), now=0)
+        assert complaint == f"instance 'c' with address {nonsense!r}"
+        assert addresses(roster) == "b"
+
+
 def test_the_registrys_own_word_on_an_address_counts_more_than_what_is_held() -> None:
     heavy = pb.Instance(id="new id", service=SERVICE, address="a:1", weight=9)
     roster = roster_of(snapshot("old", 7, "a"), of_instances("new", 1, [heavy]))

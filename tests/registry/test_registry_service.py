@@ -13,7 +13,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from mesh.registry.service import DEFAULT_TTL, MAX_CONFIG, MAX_METADATA, MAX_TEXT, MAX_TTL, MIN_TTL
+from mesh.registry.checks import MAX_CONFIG, MAX_METADATA, MAX_TEXT
+from mesh.registry.service import DEFAULT_TTL, MAX_TTL, MIN_TTL
 from tests.registry.serving import BOUND, ORDER, USER, Serving, eventually, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -255,6 +256,10 @@ WILDCARD = "must be an address that others can reach, not the wildcard that the 
         (instance("a", address="unix:"), {"instance.address": ADDRESS + PORT}),
         (instance("a", address="0.0.0.0:50051"), {"instance.address": WILDCARD}),
         (instance("a", address="[::]:50051"), {"instance.address": WILDCARD}),
+        (
+            pb.Instance(id="a", service=USER, address="10.0.0.1:1", weight=2**32 - 1),
+            {"instance.weight": "must be from 1 to 1000, or 0 for 1"},
+        ),
         (instance("x" * (MAX_TEXT + 1)), {"instance.id": f"is longer than {MAX_TEXT}"}),
         (instance("a", label="x" * (MAX_TEXT + 1)), {"instance.metadata": f"is longer than {MAX_TEXT}"}),
         (
