@@ -86,9 +86,11 @@ class Instance(_message.Message):
     service: _builtins.str
     """The service's full name, "weft.user.v1.UserService"."""
     address: _builtins.str
-    """Where it may be called: "host:port", or "unix:path"."""
+    """Where it may be called: "host:port", or "unix:path". Loopback and link-local addresses and sockets of one host are
+    accepted from the registry's own host only.
+    """
     weight: _builtins.int
-    """Its share of the load against other instances; 0 counts as 1."""
+    """Its share of the load against other instances, from 1 to 1,000; 0 counts as 1."""
     @_builtins.property
     def locality(self) -> Global___Locality:
         """Where it runs."""
