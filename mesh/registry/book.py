@@ -15,6 +15,13 @@ import secrets
 from collections import deque
 from dataclasses import dataclass, field
 
+from mesh.registry.limits import (
+    MAX_CONFIGS,
+    MAX_CONFIGS_BYTES,
+    MAX_INSTANCES,
+    MAX_SERVICE_BYTES,
+    MAX_TOTAL_BYTES,
+)
 from weft.mesh.v1 import registry_pb2 as pb
 
 LOG_SIZE = 10_000
@@ -48,6 +55,7 @@ class Delta:
 class _Lease:
     id: str
     instance: pb.Instance
+    size: int
     ttl: float
     expires_at: float
     spared: bool = False  # has had its one period more since it was last renewed
@@ -59,6 +67,7 @@ class _Service:
 
     forgotten: int
     config: str = ""
+    size: int = 0  # of its instances, in bytes
     leases: dict[str, _Lease] = field(default_factory=dict)
     log: deque[tuple[int, str]] = field(default_factory=deque)
 
@@ -77,6 +86,9 @@ class Book:
         self._log_size = log_size
         self._services: dict[str, _Service] = {}
         self._leases: dict[str, _Lease] = {}
+        self._size = 0  # of all instances, in bytes
+        self._configs = 0  # how many services have one
+        self._configs_size = 0  # in bytes
         # One entry a lease, at the time when it was last looked at: a renewal doesn't touch the heap, and an entry that
         # comes up for a lease renewed meanwhile goes back in at its new time. Entries of ended leases stay until they
         # come up.
@@ -85,6 +97,19 @@ class Book:
         # service.
         self._log: deque[str] = deque()
         self._forgotten = revision
+
+    def refusal(self, instance: pb.Instance) -> str:
+        """The limit that keeps an instance from being registered, with its value; empty when there is room."""
+        service = self._services.get(instance.service)
+        before = service.leases.get(instance.id) if service else None
+        if before is None and len(self._leases) >= MAX_INSTANCES:
+            return f"the registry knows {MAX_INSTANCES} instances, its limit"
+        more = instance.ByteSize() - (before.size if before else 0)
+        if (service.size if service else 0) + more > MAX_SERVICE_BYTES:
+            return f"the instances of {instance.service} would exceed {MAX_SERVICE_BYTES} bytes, the limit of a service"
+        if self._size + more > MAX_TOTAL_BYTES:
+            return f"the instances of all services would exceed {MAX_TOTAL_BYTES} bytes, the registry's limit"
+        return ""
 
     def register(self, instance: pb.Instance, ttl: float, now: float) -> str:
         """Make an instance known for ``ttl`` seconds and return its lease's id: a secret of who registered it.
@@ -96,7 +121,8 @@ class Book:
         before = service.leases.get(instance.id)
         if before is not None:
             del self._leases[before.id]
-        lease = _Lease(secrets.token_hex(LEASE_ID_BYTES), instance, ttl, now + ttl)
+        lease = _Lease(secrets.token_hex(LEASE_ID_BYTES), instance, instance.ByteSize(), ttl, now + ttl)
+        self._grow(service, lease.size - (before.size if before else 0))
         service.leases[instance.id] = self._leases[lease.id] = lease
         self._enqueue(lease)
         if before is None or before.instance != instance:
@@ -171,10 +197,22 @@ class Book:
         known = self._services.get(service)
         return tuple(known.leases[key].instance for key in sorted(known.leases)) if known else ()
 
+    def config_refusal(self, service: str, config: str) -> str:
+        """The limit that keeps a config from being set, with its value; empty when there is room."""
+        before = self.config(service)
+        if config and not before and self._configs >= MAX_CONFIGS:
+            return f"the registry has the configs of {MAX_CONFIGS} services, its limit"
+        if self._configs_size - len(before.encode()) + len(config.encode()) > MAX_CONFIGS_BYTES:
+            return f"all service configs would exceed {MAX_CONFIGS_BYTES} bytes, the registry's limit"
+        return ""
+
     def configure(self, service: str, config: str) -> None:
         """Set a service's config, as JSON that whoever calls has validated; empty to take it back."""
-        if config == self.config(service):
+        before = self.config(service)
+        if config == before:
             return
+        self._configs += bool(config) - bool(before)
+        self._configs_size += len(config.encode()) - len(before.encode())
         self._service(service).config = config
         self._record(service, _CONFIG)
 
@@ -231,8 +269,14 @@ class Book:
 
     def _end(self, lease: _Lease) -> None:
         del self._leases[lease.id]
-        del self._services[lease.instance.service].leases[lease.instance.id]
+        service = self._services[lease.instance.service]
+        del service.leases[lease.instance.id]
+        self._grow(service, -lease.size)
         self._record(lease.instance.service, lease.instance.id)
+
+    def _grow(self, service: _Service, size: int) -> None:
+        service.size += size
+        self._size += size
 
     def _record(self, service_name: str, instance_id: str) -> None:
         self.revision += 1

@@ -14,16 +14,8 @@ from mesh import config
 from mesh.addresses import is_local, parse
 from mesh.descriptors import unknown_names
 from mesh.model import MAX_WEIGHT
+from mesh.registry.limits import MAX_CONFIG, MAX_INSTANCE_BYTES, MAX_METADATA, MAX_TEXT
 from weft.mesh.v1 import registry_pb2 as pb
-
-MAX_TEXT = 1024
-"""The longest text of an instance (its id, its address, a label), and of a service's name. Characters."""
-
-MAX_METADATA = 64
-"""The most labels that an instance may have."""
-
-MAX_CONFIG = 256 * 1024
-"""The longest service config. Characters."""
 
 Violations = list[tuple[str, str]]
 """Pairs of a field's path and what is wrong with it."""
@@ -52,6 +44,8 @@ def instance(told: pb.Instance, peer: str) -> Violations:
         "instance.metadata": max((text for label in told.metadata.items() for text in label), key=len, default=""),
     }
     violations += [(path, f"is longer than {MAX_TEXT}") for path, text in texts.items() if len(text) > MAX_TEXT]
+    if not violations and (size := told.ByteSize()) > MAX_INSTANCE_BYTES:
+        violations.append(("instance", f"has {size} bytes; the limit is {MAX_INSTANCE_BYTES}"))
     return violations
 
 
@@ -66,8 +60,8 @@ def service_config(text: str) -> Violations:
     """What is wrong with a service config's JSON."""
     if not text:
         return []
-    if len(text) > MAX_CONFIG:
-        return [("service_config", f"is longer than {MAX_CONFIG}")]
+    if (size := len(text.encode())) > MAX_CONFIG:
+        return [("service_config", f"has {size} bytes; the limit is {MAX_CONFIG}")]
     try:
         config.parse(text)
     except ValueError as error:

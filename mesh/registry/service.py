@@ -72,8 +72,13 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._closed = False
 
     async def Register(self, request: pb.RegisterRequest, context: _Context) -> pb.RegisterResponse:
-        instance = request.instance
+        # A copy of what is known in it: a part of a message keeps the whole message in memory.
+        request.instance.DiscardUnknownFields()
+        instance = pb.Instance()
+        instance.CopyFrom(request.instance)
         await _refuse(context, checks.instance(instance, context.peer()))
+        if full := self._book.refusal(instance):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
         ttl = DEFAULT_TTL
         if request.HasField("ttl"):
             ttl = min(max(request.ttl.seconds + request.ttl.nanos / 1e9, MIN_TTL), MAX_TTL)
@@ -145,21 +150,26 @@ class RegistryService(pb_grpc.RegistryServicer):
         await _refuse(context, violations)
         # A caller that leaves meanwhile must not leave behind a config that is on disk and not in the book.
         try:
-            await asyncio.shield(self._configure(request.service, request.service_config))
+            full = await asyncio.shield(self._configure(request.service, request.service_config))
         except OSError as error:
             _log.error("%s: the config can't be kept in %r: %s", request.service, self.state, error)
             await context.abort(
                 grpc.StatusCode.INTERNAL,
                 f"the registry can't keep the config on disk ({error.strerror}); the one before still holds",
             )
+        if full:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
         warnings = checks.config_warnings(request.service, request.service_config)
         what = "set" if request.service_config else "removed"
         ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
         lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)
         return pb.SetServiceConfigResponse(warnings=warnings)
 
-    async def _configure(self, service: str, text: str) -> None:
+    async def _configure(self, service: str, text: str) -> str:
+        """Set a config, or return the limit that it would exceed."""
         async with self._configuring:
+            if full := self._book.config_refusal(service, text):
+                return full
             if self.state is not None:
                 configs = self._book.configs()
                 configs[service] = text
@@ -167,6 +177,7 @@ class RegistryService(pb_grpc.RegistryServicer):
                 await asyncio.to_thread(self.state.save, kept)
             self._book.configure(service, text)
             self._tell(service)
+            return ""
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
         return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from mesh.registry.checks import MAX_CONFIG, MAX_METADATA, MAX_TEXT
+from mesh.registry.limits import MAX_CONFIG, MAX_METADATA, MAX_TEXT
 from mesh.registry.service import DEFAULT_TTL, MAX_TTL, MIN_TTL
 from tests.registry.serving import BOUND, ORDER, USER, Serving, eventually, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
@@ -366,7 +366,7 @@ async def test_a_service_config_is_told_to_watchers_with_the_instances_and_when_
         ('{"methodConfig": [{"timeout": 3}]}', "service_config.methodConfig[0].timeout", "expected a duration"),
         ("{", "service_config", "not JSON: "),
         ("[]", "service_config", "the whole: expected an object"),
-        (" " * (MAX_CONFIG + 1), "service_config", f"is longer than {MAX_CONFIG}"),
+        (" " * (MAX_CONFIG + 1), "service_config", f"has {MAX_CONFIG + 1} bytes; the limit is {MAX_CONFIG}"),
     ],
 )
 async def test_a_bad_service_config_is_refused_with_the_fields_path_and_the_good_one_stays(
