@@ -141,7 +141,7 @@ class RegistryResolver(Resolver):
                     failure = f"no answer for {self._patience:g} s"
                     break
                 self._roster.settle(_now())
-                if self._recall() or self._answered:
+                if self._recall() or (self._answered and self._roster.complete):
                     yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {in_short(error.details() or '')}"

@@ -31,6 +31,7 @@ class Roster:
         self._epoch = ""
         self._revision = 0
         self._in_step = False
+        self._complete = True
         self._config = ""
         self._known: dict[str, Endpoint] = {}
         self._held: dict[str, Endpoint] = {}
@@ -42,9 +43,14 @@ class Roster:
         return self._in_step
 
     @property
+    def complete(self) -> bool:
+        """False between the parts of a snapshot, while some of the instances are still to come."""
+        return self._complete
+
+    @property
     def position(self) -> tuple[str, int]:
         """The epoch and revision from which to resume the watch; ``("", 0)`` to begin with a snapshot."""
-        return (self._epoch, self._revision) if self._in_step else ("", 0)
+        return (self._epoch, self._revision) if self._in_step and self._complete else ("", 0)
 
     @property
     def held_until(self) -> float | None:
@@ -87,7 +93,7 @@ class Roster:
                 self._known.pop(instance_id, None)
             if step.delta.HasField("service_config"):
                 self._config = step.delta.service_config
-        self._epoch, self._revision = step.epoch, step.revision
+        self._epoch, self._revision, self._complete = step.epoch, step.revision, not step.more
         for instance_id in self._known:
             self._held.pop(instance_id, None)
         self._begin_hold(now)

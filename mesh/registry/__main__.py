@@ -19,6 +19,7 @@ from mesh.addresses import is_local, parse
 from mesh.files import InUseError
 from mesh.listening import bind
 from mesh.registry.book import Book
+from mesh.registry.limits import HANDSHAKE_TIMEOUT, MAX_MESSAGE_BYTES, MAX_STREAMS
 from mesh.registry.service import SERVICE_NAME, RegistryService
 from mesh.registry.state import VARIABLE, State
 from weft.mesh.v1 import registry_pb2_grpc
@@ -34,6 +35,9 @@ GRACE = 2.0
 """How long calls may take to end after SIGTERM. Seconds; all streams are ended at once, so only unary calls need it."""
 
 OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT * 1000)),
     # A port in use is an error, and not a port shared with another registry.
     ("grpc.so_reuseport", 0),
     # Watchers send keepalive pings to find out that their registry is gone; core's own limit would cut them off.

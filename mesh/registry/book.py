@@ -11,7 +11,10 @@ watcher, and one that is slow costs nothing.
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import secrets
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -40,12 +43,14 @@ _CONFIG = ""  # stands in the log for the service's config, where instances have
 class Delta:
     """What changed in a service: instances that are new or different, and the ids of those that are gone.
 
-    ``config``: the service config's JSON when that changed, empty when it was taken back; else None.
+    ``config``: the service config's JSON when that changed, empty when it was taken back; else None. ``revision``: how
+    far it goes; there may be more after that.
     """
 
     upserted: tuple[pb.Instance, ...] = ()
     removed_ids: tuple[str, ...] = ()
     config: str | None = None
+    revision: int = field(default=0, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.upserted or self.removed_ids or self.config is not None)
@@ -69,6 +74,7 @@ class _Service:
     config: str = ""
     size: int = 0  # of its instances, in bytes
     leases: dict[str, _Lease] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)  # of the leases' instances, in order
     log: deque[tuple[int, str]] = field(default_factory=deque)
 
 
@@ -119,7 +125,9 @@ class Book:
         """
         service = self._service(instance.service)
         before = service.leases.get(instance.id)
-        if before is not None:
+        if before is None:
+            insort(service.ids, instance.id)
+        else:
             del self._leases[before.id]
         lease = _Lease(secrets.token_hex(LEASE_ID_BYTES), instance, instance.ByteSize(), ttl, now + ttl)
         self._grow(service, lease.size - (before.size if before else 0))
@@ -195,7 +203,27 @@ class Book:
     def snapshot(self, service: str) -> tuple[pb.Instance, ...]:
         """All instances of a service, by id."""
         known = self._services.get(service)
-        return tuple(known.leases[key].instance for key in sorted(known.leases)) if known else ()
+        return tuple(known.leases[key].instance for key in known.ids) if known else ()
+
+    def page(
+        self, service: str, after: str, limit: float = math.inf, count: int | None = None
+    ) -> tuple[tuple[pb.Instance, ...], bool]:
+        """The next instances of a service by id, those after ``after``, and whether there are more.
+
+        At most ``count``, and of ``limit`` bytes together, but for one that is larger alone.
+        """
+        known = self._services.get(service)
+        if known is None:
+            return (), False
+        first = bisect_right(known.ids, after)
+        found: list[pb.Instance] = []
+        for key in itertools.islice(known.ids, first, None if count is None else first + count):
+            lease = known.leases[key]
+            limit -= lease.size
+            if limit < 0 and found:
+                break
+            found.append(lease.instance)
+        return tuple(found), first + len(found) < len(known.ids)
 
     def config_refusal(self, service: str, config: str) -> str:
         """The limit that keeps a config from being set, with its value; empty when there is room."""
@@ -225,10 +253,12 @@ class Book:
         """The services' configs, of those that have one."""
         return {name: service.config for name, service in self._services.items() if service.config}
 
-    def changes(self, service: str, since: int) -> Delta | None:
+    def changes(self, service: str, since: int, limit: float = math.inf) -> Delta | None:
         """What changed in a service after revision ``since``, each instance once, as it is now.
 
-        None when the log doesn't reach back so far, or when the book never was at that revision: take a snapshot.
+        As much as fits in ``limit`` bytes, but for one change that is larger alone: the delta's revision says how far
+        that goes. None when the log doesn't reach back so far, or when the book never was at that revision: take a
+        snapshot.
         """
         if since > self.revision:
             return None
@@ -236,18 +266,33 @@ class Book:
         if since < (known.forgotten if known else self._forgotten):
             return None
         if known is None:
-            return Delta()
-        changed = set()
-        for revision, instance_id in reversed(known.log):
+            return Delta(revision=self.revision)
+        latest: dict[str, int] = {}  # the latest change of each first, and the oldest last
+        for revision, key in reversed(known.log):
             if revision <= since:
                 break
-            changed.add(instance_id)
-        configured = _CONFIG in changed
-        changed.discard(_CONFIG)
+            latest.setdefault(key, revision)
+        upserted, removed, config = [], [], None
+        reached = since
+        for key, revision in reversed(latest.items()):
+            lease = known.leases.get(key)
+            limit -= len(known.config.encode()) if key == _CONFIG else lease.size if lease else len(key.encode())
+            if limit < 0 and reached > since:
+                break
+            reached = revision
+            if key == _CONFIG:
+                config = known.config
+            elif lease:
+                upserted.append(lease.instance)
+            else:
+                removed.append(key)
+        else:
+            reached = self.revision
         return Delta(
-            upserted=tuple(known.leases[key].instance for key in sorted(changed & known.leases.keys())),
-            removed_ids=tuple(sorted(changed - known.leases.keys())),
-            config=known.config if configured else None,
+            upserted=tuple(sorted(upserted, key=lambda each: each.id)),
+            removed_ids=tuple(sorted(removed)),
+            config=config,
+            revision=reached,
         )
 
     def __repr__(self) -> str:
@@ -271,6 +316,7 @@ class Book:
         del self._leases[lease.id]
         service = self._services[lease.instance.service]
         del service.leases[lease.instance.id]
+        del service.ids[bisect_left(service.ids, lease.instance.id)]
         self._grow(service, -lease.size)
         self._record(lease.instance.service, lease.instance.id)
 

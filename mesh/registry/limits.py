@@ -28,3 +28,26 @@ MAX_CONFIGS = 1_000
 
 MAX_CONFIGS_BYTES = 16 * 1024 * 1024
 """All service configs together: they are in memory, and written to disk with each change. Bytes."""
+
+STEP_BYTES = 64 * 1024
+"""How much of a service one message of a watch tells, or one instance or config that is larger. So a message stays far
+below the 4 MB that gRPC's clients accept, and a watcher that doesn't read holds no more than it. Bytes, as encoded."""
+
+STALLED = 10.0
+"""How long a watcher may take to receive a message, before it is dropped with RESOURCE_EXHAUSTED. Seconds."""
+
+MAX_PARTS = 2 * MAX_SERVICE_BYTES // STEP_BYTES
+"""The parts of a snapshot that are kept for all its watchers: two neighbours have over STEP_BYTES together."""
+
+MAX_MESSAGE_BYTES = 512 * 1024
+"""The largest message that the registry reads: room for the largest service config. Bytes."""
+
+MAX_LEASE_IDS = 1_000
+"""The most leases in one message of KeepAlive, which has all those of one process. A list that is longer is refused."""
+
+MAX_STREAMS = 1_000
+"""Calls and streams at once on one connection: a process has a watch for each service that it calls. Further ones wait
+in the client."""
+
+HANDSHAKE_TIMEOUT = 5.0
+"""How long a new connection may take to say that it speaks HTTP/2, before it is closed. Seconds."""

@@ -2,8 +2,8 @@
 
 The book decides; this file validates, keeps the time and carries the news. A watcher is a coroutine that holds the
 revision it was last sent: when its service changes it is woken, and when its stream can take a message it reads from
-the book what it has missed. So a watcher that is slow, or never reads, holds no news back and costs no memory, and no
-registration waits for it.
+the book what it has missed, a message of bounded size at a time. So a watcher that is slow, or never reads, costs no
+more memory than one message, no registration waits for it, and after a while it is dropped.
 """
 
 # ruff: noqa: N802 - a servicer's methods have the names of its contract
@@ -21,6 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from mesh import lines
 from mesh.registry import checks
 from mesh.registry.book import Book, Delta
+from mesh.registry.limits import MAX_LEASE_IDS, MAX_PARTS, STALLED, STEP_BYTES
 from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -65,7 +66,11 @@ class RegistryService(pb_grpc.RegistryServicer):
         self.state: State | None = None
         self._configuring = asyncio.Lock()
         self._watchers: dict[str, set[asyncio.Event]] = {}
+        # The parts of watched services' snapshots as they are now, by the id before each.
+        self._parts: dict[str, dict[str, tuple[pb.WatchResponse, bool]]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._streams: set[asyncio.Task[Any]] = set()
+        self._sending: set[asyncio.Task[Any]] = set()  # those of them that wait for a watcher to receive a message
         self._expiry: asyncio.TimerHandle | None = None
         self._heard = -QUIET  # when the last keep-alive came
         self._quiet_until = -QUIET  # when the last quiet time ended
@@ -104,6 +109,9 @@ class RegistryService(pb_grpc.RegistryServicer):
     async def KeepAlive(self, _: object, context: _Context) -> AsyncIterator[pb.KeepAliveResponse]:
         async with self._stream(context):
             while (request := await context.read()) is not grpc.aio.EOF:
+                if len(request.lease_ids) > MAX_LEASE_IDS:
+                    many = f"has {len(request.lease_ids)} ids; the limit is {MAX_LEASE_IDS}"
+                    await _refuse(context, [("lease_ids", many)])
                 now = _now()
                 self._note(now)
                 self._heard = now
@@ -126,22 +134,33 @@ class RegistryService(pb_grpc.RegistryServicer):
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.WatchResponse]:
         await _refuse(context, checks.service("service", request.service))
-        # None: has seen nothing of this book.
-        since = request.revision if request.epoch == self._book.epoch else None
+        # Sent now, a status may follow while a message still waits for the watcher.
+        await context.send_initial_metadata(())
+        # None: has seen nothing of this book, or not all of a snapshot.
+        since = request.revision if request.revision and request.epoch == self._book.epoch else None
         answered = False
         async with self._stream(context):
             with self._watcher(request.service) as changed:
                 while True:
                     changed.clear()
-                    delta = None if since is None else self._book.changes(request.service, since)
+                    delta = None if since is None else self._book.changes(request.service, since, STEP_BYTES)
+                    if delta is None:
+                        since = self._book.revision
+                        for step in self._snapshot(request.service):
+                            with self._receiving(request.service, context):
+                                yield step
+                        # What changed while its parts were sent.
+                        answered = not step.more
                     # The first answer comes even when there is nothing to tell: the watcher learns that it is up to
                     # date.
-                    if delta is None or delta or not answered:
-                        step = self._step(request.service, delta)
-                        yield step
-                        since = step.revision
+                    elif delta or not answered:
+                        with self._receiving(request.service, context):
+                            yield self._delta(delta)
+                        since = delta.revision
                         answered = True
-                    await changed.wait()
+                    else:
+                        since = self._book.revision
+                        await changed.wait()
 
     async def SetServiceConfig(
         self, request: pb.SetServiceConfigRequest, context: _Context
@@ -190,23 +209,86 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._closed = True
         if self._expiry is not None:
             self._expiry.cancel()
-        for stream in self._streams:
+        # A stream that is sending ends after that: a cancel would end it without a status.
+        for stream in self._streams - self._sending:
             stream.cancel()
 
     def __repr__(self) -> str:
         return f"<RegistryService {self._book!r} streams={len(self._streams)}>"
 
-    def _step(self, service: str, delta: Delta | None) -> pb.WatchResponse:
-        """The message that brings a watcher up to date, from a delta if there is one."""
-        step = pb.WatchResponse(epoch=self._book.epoch, revision=self._book.revision)
-        if delta is None:
-            snapshot = pb.Snapshot(instances=self._book.snapshot(service), service_config=self._book.config(service))
-            step.snapshot.CopyFrom(snapshot)
+    def _snapshot(self, service: str) -> Iterator[pb.WatchResponse]:
+        """All of a service: one message, or parts, which are complete with the delta that follows them.
+
+        Each part is read from the book when it is sent, and is one for all watchers until the service changes.
+        """
+        after, last = "", False
+        while not last:
+            parts = self._parts.setdefault(service, {})
+            found = parts.get(after)
+            if found is None:
+                if len(parts) >= MAX_PARTS:
+                    parts.clear()
+                found = parts[after] = self._part(service, after)
+            step, last = found
+            yield step
+            if not last:
+                after = (step.delta.upserted if after else step.snapshot.instances)[-1].id
+
+    def _part(self, service: str, after: str) -> tuple[pb.WatchResponse, bool]:
+        """The part of a snapshot with the instances after this id, and whether it is the last; the first part has the
+        config, too."""
+        config = "" if after else self._book.config(service)
+        instances, more = self._book.page(service, after, STEP_BYTES - len(config.encode()))
+        # With revision 0 a watcher that is cut off between parts begins again.
+        step = pb.WatchResponse(epoch=self._book.epoch, revision=0 if after or more else self._book.revision)
+        step.more = bool(after) or more
+        if after:
+            step.delta.upserted.extend(instances)
         else:
-            step.delta.CopyFrom(
-                pb.Delta(upserted=delta.upserted, removed_ids=delta.removed_ids, service_config=delta.config)
-            )
+            step.snapshot.CopyFrom(pb.Snapshot(instances=instances, service_config=config))
+        return step, not more
+
+    def _delta(self, delta: Delta) -> pb.WatchResponse:
+        step = pb.WatchResponse(epoch=self._book.epoch, revision=delta.revision)
+        step.delta.CopyFrom(
+            pb.Delta(upserted=delta.upserted, removed_ids=delta.removed_ids, service_config=delta.config)
+        )
         return step
+
+    @contextlib.contextmanager
+    def _receiving(self, service: str, context: _Context) -> Iterator[None]:
+        """End the call if its watcher takes too long to receive the message that is sent meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        timer = asyncio.get_running_loop().call_later(STALLED, self._drop, service, context, task)
+        self._sending.add(task)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._sending.discard(task)
+        if self._closed:
+            raise asyncio.CancelledError
+
+    def _drop(self, service: str, context: _Context, task: asyncio.Task[Any]) -> None:
+        # A generator may outlive its call, whose context can't be used any more: core crashes.
+        if task.done():
+            return
+        peer = context.peer()
+        lines.info(_log, "dropped", "%s: watcher %s read nothing for %g s; dropped", service, peer, STALLED)
+        ending = asyncio.create_task(self._abandon(context, task))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    async def _abandon(self, context: _Context, task: asyncio.Task[Any]) -> None:
+        """End a call whose handler waits to send a message."""
+        if task.done():
+            return
+        # First the status, which ends the call, and then the handler.
+        asyncio.get_running_loop().call_soon(task.cancel)
+        with contextlib.suppress(Exception):  # the call may end meanwhile, in whatever way
+            text = f"the watcher read nothing for {STALLED:g} s; watch again"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     @contextlib.contextmanager
     def _watcher(self, service: str) -> Iterator[asyncio.Event]:
@@ -220,8 +302,10 @@ class RegistryService(pb_grpc.RegistryServicer):
             watchers.remove(changed)
             if not watchers:
                 del self._watchers[service]
+                self._parts.pop(service, None)
 
     def _tell(self, service: str) -> None:
+        self._parts.pop(service, None)
         for changed in self._watchers.get(service, ()):
             changed.set()
 

@@ -8,11 +8,14 @@ from typing import Any
 import grpc
 import pytest
 
+from mesh.discovery.roster import Roster
 from mesh.registry import book as books
+from mesh.registry import service as services
 from mesh.registry.book import Book
-from mesh.registry.limits import MAX_CONFIGS, MAX_INSTANCE_BYTES, MAX_METADATA
-from tests.registry.serving import BOUND, ORDER, USER, Serving, instance, serving
+from mesh.registry.limits import MAX_CONFIGS, MAX_INSTANCE_BYTES, MAX_LEASE_IDS, MAX_METADATA
+from tests.registry.serving import BOUND, ORDER, USER, Serving, eventually, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
+from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
 CONFIG = '{"methodConfig": [{"name": [{}], "timeout": "1s"}]}'
 
@@ -129,3 +132,102 @@ async def test_the_number_and_the_bytes_of_service_configs_are_limited(
     await configure("weft.C", CONFIG)
     assert registry.book.configs() == {"weft.B": CONFIG, "weft.C": CONFIG}
     assert MAX_CONFIGS >= 100
+
+
+async def watched(registry: Serving, epoch: str = "", revision: int = 0) -> list[pb.WatchResponse]:
+    """The steps of a watch until it is complete."""
+    call = registry.stub.Watch(pb.WatchRequest(service=USER, epoch=epoch, revision=revision), timeout=BOUND)
+    steps: list[pb.WatchResponse] = []
+    while not steps or steps[-1].more:
+        step = await call.read()
+        assert isinstance(step, pb.WatchResponse)
+        steps.append(step)
+    call.cancel()
+    return steps
+
+
+def merged(steps: list[pb.WatchResponse]) -> list[str]:
+    roster = Roster(USER)
+    for step in steps:
+        assert roster.apply(step, now=0) == ""
+        assert roster.complete == (not step.more)
+    return [endpoint.address for endpoint in roster.endpoints()]
+
+
+async def test_a_service_of_many_megabytes_can_be_watched_by_clients_with_grpcs_default_limit(
+    registry: Serving,
+) -> None:
+    labels = {f"{n:03}": "x" * 1000 for n in range(64)}
+    expected = [f"10.0.0.{n}:1" for n in range(1, 71)]
+    for address in expected:
+        await registry.register(instance(address, address=address, **labels))
+    assert sum(each.ByteSize() for each in registry.book.snapshot(USER)) > 4 << 20
+
+    steps = await watched(registry)
+
+    assert merged(steps) == sorted(expected)
+    assert max(step.ByteSize() for step in steps) < 200_000
+    # Who was cut off between parts begins again; who has all resumes.
+    assert [step.revision for step in steps] == [0] * (len(steps) - 1) + [70]
+    assert merged(await watched(registry, steps[0].epoch, steps[0].revision)) == sorted(expected)
+    (last,) = await watched(registry, steps[-1].epoch, steps[-1].revision)
+    assert not last.delta.upserted
+
+
+@pytest.mark.slow
+async def test_what_changes_between_the_parts_of_a_snapshot_is_told_after_them(registry: Serving) -> None:
+    label = "x" * 1000
+    leases = [await registry.register(instance(f"{n:04}", address=f"a{n:04}:1", label=label)) for n in range(3_000)]
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(registry.address, options=options) as channel:
+        call = pb_grpc.RegistryStub(channel).Watch(pb.WatchRequest(service=USER), timeout=BOUND)
+        first = await call.read()
+        assert isinstance(first, pb.WatchResponse)
+        # It doesn't read, and so the rest waits.
+        for n in (0, 1, 2_998, 2_999):
+            await registry.stub.Deregister(pb.DeregisterRequest(lease_id=leases[n]))
+        await registry.register(instance("0002", address="moved:1"))
+        await registry.register(instance("0000a", address="new:1"))
+        steps = [first]
+        while steps[-1].more or steps[-1].revision < registry.book.revision:
+            step = await call.read()
+            assert isinstance(step, pb.WatchResponse)
+            steps.append(step)
+    expected = [f"a{n:04}:1" for n in range(3, 2_998)] + ["moved:1", "new:1"]
+    assert merged(steps) == sorted(expected)
+
+
+@pytest.mark.slow
+async def test_a_watcher_that_does_not_read_is_dropped_and_says_why(
+    registry: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "STALLED", 0.1)
+    for n in range(40):
+        await registry.register(instance(f"{n}", **{f"{n:03}": "x" * 1000 for n in range(10)}))
+    # A window that doesn't grow with what the network could carry, so that it is soon full.
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(registry.address, options=options) as channel:
+        call = pb_grpc.RegistryStub(channel).Watch(pb.WatchRequest(service=USER), timeout=BOUND)
+        await eventually(lambda: USER in registry.service._watchers)
+        await eventually(lambda: not registry.service._watchers and not registry.service._streams)
+        assert not registry.service._parts
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            [step async for step in call]
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.details() == "the watcher read nothing for 0.1 s; watch again"
+    assert len(merged(await watched(registry))) == 1
+
+
+async def test_a_keep_alive_with_too_many_ids_is_refused_whole(registry: Serving) -> None:
+    lease = await registry.register(instance("a"))
+    for count, code in ((MAX_LEASE_IDS, None), (MAX_LEASE_IDS + 1, grpc.StatusCode.INVALID_ARGUMENT)):
+        stream = registry.stub.KeepAlive(timeout=BOUND)
+        await stream.write(pb.KeepAliveRequest(lease_ids=[lease] * count))
+        if code is None:
+            answer = await stream.read()
+            assert isinstance(answer, pb.KeepAliveResponse)
+            assert not answer.unknown_lease_ids
+            stream.cancel()
+        else:
+            assert await stream.code() is code
+            assert await stream.details() == "lease_ids: has 1001 ids; the limit is 1000"
