@@ -184,7 +184,7 @@ class KeepAliveRequest(_message.Message):
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The leases to renew."""
+        """The leases to renew, at most 1,000."""
 
     def __init__(
         self,
@@ -356,10 +356,15 @@ class WatchResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """Which life of the registry this is; revisions of one epoch can't be compared with another's."""
     revision: _builtins.int
-    """How far the registry's book had come with this step."""
+    """How far the registry's book had come with this step; 0 where it is a part of a snapshot, and the next one is to come."""
+    more: _builtins.bool
+    """Whether this is a part of a snapshot that the following steps complete; they come at once. What a watcher knew before
+    may be used until then.
+    """
     @_builtins.property
     def snapshot(self) -> Global___Snapshot:
         """All instances of the service: forget what was known."""
@@ -375,10 +380,11 @@ class WatchResponse(_message.Message):
         revision: _builtins.int = ...,
         snapshot: Global___Snapshot | None = ...,
         delta: Global___Delta | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epoch", b"epoch", "revision", b"revision", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epoch", b"epoch", "more", b"more", "revision", b"revision", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["snapshot", "delta"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015

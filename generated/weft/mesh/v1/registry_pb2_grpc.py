@@ -116,7 +116,10 @@ class RegistryServicer:
     def Watch(self, request, context):
         """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
         that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
+        snapshot comes in parts: a snapshot with the first, deltas with the rest.
+
+        Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,10 @@ class RegistryStub:
     Watch: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]
     """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
     that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
+    snapshot comes in parts: a snapshot with the first, deltas with the rest.
+
+    Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
     """
     SetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]
     """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
@@ -93,7 +96,10 @@ class RegistryAsyncStub(RegistryStub):
     Watch: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]  # type: ignore[assignment]
     """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
     that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
+    snapshot comes in parts: a snapshot with the first, deltas with the rest.
+
+    Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
     """
     SetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]  # type: ignore[assignment]
     """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
@@ -159,7 +165,10 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.WatchResponse], _abc.AsyncIterator[_registry_pb2.WatchResponse]]:
         """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
         that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them.
+        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
+        snapshot comes in parts: a snapshot with the first, deltas with the rest.
+
+        Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
         """
 
     @_abc_1.abstractmethod
