@@ -13,6 +13,7 @@ no call goes there. So it is with the service's config: a registry that was rest
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from mesh.addresses import is_local, parse
 from mesh.model import MAX_WEIGHT, Endpoint, Locality
@@ -20,6 +21,19 @@ from weft.mesh.v1 import registry_pb2 as pb
 
 HOLD = 30.0
 """Longer than services need to find a restarted registry and register again. Seconds."""
+
+MAX_KNOWN = 50_000
+"""The most instances of a service that a client uses: more than a registry that obeys its own limits has of the usual
+size, so that one gone wrong can't fill its clients' memory."""
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    """What a registry has sent so far of a snapshot in parts."""
+
+    epoch: str
+    instances: dict[str, Endpoint]
+    service_config: str
 
 
 class Roster:
@@ -31,7 +45,7 @@ class Roster:
         self._epoch = ""
         self._revision = 0
         self._in_step = False
-        self._complete = True
+        self._coming: _Snapshot | None = None
         self._config = ""
         self._known: dict[str, Endpoint] = {}
         self._held: dict[str, Endpoint] = {}
@@ -40,17 +54,17 @@ class Roster:
     @property
     def in_step(self) -> bool:
         """Whether the next delta can be merged. If not, only a snapshot helps: begin a new watch."""
-        return self._in_step
+        return self._in_step or self._coming is not None
 
     @property
     def complete(self) -> bool:
-        """False between the parts of a snapshot, while some of the instances are still to come."""
-        return self._complete
+        """False between the parts of a snapshot: until the last has come, what was known before is used."""
+        return self._coming is None
 
     @property
     def position(self) -> tuple[str, int]:
         """The epoch and revision from which to resume the watch; ``("", 0)`` to begin with a snapshot."""
-        return (self._epoch, self._revision) if self._in_step and self._complete else ("", 0)
+        return (self._epoch, self._revision) if self._in_step else ("", 0)
 
     @property
     def held_until(self) -> float | None:
@@ -74,18 +88,19 @@ class Roster:
             return "an answer without " + ("epoch" if kind else "snapshot or delta")
         complaints: list[str] = []
         if kind == "snapshot":
-            known = self._read(step.snapshot.instances, complaints)
-            if complaints and not known:
+            instances = self._read(step.snapshot.instances, complaints)
+            if complaints and not instances:
                 return complaints[0]
-            if step.epoch != self._epoch:
-                self._held |= self._known
-                self._held_until = None
-            if step.epoch == self._epoch or step.snapshot.service_config:
-                self._config = step.snapshot.service_config
-            self._known = known
-            self._in_step = True
+            self._coming = _Snapshot(step.epoch, instances, step.snapshot.service_config)
+        elif self._coming is not None and step.epoch == self._coming.epoch:
+            self._coming.instances |= self._read(step.delta.upserted, complaints)
+            for instance_id in step.delta.removed_ids:
+                self._coming.instances.pop(instance_id, None)
+            if step.delta.HasField("service_config"):
+                self._coming.service_config = step.delta.service_config
         elif not self._in_step or step.epoch != self._epoch or step.revision < self._revision:
             self._in_step = False
+            self._coming = None
             return f"a delta to {step.epoch}/{step.revision} that doesn't follow {self._epoch}/{self._revision}"
         else:
             self._known |= self._read(step.delta.upserted, complaints)
@@ -93,7 +108,17 @@ class Roster:
                 self._known.pop(instance_id, None)
             if step.delta.HasField("service_config"):
                 self._config = step.delta.service_config
-        self._epoch, self._revision, self._complete = step.epoch, step.revision, not step.more
+        known = self._known if self._coming is None else self._coming.instances
+        if len(known) > MAX_KNOWN:
+            complaints.append(f"more than {MAX_KNOWN} instances; the rest is ignored")
+            for instance_id in list(known)[MAX_KNOWN:]:
+                del known[instance_id]
+        if self._coming is not None:
+            if step.more:
+                return complaints[0] if complaints else ""
+            self._replace(self._coming)
+            self._coming = None
+        self._epoch, self._revision = step.epoch, step.revision
         for instance_id in self._known:
             self._held.pop(instance_id, None)
         self._begin_hold(now)
@@ -111,6 +136,7 @@ class Roster:
 
     def cut(self) -> None:
         """The watch broke off: what is held has its time anew when the registry is back."""
+        self._coming = None
         self._held_until = None
 
     def settle(self, now: float) -> None:
@@ -122,6 +148,15 @@ class Roster:
     def __repr__(self) -> str:
         at = f"{self._epoch}/{self._revision}"
         return f"<Roster {self._service} at {at} known={len(self._known)} held={len(self._held)}>"
+
+    def _replace(self, told: _Snapshot) -> None:
+        if told.epoch != self._epoch:
+            self._held |= self._known
+            self._held_until = None
+        if told.epoch == self._epoch or told.service_config:
+            self._config = told.service_config
+        self._known = told.instances
+        self._in_step = True
 
     def _begin_hold(self, now: float) -> None:
         if not self._held:

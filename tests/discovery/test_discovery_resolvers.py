@@ -209,6 +209,19 @@ async def test_the_services_config_comes_with_its_instances() -> None:
 
 
 @pytest.mark.slow
+async def test_a_service_of_megabytes_comes_whole_and_at_once() -> None:
+    labels = {f"{n:02}": "x" * 1000 for n in range(64)}
+    async with serving() as registry:
+        addresses = [f"users{n:02}" for n in range(70)]
+        for each in addresses:
+            await registry.register(pb.Instance(id=each, service=USER, address=f"{each}:1", metadata=labels))
+        async with watching(eager(registry.address)) as updates:
+            assert of(await updates.next()) == " ".join(addresses)
+            await registry.register(user("new"))
+            assert of(await updates.next()) == " ".join([*addresses, "new"])
+
+
+@pytest.mark.slow
 async def test_a_registry_that_is_away_is_named_and_found_when_it_comes(free_port: Callable[[], int]) -> None:
     port = free_port()
     async with watching(eager(f"127.0.0.1:{port}")) as updates:

@@ -148,6 +148,63 @@ def test_a_registry_can_give_no_instance_more_than_the_largest_weight_nor_an_add
         assert addresses(roster) == "b"
 
 
+def part(step: pb.WatchResponse) -> pb.WatchResponse:
+    step.more = True
+    return step
+
+
+def test_a_snapshot_in_parts_takes_the_place_of_what_was_known_when_its_last_part_has_come() -> None:
+    roster = roster_of(snapshot("e", 1, "a", "b"))
+    for step in (part(snapshot("e", 0, "b")), part(delta("e", 0, "c", "d"))):
+        assert roster.apply(step, now=0) == ""
+        assert roster.in_step
+        assert not roster.complete
+        assert addresses(roster) == "a b"
+
+    assert roster.apply(delta("e", 7, "e", removed=["d"]), now=0) == ""
+    assert roster.complete
+    assert addresses(roster) == "b c e"
+    assert roster.position == ("e", 7)
+
+
+def test_a_watch_that_is_cut_between_the_parts_of_a_snapshot_goes_on_from_what_was_known_before() -> None:
+    roster = roster_of(snapshot("e", 1, "a", "b"))
+    roster.apply(part(snapshot("new", 0, "c")), now=0)
+    roster.cut()
+    assert roster.complete
+    assert roster.position == ("e", 1)
+    assert roster.apply(delta("e", 2, "d"), now=0) == ""
+    assert addresses(roster) == "a b d"
+
+    # Also when the registry restarts: nobody is lost.
+    roster.apply(part(snapshot("new", 0, "c")), now=0)
+    roster.cut()
+    assert roster.apply(snapshot("newer", 1, "c"), now=0) == ""
+    assert addresses(roster) == "a b c d"
+
+
+def test_a_part_of_another_epoch_needs_a_new_watch() -> None:
+    roster = roster_of(snapshot("e", 1, "a"))
+    roster.apply(part(snapshot("new", 0, "c")), now=0)
+    assert "doesn't follow" in roster.apply(delta("newer", 3, "d"), now=0)
+    assert not roster.in_step
+    assert roster.complete
+    assert addresses(roster) == "a"
+
+
+def test_a_registry_that_sends_ever_more_instances_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.discovery.roster.MAX_KNOWN", 3)
+    roster = Roster(SERVICE)
+    complaint = "more than 3 instances; the rest is ignored"
+    assert roster.apply(snapshot("e", 1, *"abcde"), now=0) == complaint
+    assert roster.apply(delta("e", 2, *"fgh"), now=0) == complaint
+    assert addresses(roster) == "a b c"
+    assert roster.apply(part(snapshot("e", 0, *"xyz")), now=0) == ""
+    assert roster.apply(part(delta("e", 0, *"abc")), now=0) == complaint
+    assert roster.apply(delta("e", 3), now=0) == ""
+    assert addresses(roster) == "x y z"
+
+
 def test_the_registrys_own_word_on_an_address_counts_more_than_what_is_held() -> None:
     heavy = pb.Instance(id="new id", service=SERVICE, address="a:1", weight=9)
     roster = roster_of(snapshot("old", 7, "a"), of_instances("new", 1, [heavy]))
