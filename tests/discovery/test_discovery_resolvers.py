@@ -218,7 +218,7 @@ async def test_a_service_of_megabytes_comes_whole_and_at_once() -> None:
         async with watching(eager(registry.address)) as updates:
             assert of(await updates.next()) == " ".join(addresses)
             await registry.register(user("new"))
-            assert of(await updates.next()) == " ".join([*addresses, "new"])
+            assert of(await updates.next()) == " ".join(["new", *addresses])
 
 
 @pytest.mark.slow
