@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 
 import grpc
@@ -12,6 +13,9 @@ from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 WITHIN = 0.5
 """How long the registry may take to list its services, while calls wait. Seconds."""
 
+PAGES = 5
+"""How many pages of the registry's instances are read for their services."""
+
 LISTED = 5
 """How many services are named: those most alike first."""
 
@@ -19,11 +23,19 @@ LISTED = 5
 async def describe(stub: pb_grpc.RegistryAsyncStub, registry: str, service: str) -> str:
     """ "registry R knows no instance of 'X'; known services: ...", the latter if the registry lists them in time."""
     text = f"registry {registry} knows no instance of {service!r}"
+    services: set[str] = set()
+    token = ""
     try:
-        listed = await stub.ListInstances(pb.ListInstancesRequest(), timeout=WITHIN)
-    except grpc.aio.AioRpcError:
-        return text
-    services = {instance.service for instance in listed.instances} - {service}
+        async with asyncio.timeout(WITHIN):
+            for _ in range(PAGES):
+                listed = await stub.ListInstances(pb.ListInstancesRequest(page_token=token), timeout=WITHIN)
+                services |= {instance.service for instance in listed.instances} - {service}
+                token = listed.next_page_token
+                if not token:
+                    break
+    except (grpc.aio.AioRpcError, TimeoutError):
+        if not services:
+            return text
     if not services:
         return f"{text}; it knows no services"
     alike = sorted(services, key=lambda each: (-difflib.SequenceMatcher(None, service, each).ratio(), each))

@@ -51,3 +51,9 @@ in the client."""
 
 HANDSHAKE_TIMEOUT = 5.0
 """How long a new connection may take to say that it speaks HTTP/2, before it is closed. Seconds."""
+
+MAX_PAGE = 1_000
+"""The most instances that one answer of ListInstances has, and how many it has when it isn't asked for fewer."""
+
+PAGE_BYTES = 1024 * 1024
+"""One answer of ListInstances, or a single instance that is larger. Bytes, as encoded."""

@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import lines
-from mesh.registry import checks
+from mesh.registry import checks, paging
 from mesh.registry.book import Book, Delta
 from mesh.registry.limits import MAX_LEASE_IDS, MAX_PARTS, STALLED, STEP_BYTES
 from mesh.registry.state import State
@@ -124,13 +124,12 @@ class RegistryService(pb_grpc.RegistryServicer):
             self._tell(instance.service)
         return pb.DeregisterResponse()
 
-    async def ListInstances(self, request: pb.ListInstancesRequest, _: _Context) -> pb.ListInstancesResponse:
-        services = [request.service] if request.service else self._book.services()
-        return pb.ListInstancesResponse(
-            instances=[instance for service in services for instance in self._book.snapshot(service)],
-            epoch=self._book.epoch,
-            revision=self._book.revision,
-        )
+    async def ListInstances(self, request: pb.ListInstancesRequest, context: _Context) -> pb.ListInstancesResponse:
+        answer = paging.page(self._book, request)
+        if not isinstance(answer, pb.ListInstancesResponse):
+            await _refuse(context, answer)
+            raise AssertionError("a refused call ends")
+        return answer
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.WatchResponse]:
         await _refuse(context, checks.service("service", request.service))

@@ -42,6 +42,15 @@ async def test_of_many_services_five_are_listed() -> None:
         assert text.endswith("known services: test.S0, test.S1, test.S2, test.S3, test.S4 and 3 more")
 
 
+async def test_services_on_later_pages_are_listed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.registry.paging.MAX_PAGE", 2)
+    async with serving() as registry:
+        for number in range(4):
+            await registry.register(instance("a", f"test.S{number}"))
+        text = await describe(registry.stub, "R", "test.S9")
+        assert text.endswith("known services: test.S0, test.S1, test.S2, test.S3")
+
+
 async def test_a_registry_that_does_not_list_them_is_named_all_the_same() -> None:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
         assert await describe(pb_grpc.RegistryStub(channel), "R", "S") == "registry R knows no instance of 'S'"

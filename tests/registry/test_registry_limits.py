@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -231,3 +232,68 @@ async def test_a_keep_alive_with_too_many_ids_is_refused_whole(registry: Serving
         else:
             assert await stream.code() is code
             assert await stream.details() == "lease_ids: has 1001 ids; the limit is 1000"
+
+
+async def listed(registry: Serving, service: str = "", page_size: int = 0) -> list[list[str]]:
+    """The ids of all instances, page by page."""
+    pages: list[list[str]] = []
+    token = ""
+    while token or not pages:
+        request = pb.ListInstancesRequest(service=service, page_size=page_size, page_token=token)
+        answer = await registry.stub.ListInstances(request, timeout=BOUND)
+        pages.append([f"{each.service.rpartition('.')[2][0]}{each.id}" for each in answer.instances])
+        token = answer.next_page_token
+    return pages
+
+
+async def test_instances_are_listed_in_pages(registry: Serving) -> None:
+    for each in (*(instance(f"{n}", ORDER) for n in range(3)), *(instance(f"{n}") for n in range(4))):
+        await registry.register(each)
+    everything = ["O0", "O1", "O2", "U0", "U1", "U2", "U3"]
+
+    assert await listed(registry) == [everything]
+    assert await listed(registry, page_size=7) == [everything]
+    assert await listed(registry, page_size=2_000_000_000) == [everything]
+    assert await listed(registry, page_size=3) == [["O0", "O1", "O2"], ["U0", "U1", "U2"], ["U3"]]
+    assert await listed(registry, page_size=4) == [["O0", "O1", "O2", "U0"], ["U1", "U2", "U3"]]
+    assert await listed(registry, USER, page_size=2) == [["U0", "U1"], ["U2", "U3"]]
+    assert await listed(registry, "no.Such", page_size=2) == [[]]
+
+
+@pytest.mark.slow
+async def test_a_page_has_no_more_than_a_thousand_instances_or_a_megabyte(registry: Serving) -> None:
+    for n in range(2_100):
+        registry.book.register(instance(f"{n:04}"), 300, asyncio.get_running_loop().time())
+    assert [len(page) for page in await listed(registry)] == [1_000, 1_000, 100]
+
+    labels = {f"{n:02}": "x" * 1000 for n in range(64)}
+    for n in range(40):
+        await registry.register(instance(f"{n:04}", ORDER, **labels))
+    pages = await listed(registry, ORDER)
+    assert [len(page) for page in pages] == [16, 16, 8]
+
+
+async def test_an_instance_that_goes_between_two_pages_leaves_the_rest(registry: Serving) -> None:
+    leases = [await registry.register(instance(f"{n}")) for n in range(4)]
+    first = await registry.stub.ListInstances(pb.ListInstancesRequest(page_size=2))
+    await registry.stub.Deregister(pb.DeregisterRequest(lease_id=leases[1]))
+    rest = await registry.stub.ListInstances(pb.ListInstancesRequest(page_token=first.next_page_token))
+    assert [each.id for each in rest.instances] == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    "token", ["x", "====", "\ud7ff", "0001-01-01T00:00:00+23:59", "AAAA", "_w==", "YQ==", "A" * 100_000]
+)
+async def test_a_page_token_that_the_registry_did_not_give_is_refused(registry: Serving, token: str) -> None:
+    said = await refused(registry.stub.ListInstances(pb.ListInstancesRequest(page_token=token)))
+    assert said == "INVALID_ARGUMENT: page_token: must be the next_page_token of a page of the same service"
+
+
+async def test_a_page_is_asked_for_as_it_was_begun(registry: Serving) -> None:
+    for n in range(2):
+        await registry.register(instance(f"{n}"))
+    token = (await registry.stub.ListInstances(pb.ListInstancesRequest(page_size=1))).next_page_token
+    said = await refused(registry.stub.ListInstances(pb.ListInstancesRequest(service=ORDER, page_token=token)))
+    assert said.startswith("INVALID_ARGUMENT: page_token: ")
+    said = await refused(registry.stub.ListInstances(pb.ListInstancesRequest(page_size=-1)))
+    assert said == "INVALID_ARGUMENT: page_size: must not be negative"
