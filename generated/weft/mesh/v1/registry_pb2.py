@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bweft/mesh/v1/registry.proto\x12\x0cweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\":\n\x08Locality\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12\x10\n\x08sub_zone\x18\x03 \x01(\t\"\xdb\x01\n\x08Instance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x08locality\x18\x04 \x01(\x0b\x32\x16.weft.mesh.v1.Locality\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x36\n\x08metadata\x18\x06 \x03(\x0b\x32$.weft.mesh.v1.Instance.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0fRegisterRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.weft.mesh.v1.Instance\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"%\n\x10KeepAliveRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\".\n\x11KeepAliveResponse\x12\x19\n\x11unknown_lease_ids\x18\x01 \x03(\t\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"\'\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"c\n\x15ListInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\"@\n\x0cWatchRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\"\x98\x01\n\rWatchResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12*\n\x08snapshot\x18\x03 \x01(\x0b\x32\x16.weft.mesh.v1.SnapshotH\x00\x12$\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x13.weft.mesh.v1.DeltaH\x00\x12\x0c\n\x04more\x18\x05 \x01(\x08\x42\x06\n\x04step\"M\n\x08Snapshot\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\x16\n\x0eservice_config\x18\x02 \x01(\t\"v\n\x05\x44\x65lta\x12(\n\x08upserted\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\x13\n\x0bremoved_ids\x18\x02 \x03(\t\x12\x1b\n\x0eservice_config\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x11\n\x0f_service_config\"B\n\x17SetServiceConfigRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x16\n\x0eservice_config\x18\x02 \x01(\t\",\n\x18SetServiceConfigResponse\x12\x10\n\x08warnings\x18\x01 \x03(\t\"*\n\x17GetServiceConfigRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"2\n\x18GetServiceConfigResponse\x12\x16\n\x0eservice_config\x18\x01 \x01(\t2\xff\x04\n\x08Registry\x12N\n\x08Register\x12\x1d.weft.mesh.v1.RegisterRequest\x1a\x1e.weft.mesh.v1.RegisterResponse\"\x03\x90\x02\x02\x12U\n\tKeepAlive\x12\x1e.weft.mesh.v1.KeepAliveRequest\x1a\x1f.weft.mesh.v1.KeepAliveResponse\"\x03\x90\x02\x02(\x01\x30\x01\x12T\n\nDeregister\x12\x1f.weft.mesh.v1.DeregisterRequest\x1a .weft.mesh.v1.DeregisterResponse\"\x03\x90\x02\x02\x12]\n\rListInstances\x12\".weft.mesh.v1.ListInstancesRequest\x1a#.weft.mesh.v1.ListInstancesResponse\"\x03\x90\x02\x01\x12G\n\x05Watch\x12\x1a.weft.mesh.v1.WatchRequest\x1a\x1b.weft.mesh.v1.WatchResponse\"\x03\x90\x02\x01\x30\x01\x12\x66\n\x10SetServiceConfig\x12%.weft.mesh.v1.SetServiceConfigRequest\x1a&.weft.mesh.v1.SetServiceConfigResponse\"\x03\x90\x02\x02\x12\x66\n\x10GetServiceConfig\x12%.weft.mesh.v1.GetServiceConfigRequest\x1a&.weft.mesh.v1.GetServiceConfigResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bweft/mesh/v1/registry.proto\x12\x0cweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\":\n\x08Locality\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12\x10\n\x08sub_zone\x18\x03 \x01(\t\"\xdb\x01\n\x08Instance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x08locality\x18\x04 \x01(\x0b\x32\x16.weft.mesh.v1.Locality\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x36\n\x08metadata\x18\x06 \x03(\x0b\x32$.weft.mesh.v1.Instance.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0fRegisterRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.weft.mesh.v1.Instance\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"%\n\x10KeepAliveRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\".\n\x11KeepAliveResponse\x12\x19\n\x11unknown_lease_ids\x18\x01 \x03(\t\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"N\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"|\n\x15ListInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"@\n\x0cWatchRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\"\x98\x01\n\rWatchResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12*\n\x08snapshot\x18\x03 \x01(\x0b\x32\x16.weft.mesh.v1.SnapshotH\x00\x12$\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x13.weft.mesh.v1.DeltaH\x00\x12\x0c\n\x04more\x18\x05 \x01(\x08\x42\x06\n\x04step\"M\n\x08Snapshot\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\x16\n\x0eservice_config\x18\x02 \x01(\t\"v\n\x05\x44\x65lta\x12(\n\x08upserted\x18\x01 \x03(\x0b\x32\x16.weft.mesh.v1.Instance\x12\x13\n\x0bremoved_ids\x18\x02 \x03(\t\x12\x1b\n\x0eservice_config\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x11\n\x0f_service_config\"B\n\x17SetServiceConfigRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x16\n\x0eservice_config\x18\x02 \x01(\t\",\n\x18SetServiceConfigResponse\x12\x10\n\x08warnings\x18\x01 \x03(\t\"*\n\x17GetServiceConfigRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"2\n\x18GetServiceConfigResponse\x12\x16\n\x0eservice_config\x18\x01 \x01(\t2\xff\x04\n\x08Registry\x12N\n\x08Register\x12\x1d.weft.mesh.v1.RegisterRequest\x1a\x1e.weft.mesh.v1.RegisterResponse\"\x03\x90\x02\x02\x12U\n\tKeepAlive\x12\x1e.weft.mesh.v1.KeepAliveRequest\x1a\x1f.weft.mesh.v1.KeepAliveResponse\"\x03\x90\x02\x02(\x01\x30\x01\x12T\n\nDeregister\x12\x1f.weft.mesh.v1.DeregisterRequest\x1a .weft.mesh.v1.DeregisterResponse\"\x03\x90\x02\x02\x12]\n\rListInstances\x12\".weft.mesh.v1.ListInstancesRequest\x1a#.weft.mesh.v1.ListInstancesResponse\"\x03\x90\x02\x01\x12G\n\x05Watch\x12\x1a.weft.mesh.v1.WatchRequest\x1a\x1b.weft.mesh.v1.WatchResponse\"\x03\x90\x02\x01\x30\x01\x12\x66\n\x10SetServiceConfig\x12%.weft.mesh.v1.SetServiceConfigRequest\x1a&.weft.mesh.v1.SetServiceConfigResponse\"\x03\x90\x02\x02\x12\x66\n\x10GetServiceConfig\x12%.weft.mesh.v1.GetServiceConfigRequest\x1a&.weft.mesh.v1.GetServiceConfigResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -67,25 +67,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEREGISTERRESPONSE']._serialized_start=664
   _globals['_DEREGISTERRESPONSE']._serialized_end=684
   _globals['_LISTINSTANCESREQUEST']._serialized_start=686
-  _globals['_LISTINSTANCESREQUEST']._serialized_end=725
-  _globals['_LISTINSTANCESRESPONSE']._serialized_start=727
-  _globals['_LISTINSTANCESRESPONSE']._serialized_end=826
-  _globals['_WATCHREQUEST']._serialized_start=828
-  _globals['_WATCHREQUEST']._serialized_end=892
-  _globals['_WATCHRESPONSE']._serialized_start=895
-  _globals['_WATCHRESPONSE']._serialized_end=1047
-  _globals['_SNAPSHOT']._serialized_start=1049
-  _globals['_SNAPSHOT']._serialized_end=1126
-  _globals['_DELTA']._serialized_start=1128
-  _globals['_DELTA']._serialized_end=1246
-  _globals['_SETSERVICECONFIGREQUEST']._serialized_start=1248
-  _globals['_SETSERVICECONFIGREQUEST']._serialized_end=1314
-  _globals['_SETSERVICECONFIGRESPONSE']._serialized_start=1316
-  _globals['_SETSERVICECONFIGRESPONSE']._serialized_end=1360
-  _globals['_GETSERVICECONFIGREQUEST']._serialized_start=1362
-  _globals['_GETSERVICECONFIGREQUEST']._serialized_end=1404
-  _globals['_GETSERVICECONFIGRESPONSE']._serialized_start=1406
-  _globals['_GETSERVICECONFIGRESPONSE']._serialized_end=1456
-  _globals['_REGISTRY']._serialized_start=1459
-  _globals['_REGISTRY']._serialized_end=2098
+  _globals['_LISTINSTANCESREQUEST']._serialized_end=764
+  _globals['_LISTINSTANCESRESPONSE']._serialized_start=766
+  _globals['_LISTINSTANCESRESPONSE']._serialized_end=890
+  _globals['_WATCHREQUEST']._serialized_start=892
+  _globals['_WATCHREQUEST']._serialized_end=956
+  _globals['_WATCHRESPONSE']._serialized_start=959
+  _globals['_WATCHRESPONSE']._serialized_end=1111
+  _globals['_SNAPSHOT']._serialized_start=1113
+  _globals['_SNAPSHOT']._serialized_end=1190
+  _globals['_DELTA']._serialized_start=1192
+  _globals['_DELTA']._serialized_end=1310
+  _globals['_SETSERVICECONFIGREQUEST']._serialized_start=1312
+  _globals['_SETSERVICECONFIGREQUEST']._serialized_end=1378
+  _globals['_SETSERVICECONFIGRESPONSE']._serialized_start=1380
+  _globals['_SETSERVICECONFIGRESPONSE']._serialized_end=1424
+  _globals['_GETSERVICECONFIGREQUEST']._serialized_start=1426
+  _globals['_GETSERVICECONFIGREQUEST']._serialized_end=1468
+  _globals['_GETSERVICECONFIGRESPONSE']._serialized_start=1470
+  _globals['_GETSERVICECONFIGRESPONSE']._serialized_end=1520
+  _globals['_REGISTRY']._serialized_start=1523
+  _globals['_REGISTRY']._serialized_end=2162
 # @@protoc_insertion_point(module_scope)

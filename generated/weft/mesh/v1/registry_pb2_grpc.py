@@ -107,7 +107,10 @@ class RegistryServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListInstances(self, request, context):
-        """ListInstances returns the instances known now.
+        """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
+        read may be missing or listed.
+
+        Errors: INVALID_ARGUMENT with BadRequest field violations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

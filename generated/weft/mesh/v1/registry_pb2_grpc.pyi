@@ -50,7 +50,11 @@ class RegistryStub:
     Deregister: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]
     """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]
-    """ListInstances returns the instances known now."""
+    """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
+    read may be missing or listed.
+
+    Errors: INVALID_ARGUMENT with BadRequest field violations.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]
     """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
     that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
@@ -92,7 +96,11 @@ class RegistryAsyncStub(RegistryStub):
     Deregister: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]  # type: ignore[assignment]
     """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]  # type: ignore[assignment]
-    """ListInstances returns the instances known now."""
+    """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
+    read may be missing or listed.
+
+    Errors: INVALID_ARGUMENT with BadRequest field violations.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]  # type: ignore[assignment]
     """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
     that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
@@ -155,7 +163,11 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.ListInstancesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListInstancesResponse, _abc.Awaitable[_registry_pb2.ListInstancesResponse]]:
-        """ListInstances returns the instances known now."""
+        """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
+        read may be missing or listed.
+
+        Errors: INVALID_ARGUMENT with BadRequest field violations.
+        """
 
     @_abc_1.abstractmethod
     def Watch(
