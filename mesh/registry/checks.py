@@ -56,27 +56,21 @@ def service(path: str, name: str) -> Violations:
     return []
 
 
-def service_config(text: str) -> Violations:
-    """What is wrong with a service config's JSON."""
+def service_config(name: str, text: str) -> tuple[Violations, tuple[str, ...]]:
+    """What is wrong with the config that is set for a service, and what is unknown in it, and so ignored."""
+    violations = service("service", name)
     if not text:
-        return []
+        return violations, ()
     if (size := len(text.encode())) > MAX_CONFIG:
-        return [("service_config", f"has {size} bytes; the limit is {MAX_CONFIG}")]
+        return [*violations, ("service_config", f"has {size} bytes; the limit is {MAX_CONFIG}")], ()
     try:
-        config.parse(text)
+        parsed = config.parse(text)
     except ValueError as error:
         # "service config: methodConfig[0].timeout: expected ...", or "service config: not JSON: ..."
         path, _, what = str(error).removeprefix("service config: ").partition(": ")
-        return [("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)]
-    return []
-
-
-def config_warnings(name: str, text: str) -> tuple[str, ...]:
-    """What is unknown in a valid config, and so ignored."""
-    if not text:
-        return ()
-    parsed = config.parse(text)
-    return (*parsed.warnings, *unknown_names(parsed, [name]))
+        found = ("service_config", f"{path}: {what}") if " " in path else (f"service_config.{path}", what)
+        return [*violations, found], ()
+    return violations, (*parsed.warnings, *unknown_names(parsed, [name]))
 
 
 def _address(path: str, address: str, peer: str) -> Violations:

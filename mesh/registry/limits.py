@@ -29,6 +29,10 @@ MAX_CONFIGS = 1_000
 MAX_CONFIGS_BYTES = 16 * 1024 * 1024
 """All service configs together: they are in memory, and written to disk with each change. Bytes."""
 
+MAX_SETTING = 16
+"""The most service configs that are checked or wait for it, so that large ones can't fill the memory. Further ones are
+refused with RESOURCE_EXHAUSTED."""
+
 STEP_BYTES = 64 * 1024
 """How much of a service one message of a watch tells, or one instance or config that is larger. So a message stays far
 below the 4 MB that gRPC's clients accept, and a watcher that doesn't read holds no more than it. Bytes, as encoded."""

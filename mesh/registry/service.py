@@ -21,7 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from mesh import lines
 from mesh.registry import checks, paging
 from mesh.registry.book import Book, Delta
-from mesh.registry.limits import MAX_LEASE_IDS, MAX_PARTS, STALLED, STEP_BYTES
+from mesh.registry.limits import MAX_LEASE_IDS, MAX_PARTS, MAX_SETTING, STALLED, STEP_BYTES
 from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -64,6 +64,8 @@ class RegistryService(pb_grpc.RegistryServicer):
     def __init__(self, book: Book) -> None:
         self._book = book
         self.state: State | None = None
+        self._parsing = asyncio.Lock()
+        self._waiting = 0  # calls that wait for it, or have it
         self._configuring = asyncio.Lock()
         self._watchers: dict[str, set[asyncio.Event]] = {}
         # The parts of watched services' snapshots as they are now, by the id before each.
@@ -164,7 +166,18 @@ class RegistryService(pb_grpc.RegistryServicer):
     async def SetServiceConfig(
         self, request: pb.SetServiceConfigRequest, context: _Context
     ) -> pb.SetServiceConfigResponse:
-        violations = checks.service("service", request.service) + checks.service_config(request.service_config)
+        if self._waiting >= MAX_SETTING:
+            text = f"{MAX_SETTING} service configs are being set, the registry's limit; try again"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        self._waiting += 1
+        try:
+            # In a thread, one at a time: a large config takes a tenth of a second, and nobody else is to wait for it.
+            async with self._parsing:
+                violations, warnings = await asyncio.to_thread(
+                    checks.service_config, request.service, request.service_config
+                )
+        finally:
+            self._waiting -= 1
         await _refuse(context, violations)
         # A caller that leaves meanwhile must not leave behind a config that is on disk and not in the book.
         try:
@@ -177,7 +190,6 @@ class RegistryService(pb_grpc.RegistryServicer):
             )
         if full:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
-        warnings = checks.config_warnings(request.service, request.service_config)
         what = "set" if request.service_config else "removed"
         ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
         lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from mesh.registry.limits import HANDSHAKE_TIMEOUT, STALLED
+from mesh.registry.limits import HANDSHAKE_TIMEOUT, MAX_CONFIG, MAX_CONFIGS_BYTES, STALLED
 from tests.processes import Process, Spawn
 from tests.registry.serving import ORDER, USER, eventually, instance
 from weft.mesh.v1 import registry_pb2 as pb
@@ -140,3 +141,56 @@ async def test_connections_that_say_nothing_are_closed(registry: Flooded) -> Non
     for _, writer in silent:
         writer.close()
     await registry.serves()
+
+
+@pytest.mark.faults
+async def test_configs_of_every_size_are_bounded_and_keep_nobody_waiting(registry: Flooded) -> None:
+    before = registry.memory
+    methods = [{"name": [{"service": "a.B", "method": f"M{n}"}], "timeout": "1s"} for n in range(3_850)]
+    large = json.dumps({"methodConfig": methods})
+    assert MAX_CONFIG * 0.9 < len(large) <= MAX_CONFIG
+
+    async def configure(n: int, text: str) -> grpc.StatusCode:
+        call = registry.stub.SetServiceConfig(
+            pb.SetServiceConfigRequest(service=f"weft.S{n}", service_config=text), timeout=60
+        )
+        return await call.code()
+
+    async def configure_all(numbers: Iterator[int]) -> list[grpc.StatusCode]:
+        return [await configure(n, large) for n in numbers]
+
+    numbers = iter(range(80))
+    setting = asyncio.gather(*(configure_all(numbers) for _ in range(8)))
+    while not setting.done():
+        # A dozen of them would take longer than this, if others waited.
+        await asyncio.wait_for(registry.serves(), 1.0)
+    codes = [code for each in await setting for code in each]
+    assert codes.count(grpc.StatusCode.OK) == MAX_CONFIGS_BYTES // len(large)
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    # Of a megabyte: none.
+    assert set(await asyncio.gather(*(configure(n, " " * MB) for n in range(50)))) == {
+        grpc.StatusCode.RESOURCE_EXHAUSTED
+    }
+    # And of those at once, some.
+    many = await asyncio.gather(*(configure(n, large) for n in range(100)))
+    assert set(many) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert registry.memory - before < MAX_CONFIGS_BYTES + 80 * MB
+
+
+@pytest.mark.faults
+async def test_listing_everything_costs_a_page_at_a_time(registry: Flooded) -> None:
+    await registry.fill(100, 60_000)
+    before = registry.memory
+
+    async def everything() -> int:
+        found, token = 0, ""
+        while token or not found:
+            page = await registry.stub.ListInstances(pb.ListInstancesRequest(page_token=token), timeout=WITHIN)
+            found, token = found + len(page.instances), page.next_page_token
+        return found
+
+    listing = asyncio.gather(*(everything() for _ in range(20)))
+    while not listing.done():
+        await registry.serves()
+    assert set(await listing) <= {100, 101}  # with the other client's
+    assert registry.memory - before < 60 * MB

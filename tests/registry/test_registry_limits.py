@@ -175,6 +175,30 @@ async def test_a_service_of_many_megabytes_can_be_watched_by_clients_with_grpcs_
     assert not last.delta.upserted
 
 
+async def test_the_parts_of_a_snapshot_are_made_once_for_all_watchers_until_the_service_changes(
+    registry: Serving,
+) -> None:
+    for n in range(40):
+        await registry.register(instance(f"{n:02}", **{f"{n:03}": "x" * 1000 for n in range(10)}))
+    # A watcher that stays, so that the parts do.
+    staying = registry.stub.Watch(pb.WatchRequest(service=USER))
+    first = await staying.read()
+    await watched(registry)
+    parts = dict(registry.service._parts[USER])
+    assert len(parts) > 3
+    await watched(registry)
+    again = registry.service._parts[USER]
+    assert all(again[key] is part for key, part in parts.items())
+    assert len(again) == len(parts)
+
+    await registry.register(instance("0"))
+    assert not registry.service._parts
+    assert isinstance(first, pb.WatchResponse)
+    staying.cancel()
+    await eventually(lambda: not registry.service._watchers)
+    assert not registry.service._parts, "nobody watches"
+
+
 @pytest.mark.slow
 async def test_what_changes_between_the_parts_of_a_snapshot_is_told_after_them(registry: Serving) -> None:
     label = "x" * 1000
