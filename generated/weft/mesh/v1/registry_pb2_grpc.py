@@ -82,9 +82,9 @@ class RegistryServicer:
 
     def Register(self, request, context):
         """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-        retried or restarted registration leaves one.
+        retried or restarted registration leaves one. Unknown fields are dropped.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,7 +134,8 @@ class RegistryServicer:
         answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
         (MESH_REGISTRY_STATE).
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
+        RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,9 @@ class RegistryStub:
     def __new__(cls, channel: _aio.Channel) -> RegistryAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RegisterRequest, _registry_pb2.RegisterResponse]
     """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-    retried or restarted registration leaves one.
+    retried or restarted registration leaves one. Unknown fields are dropped.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
     """
     KeepAlive: _grpc.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]
     """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
@@ -69,7 +69,8 @@ class RegistryStub:
     answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
     (MESH_REGISTRY_STATE).
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
+    RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
     """
     GetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]
     """GetServiceConfig returns the config that is set for a service."""
@@ -84,9 +85,9 @@ class RegistryAsyncStub(RegistryStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_registry_pb2.RegisterRequest, _registry_pb2.RegisterResponse]  # type: ignore[assignment]
     """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-    retried or restarted registration leaves one.
+    retried or restarted registration leaves one. Unknown fields are dropped.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
     """
     KeepAlive: _aio.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]  # type: ignore[assignment]
     """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
@@ -115,7 +116,8 @@ class RegistryAsyncStub(RegistryStub):
     answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
     (MESH_REGISTRY_STATE).
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
+    RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
     """
     GetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]  # type: ignore[assignment]
     """GetServiceConfig returns the config that is set for a service."""
@@ -133,9 +135,9 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.RegisterResponse, _abc.Awaitable[_registry_pb2.RegisterResponse]]:
         """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-        retried or restarted registration leaves one.
+        retried or restarted registration leaves one. Unknown fields are dropped.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
         """
 
     @_abc_1.abstractmethod
@@ -194,7 +196,8 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
         (MESH_REGISTRY_STATE).
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
+        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
+        RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
         """
 
     @_abc_1.abstractmethod
