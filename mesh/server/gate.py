@@ -19,7 +19,7 @@ import grpc
 
 from mesh.context import REFUSED, Scope
 from mesh.model import Metadatum
-from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Mode, Reason, Ticket
+from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Method, Mode, Reason, Ticket
 from mesh.server.load import Load
 
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -105,11 +105,11 @@ class _BusyClock:
 class ThreadGate(Gate):
     """A gate for handlers that run in threads: a call that waits holds its thread."""
 
-    def wait(self, criticality: Criticality, scope: Scope) -> Reason | None:
+    def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none. The call's cancellation ends the wait."""
         woken = threading.Event()
-        ticket = Ticket(criticality, scope.arrived, woken.set)
-        _wake(self.admission.wait(ticket, time.monotonic()))
+        ticket = Ticket(method, criticality, scope.arrived, woken.set, scope.deadline)
+        _wake(self.admission.wait(ticket))
         # A permit that came free meanwhile was nobody's to hand on.
         self.settle()
         while not woken.wait(0.05):
@@ -178,13 +178,13 @@ class AioGate(Gate):
         for task in self.streams:
             task.cancel()
 
-    def enter(self, criticality: Criticality, now: float) -> bool:
+    def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
         if now - self._turned >= self._every and self._turn_begins(now):
             return False
-        return self.admission.enter(criticality)
+        return self.admission.enter(method, criticality)
 
-    async def wait(self, criticality: Criticality, arrived: float) -> Reason | None:
+    async def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none."""
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
@@ -193,8 +193,8 @@ class AioGate(Gate):
             if not woken.done():
                 woken.set_result(None)
 
-        ticket = Ticket(criticality, arrived, wake)
-        _wake(self.admission.wait(ticket, time.monotonic()))
+        ticket = Ticket(method, criticality, scope.arrived, wake, scope.deadline)
+        _wake(self.admission.wait(ticket))
         self.settle()
         try:
             await woken

@@ -116,10 +116,13 @@ class ServerSettings:
     Until then it is NOT_SERVING, unregistered, and refuses calls. It may be async.
     ``reflection``: whether the server describes its services (needs grpcio-reflection). ``channelz``: whether it tells
     of its connections and calls, where grpcio-channelz is installed.
-    ``overload``: whether calls beyond what the server can do are refused, only counted (dry-run), or let in. ``late``:
-    the same for calls with less time left than their method takes, while the server is busy.
-    ``max_concurrency``: handlers at work at once, whatever the adaptive limit says (a threaded server has as many as
-    ``max_workers``). ``queue_size``: calls that may wait. ``max_streams``: streams open at once, of all clients.
+    ``overload``: whether a method's concurrency is limited while its calls miss their deadlines because of load, and
+    calls are refused while others are lost in the queue: on, only counted (dry-run), or off. ``late``: the same for
+    calls in the queue with less time left than their method takes. ``overload_after``: for how long calls must miss
+    their deadlines before that (less for calls that take less).
+    ``min_concurrency``: the lowest limit that a method gets. ``max_concurrency``: handlers at work at once, of all
+    methods, whether limited or not (a threaded server has as many as ``max_workers``). ``queue_size``: calls that may
+    wait. ``max_streams``: streams open at once, of all clients.
     ``load_reports``: whether answers carry the load, for clients that balance by it.
     ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit. ``max_metadata_bytes``: the
     largest metadata. ``max_connection_streams``: calls and streams at once on one connection.
@@ -154,7 +157,9 @@ class ServerSettings:
     channelz: bool = _setting(True, "MESH_CHANNELZ", _switch)
     overload: Mode = _setting(Mode.ON, "MESH_OVERLOAD", _mode)  # noqa: RUF009 - a field, as the others
     late: Mode = _setting(Mode.ON, "MESH_LATE", _mode)  # noqa: RUF009
-    max_concurrency: int = _setting(1000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
+    min_concurrency: int = _setting(10, "MESH_MIN_CONCURRENCY", _whole(1, 100_000))
+    max_concurrency: int = _setting(10_000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
+    overload_after: float = _setting(1.0, "MESH_OVERLOAD_AFTER", _seconds(0.1, 60))
     queue_size: int = _setting(1000, "MESH_QUEUE_SIZE", _whole(0, 100_000))
     max_streams: int = _setting(1000, "MESH_MAX_STREAMS", _whole(1, 100_000))
     load_reports: bool = _setting(True, "MESH_LOAD_REPORTS", _switch)
@@ -200,7 +205,9 @@ class ServerSettings:
             # A stream holds a thread for as long as it lasts.
             most, streams = min(most, threads), min(streams, SPARE // 2)
         return AdmissionConfig(
+            least=self.min_concurrency,
             most=most,
+            after=self.overload_after,
             queue_size=self.queue_size,
             max_streams=streams,
             overload=self.overload,
