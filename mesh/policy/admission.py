@@ -403,18 +403,15 @@ class Admission:
             return Reason.EXPIRED
         if not lane.is_losing(now):
             return None
+        waited = now - ticket.arrived
+        impatient = waited > PATIENCE * (ticket.deadline - ticket.arrived)
         if left < MARGIN * ticket.method.limiter.median and self.config.late is not Mode.OFF:
             if self.config.late is Mode.ON:
                 return Reason.LATE
             if not ticket.late:
                 ticket.late = True
                 self.dry_run[Reason.LATE, ticket.criticality] += 1
-        if (
-            lane.lasting
-            and self.config.overload is Mode.ON
-            and ticket.arrived >= lane.since
-            and now - ticket.arrived > PATIENCE * (ticket.deadline - ticket.arrived)
-        ):
+        if impatient and lane.lasting and ticket.arrived >= lane.since and self.config.overload is Mode.ON:
             return Reason.DELAY
         return None
 

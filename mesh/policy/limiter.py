@@ -35,7 +35,7 @@ HINDERED = 2.0
 NEARLY = 2.0
 """A call that ends with less than so many times its own duration left nearly ran out of time."""
 
-BEHIND = 0.1
+BEHIND = 0.2
 """The share of calls that are not finished in time, beyond which a server falls behind."""
 
 HEADROOM = 2.0
@@ -50,8 +50,11 @@ SMOOTHING = 0.2
 GROWTH = 0.1
 """The share, beside its square root, by which the limit grows in one window: from 20 to 500 in about two seconds."""
 
-HELPS = 0.5
+HELPS = 0.6
 """The share of the earlier throughput below which a limit does harm."""
+
+DOUBTS = 2
+"""Looks in a row, about a second each, that find harm before a limit is lifted: a hiccup is shorter."""
 
 CALM = 1.0
 """Seconds in which no call had to wait, after which a limit is lifted."""
@@ -61,6 +64,9 @@ PAUSE, LONGEST_PAUSE = 2.0, 64.0
 
 FALL, RISE, RISE_BUSY = 0.3, 1 / 60, 1 / 600
 """How far a baseline goes towards a window's mean: down; up; up while more than the least concurrency is in use."""
+
+RECENT, FADE = 0.1, 0.998
+"""The weight of a window in the rate of calls that end well, and what a window leaves of the highest rate."""
 
 STEP = 1.05
 """The factor by which one call moves the median."""
@@ -98,8 +104,10 @@ class Limiter:
         "_after",
         "_base",
         "_before",
+        "_best",
         "_began",
         "_count",
+        "_doubts",
         "_due",
         "_ended",
         "_guard",
@@ -113,8 +121,8 @@ class Limiter:
         "_ok",
         "_pause",
         "_queued",
+        "_rate",
         "_since",
-        "_started",
         "_strained",
         "_total",
         "baseline",
@@ -135,7 +143,6 @@ class Limiter:
         self.median = 0.0
         # The window.
         self._began = self._due = -math.inf
-        self._started = 0  # calls in flight when it began
         self._count = self._strained = self._missed = 0
         self._total = self._longest = 0.0
         # The time since which calls are strained.
@@ -144,9 +151,10 @@ class Limiter:
         self._ok = self._ended = 0
         # The limit in force.
         self._level = 0.0
+        self._rate = self._best = 0.0  # calls a second that end well; the highest lately
         self._before = 0.0  # calls a second that ended well before
         self._guard = self._queued = 0.0
-        self._guarded = 0
+        self._guarded = self._doubts = 0
         self._pause = PAUSE
         self._not_before = -math.inf
 
@@ -188,30 +196,34 @@ class Limiter:
         limit = self.limit
         mean = self._total / self._count if self._count else 0.0
         # The first window, and the first after a quiet time, say nothing about load.
-        strained = span < 2 * patience and self._is_strained(mean, ended)
+        strained = span < 2 * patience and self._is_strained(mean, ended, now)
         if not strained:
             self._since = math.inf
         if mean:
             self._learn(mean, strained, span)
+        self._rate += (self._count / span - self._rate) * RECENT
+        self._best = max(self._rate, self._best * FADE)
         if self.limited:
             self._follow(mean, ended, strained, now)
         elif strained and now >= self._not_before:
             self._consider(now)
-        self._began, self._due = now, now + WINDOW
-        self._started = self.in_flight
+        # A limit shows its effect in calls that begin under it, and end in the next window.
+        self._began, self._due = now, now + (max(WINDOW, 2 * mean) if self.limited else WINDOW)
         self._count = self._strained = self._missed = 0
         self._total = self._longest = 0.0
         return self.limit != limit
 
-    def _is_strained(self, mean: float, ended: int) -> bool:
+    def _is_strained(self, mean: float, ended: int, now: float) -> bool:
         """Whether most calls of the window ran out of time, or nearly, and not for what they take by themselves."""
         if 2 * (self._strained + self._missed) <= ended or 0 < mean <= HINDERED * self.baseline:
             return False
         if self._since == math.inf:
-            self._since, self._base = self._began, self._started
+            # From here on: what came before this window's end may be the step to a slower downstream, not load.
+            self._since, self._base = now, self.in_flight
             self._ok = self._ended = 0
-        self._ok += self._count
-        self._ended += ended
+        else:
+            self._ok += self._count
+            self._ended += ended
         return True
 
     def _learn(self, mean: float, strained: bool, span: float) -> None:
@@ -227,20 +239,24 @@ class Limiter:
     def _consider(self, now: float) -> None:
         """Calls are strained: begin to limit them, if that has lasted and the server falls behind."""
         elapsed = now - self._since
-        # As long as such a call takes is long enough: what comes then was begun under the same load.
-        if elapsed < min(self._after, self._longest):
+        # Half of what such a call takes is long enough: what ends after that began under the same load.
+        if elapsed < min(self._after, self._longest / 2) or not elapsed:
             return
         growth = max(0, self.in_flight - self._base)
         late = self._ended - self._ok + growth
-        if late < BEHIND * (self._ended + growth):
+        # Calls come and end at random: three standard deviations are no chance.
+        if late < max(BEHIND * (self._ended + growth), 3 * math.sqrt(self._ended)):
             return
         self._before = self._ok / elapsed
-        self._level = min(max(self._before * self.baseline * HEADROOM, self._least), self._most)
+        carried = max(self._before, self._best) * self.baseline * HEADROOM
+        self._level = min(max(carried, self._least), self._most)
         self.limit, self.limited = int(self._level), True
         self._queued = now
-        # Those that are in flight have to end first.
-        self._guard = now + min(2 * self._longest, 5 * LONGEST)
-        self._guarded = 0
+        # Those that are in flight have to end first. Where most calls fail already a limit has nothing to spoil, and
+        # what they have left behind downstream may take as long to work off as it took to pile up.
+        collapsed = 2 * self._ok < self._ended
+        self._guard = now + max(LONGEST, 2 * self._longest, elapsed if collapsed else 0.0)
+        self._guarded = self._doubts = 0
 
     def _follow(self, mean: float, ended: int, strained: bool, now: float) -> None:
         """A limit is in force: move it, or lift it when it isn't needed or does no good."""
@@ -251,18 +267,19 @@ class Limiter:
         if not ended:
             self._give_up(now)
             return
-        if now >= self._guard or self.in_flight <= self.limit:
-            self._guard = min(self._guard, now)
+        if now >= self._guard:
             self._guarded += self._count
             elapsed = now - self._guard
             if elapsed >= max(LONGEST, 4 * self.baseline):
-                if self._guarded / elapsed <= HELPS * self._before:
+                self._doubts = self._doubts + 1 if self._guarded / elapsed <= HELPS * self._before else 0
+                if self._doubts == DOUBTS:
                     self._give_up(now)
                     return
                 self._guard, self._guarded = now, 0
-        ratio = mean / self.baseline if mean else 1.0
+        ratio = mean / self.baseline if mean else math.inf
         if strained or ratio > SATURATED:
-            lower = self._level * min(1.0, max(0.5, HEADROOM / ratio)) + math.sqrt(self._level)
+            gradient = min(1.0, max(0.5, (1.0 if strained else HEADROOM) / ratio))
+            lower = self._level * gradient + math.sqrt(self._level)
             self._level += min(0.0, lower - self._level) * SMOOTHING
         elif ratio < SLACK:
             self._level += math.sqrt(self._level) + self._level * GROWTH
