@@ -182,7 +182,8 @@ class Admission:
     ``in_flight``: calls that hold a permit. ``streams``: streams that are open; they need a permit to begin and hold
     none after that, as how long they last says nothing. ``ended`` counts calls whose handlers are through, ``failed``
     those that failed. ``refusals`` counts by reason and criticality, ``dry_run`` what would have been refused (reason
-    DELAY there: had to wait). ``limited``: the methods that have a limit now.
+    DELAY there: had to wait). ``limited``: the methods that have a limit now. ``last_loss``: when a call last ran out
+    of time before its handler began, or because of the queue.
     """
 
     __slots__ = (
@@ -196,6 +197,7 @@ class Admission:
         "ended",
         "failed",
         "in_flight",
+        "last_loss",
         "limited",
         "refusals",
         "streams",
@@ -217,6 +219,7 @@ class Admission:
         self.dry_run: Counter[tuple[Reason, Criticality]] = Counter()
         self.ended = 0
         self.failed = 0
+        self.last_loss = -math.inf
 
     def method(self) -> Method:
         """A method that is served."""
@@ -314,7 +317,7 @@ class Admission:
                 self._count(ticket.method, -1)
                 waited = now - ticket.arrived
                 if is_out_of_time(waited, ticket.deadline - now):
-                    ticket.method.lanes[ticket.criticality].lost(waited, self.config.after, now)
+                    self._lose(ticket.method.lanes[ticket.criticality], waited, now)
         return self.dispatch(now)
 
     def leave(
@@ -338,14 +341,14 @@ class Admission:
                 self._limit(method)
             if ending is not Ending.OK and waited > seconds and is_out_of_time(seconds, left):
                 # It would have had the time, but for the queue.
-                method.lanes[criticality].lost(waited, self.config.after, now)
+                self._lose(method.lanes[criticality], waited, now)
 
     def expire(self, method: Method, criticality: Criticality, arrived: float, now: float) -> Reason:
         """Give a permit back of a call whose deadline had passed when it got it; why it isn't run. ``dispatch`` is to
         follow if calls wait."""
         with self._lock:
             self._release(method)
-            method.lanes[criticality].lost(now - arrived, self.config.after, now)
+            self._lose(method.lanes[criticality], now - arrived, now)
             self.refusals[Reason.EXPIRED, criticality] += 1
         return Reason.EXPIRED
 
@@ -392,7 +395,7 @@ class Admission:
             reason = self._hopeless(lane, ticket, now)
             if reason is None:
                 return
-            lane.lost(now - ticket.arrived, self.config.after, now)
+            self._lose(lane, now - ticket.arrived, now)
             self._take(ticket)
             settled.append(self._refuse(ticket, reason))
 
@@ -414,6 +417,10 @@ class Admission:
         if impatient and lane.lasting and ticket.arrived >= lane.since and self.config.overload is Mode.ON:
             return Reason.DELAY
         return None
+
+    def _lose(self, lane: Lane, waited: float, now: float) -> None:
+        self.last_loss = now
+        lane.lost(waited, self.config.after, now)
 
     def _take(self, ticket: Ticket) -> None:
         """Take the oldest ticket of its lane out of the queue."""

@@ -48,6 +48,8 @@ class Gate:
         self.admission = Admission(config or AdmissionConfig(), threading.Lock())
         self.load = Load(self.admission)
         self.reports = self.load if load_reports else None
+        self.arrivals = 0
+        """Calls seen; counted where handlers are looked up."""
         self.ending = False
         """Streams are to end: a drain has waited for them long enough."""
         self._rng = random.Random()
@@ -103,24 +105,90 @@ class _BusyClock:
 
 
 class ThreadGate(Gate):
-    """A gate for handlers that run in threads: a call that waits holds its thread."""
+    """A gate for handlers that run in threads: a call that waits holds its thread.
+
+    gRPC accepts calls on a single thread. Handlers that compute keep Python's lock from it, for 5 ms each time that it
+    needs it (``sys.getswitchinterval``): calls then expire in core, where nothing orders or sheds them. While that is
+    seen, the gate takes a *turn* now and then: no handler begins until no more calls come in.
+    """
+
+    TURN, RECENT = 0.1, 1.0
+    """Seconds between two turns, and since a call was lost to its deadline."""
+
+    BUSY = 0.5
+    """The share of a core that the process uses when it is busy. Below, there are no turns."""
+
+    QUIET = 0.002
+    """Seconds without a new call, and without a handler at work, that end a turn."""
+
+    LONGEST = 0.1
+    """Seconds after which a turn ends, whatever goes on."""
+
+    SWEEP, SELDOM = 0.05, 0.5
+    """Seconds between two looks at the queue by one of those that wait, and by each of the others."""
+
+    def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
+        super().__init__(config, load_reports=load_reports)
+        self._turns = self.admission.config.overload is Mode.ON
+        self._turning = False
+        self._turned = self._cpu = 0.0
+        self._turn_lock = threading.Lock()
+        self._sweeper = threading.Lock()
+
+    def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
+        """Take a permit, if that can be had at once; else ``wait`` for one."""
+        if now - self.admission.last_loss < self.RECENT and now - self._turned >= self.TURN:
+            self._turn()
+        return not self._turning and self.admission.enter(method, criticality)
 
     def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none. The call's cancellation ends the wait."""
         woken = threading.Event()
         ticket = Ticket(method, criticality, scope.arrived, woken.set, scope.deadline)
         _wake(self.admission.wait(ticket))
-        # A permit that came free meanwhile was nobody's to hand on.
-        self.settle()
-        while not woken.wait(0.05):
-            if scope.cancelled:
-                _wake(self.admission.abandon(ticket, time.monotonic()))
-                return Reason.EXPIRED
+        scope.adopt(ticket, woken.set)
+        sweeps = False
+        try:
+            # A permit that came free meanwhile was nobody's to hand on.
             self.settle()
+            while not woken.is_set():
+                sweeps = sweeps or self._sweeper.acquire(blocking=False)
+                woken.wait(self.SWEEP if sweeps else self.SELDOM)
+                self.settle()
+        finally:
+            scope.release(ticket)
+            if sweeps:
+                self._sweeper.release()
+        if scope.cancelled:
+            _wake(self.admission.abandon(ticket, time.monotonic()))
+            return Reason.EXPIRED
         return ticket.refused
 
     def settle(self) -> None:
-        _wake(self.admission.dispatch(time.monotonic()))
+        if not self._turning:
+            _wake(self.admission.dispatch(time.monotonic()))
+
+    def _turn(self) -> None:
+        """Hold handlers back until no more calls come in, if the process was busy since the last turn. The thread that
+        finds that out waits for it."""
+        if not self._turns or not self._turn_lock.acquire(blocking=False):
+            return
+        try:
+            begun, cpu = time.monotonic(), time.process_time()
+            if begun - self._turned < self.TURN:
+                return
+            self._turning = cpu - self._cpu >= self.BUSY * (begun - self._turned)
+            heard, quiet, now = self.arrivals, begun, begun
+            while self._turning and now - quiet < self.QUIET and now - begun < self.LONGEST:
+                time.sleep(self.QUIET / 4)
+                now = time.monotonic()
+                if self.arrivals != heard or self.admission.in_flight:
+                    heard, quiet = self.arrivals, now
+            self._turning = False
+            self._turned, self._cpu = now, time.process_time()
+        finally:
+            self._turn_lock.release()
+        self.settle()
 
 
 class AioGate(Gate):
@@ -132,7 +200,7 @@ class AioGate(Gate):
     is counted, ordered and shed.
     """
 
-    TURN, SELDOM = 0.03, 0.48
+    TURN, SELDOM = 0.06, 0.48
     """Seconds between two turns: when handlers hold the loop, and when none was seen to."""
 
     HELD = 0.002
@@ -155,8 +223,6 @@ class AioGate(Gate):
 
     def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
         super().__init__(config, load_reports=load_reports)
-        self.arrivals = 0
-        """Calls seen; counted where handlers are looked up."""
         self._turns = self.admission.config.overload is Mode.ON
         self._clock = _BusyClock()
         self._every = self.TURN

@@ -50,11 +50,12 @@ def _refuse(gate: Gate, reason: Reason, context: Any, *, begun: bool = False) ->
 
 def _admitted(gate: ThreadGate, method: Method, criticality: Criticality, scope: Scope, context: Any) -> float:
     """Wait for a permit; returns the time when it was granted. Ends the call when there is none."""
-    if not gate.admission.enter(method, criticality):
+    now = time.monotonic()
+    if not gate.enter(method, criticality, now):
         reason = gate.wait(method, criticality, scope)
         if reason is not None:
             _refuse(gate, reason, context)
-    now = time.monotonic()
+        now = time.monotonic()
     if scope.deadline is not None and scope.deadline <= now:
         _refuse(gate, _expired(gate, method, criticality, scope, now), context)
     return now
