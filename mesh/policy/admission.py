@@ -317,7 +317,7 @@ class Admission:
                 self._count(ticket.method, -1)
                 waited = now - ticket.arrived
                 if is_out_of_time(waited, ticket.deadline - now):
-                    self._lose(ticket.method.lanes[ticket.criticality], waited, now)
+                    self._lose(ticket.method, ticket.criticality, waited, now)
         return self.dispatch(now)
 
     def leave(
@@ -341,14 +341,14 @@ class Admission:
                 self._limit(method)
             if ending is not Ending.OK and waited > seconds and is_out_of_time(seconds, left):
                 # It would have had the time, but for the queue.
-                self._lose(method.lanes[criticality], waited, now)
+                self._lose(method, criticality, waited, now)
 
     def expire(self, method: Method, criticality: Criticality, arrived: float, now: float) -> Reason:
         """Give a permit back of a call whose deadline had passed when it got it; why it isn't run. ``dispatch`` is to
         follow if calls wait."""
         with self._lock:
             self._release(method)
-            self._lose(method.lanes[criticality], now - arrived, now)
+            self._lose(method, criticality, now - arrived, now)
             self.refusals[Reason.EXPIRED, criticality] += 1
         return Reason.EXPIRED
 
@@ -395,7 +395,7 @@ class Admission:
             reason = self._hopeless(lane, ticket, now)
             if reason is None:
                 return
-            self._lose(lane, now - ticket.arrived, now)
+            self._lose(method, rank, now - ticket.arrived, now)
             self._take(ticket)
             settled.append(self._refuse(ticket, reason))
 
@@ -418,9 +418,11 @@ class Admission:
             return Reason.DELAY
         return None
 
-    def _lose(self, lane: Lane, waited: float, now: float) -> None:
+    def _lose(self, method: Method, rank: Criticality, waited: float, now: float) -> None:
+        """A call ran out of time before its handler began, or because of the queue."""
         self.last_loss = now
-        lane.lost(waited, self.config.after, now)
+        method.limiter.lose()
+        method.lanes[rank].lost(waited, self.config.after, now)
 
     def _take(self, ticket: Ticket) -> None:
         """Take the oldest ticket of its lane out of the queue."""

@@ -115,6 +115,7 @@ class Limiter:
         "_least",
         "_level",
         "_longest",
+        "_lost",
         "_missed",
         "_most",
         "_not_before",
@@ -143,7 +144,7 @@ class Limiter:
         self.median = 0.0
         # The window.
         self._began = self._due = -math.inf
-        self._count = self._strained = self._missed = 0
+        self._count = self._strained = self._missed = self._lost = 0
         self._total = self._longest = 0.0
         # The time since which calls are strained.
         self._since = math.inf
@@ -180,6 +181,10 @@ class Limiter:
             self._longest = seconds
         return now >= self._due and self.look(now, False)
 
+    def lose(self) -> None:
+        """A call ran out of time without having begun."""
+        self._lost += 1
+
     def look(self, now: float, queued: bool) -> bool:
         """Set the limit, if a window is over. ``queued``: calls wait for this limit.
 
@@ -209,7 +214,7 @@ class Limiter:
             self._consider(now)
         # A limit shows its effect in calls that begin under it, and end in the next window.
         self._began, self._due = now, now + (max(WINDOW, 2 * mean) if self.limited else WINDOW)
-        self._count = self._strained = self._missed = 0
+        self._count = self._strained = self._missed = self._lost = 0
         self._total = self._longest = 0.0
         return self.limit != limit
 
@@ -223,7 +228,7 @@ class Limiter:
             self._ok = self._ended = 0
         else:
             self._ok += self._count
-            self._ended += ended
+            self._ended += ended + self._lost
         return True
 
     def _learn(self, mean: float, strained: bool, span: float) -> None:
