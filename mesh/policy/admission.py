@@ -134,10 +134,10 @@ class Method:
 
     __slots__ = ("bounds", "lanes", "limited", "limiter", "waiting")
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, bounds: tuple[int, ...]) -> None:
         self.limiter = limiter
         self.limited = False
-        self.bounds = _bounds(limiter.limit)
+        self.bounds = bounds
         self.lanes = tuple(Lane() for _ in Criticality)
         self.waiting = 0
 
@@ -223,7 +223,7 @@ class Admission:
 
     def method(self) -> Method:
         """A method that is served."""
-        return Method(Limiter(self.config.least, self.config.most, self.config.after))
+        return Method(Limiter(self.config.least, self.config.most, self.config.after), self._bounds)
 
     @property
     def utilization(self) -> float:

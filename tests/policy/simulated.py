@@ -16,6 +16,8 @@ from typing import Any
 from mesh.policy.admission import Admission, AdmissionConfig, Criticality, Method, Ticket
 from mesh.policy.limiter import Ending
 
+CRITICAL = Criticality.CRITICAL
+
 SWEEP = 0.05
 """Seconds between two looks at a queue that nothing moves, as in both gates."""
 
@@ -34,6 +36,10 @@ class Pool:
 
     def work(self, call: Call, seconds: float) -> None:
         self._waiting.append((call, seconds))
+        self._next()
+
+    def grow(self, slots: int) -> None:
+        self._free += slots
         self._next()
 
     def _next(self) -> None:
@@ -87,21 +93,24 @@ Behavior = Callable[["Call"], Generator[Any, None, None]]
 class Call:
     """A call from its arrival to its end."""
 
-    def __init__(self, server: Server, name: str, deadline: float, done: Callable[[bool], None], rank: Criticality):
+    def __init__(
+        self, server: Server, name: str, deadline: float, done: Callable[[bool], None], *, level: int = 0
+    ) -> None:
         self.server = server
         self.name = name
         self.deadline = deadline
         self.over = False
+        self.level = level
         self.ticket: Ticket | None = None
         self._arrived = self._started = server.now
         self._done = done
-        self._rank = rank
         self._handler: Generator[Any, None, None] | None = None
         server.at(deadline, self._expire)
-        if server.admission.enter(self.method, rank):
+        if server.admission.enter(self.method, CRITICAL):
             self._start()
             return
-        self.ticket = Ticket(self.method, rank, self._arrived, self._woken, deadline)
+        server.waited += 1
+        self.ticket = Ticket(self.method, CRITICAL, self._arrived, self._woken, deadline)
         server.wake(server.admission.wait(self.ticket))
         server.settle()
 
@@ -141,7 +150,7 @@ class Call:
         server = self.server
         server.admission.leave(
             self.method,
-            self._rank,
+            CRITICAL,
             self._started - self._arrived,
             server.now - self._started,
             self.deadline - server.now,
@@ -185,6 +194,7 @@ class Server:
         self.behaviors: dict[str, Behavior] = {}
         self.methods: dict[str, Method] = {}
         self.refused: Counter[Any] = Counter()
+        self.waited = 0
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._sweep()
@@ -222,13 +232,12 @@ class Server:
         rate: float,
         seconds: float,
         timeout: float,
-        rank: Criticality = Criticality.CRITICAL,
     ) -> Counter[bool]:
         """Calls at random, ``rate`` a second on average, whatever becomes of them; how many will have succeeded."""
         ended: Counter[bool] = Counter()
         when = self.now
         while (when := when + self.rng.expovariate(rate)) < self.now + seconds:
-            self.at(when, lambda when=when: Call(self, name, when + timeout, lambda ok: ended.update([ok]), rank))
+            self.at(when, lambda when=when: Call(self, name, when + timeout, lambda ok: ended.update([ok])))
         return ended
 
     def closed_loop(self, name: str, at_once: int, rounds: int, timeout: float) -> Counter[bool]:
@@ -241,7 +250,7 @@ class Server:
                 if left > 1:
                     self.after(0.0, lambda: again(left - 1))
 
-            Call(self, name, self.now + timeout, done, Criticality.CRITICAL)
+            Call(self, name, self.now + timeout, done)
 
         for _ in range(at_once):
             self.after(0.0, lambda: again(rounds))
@@ -266,29 +275,30 @@ def works(on: Pool | Cpu, seconds: float) -> Behavior:
     return behavior
 
 
-def calls(name: str, depth: int = 1, *, fan_out: int = 1, seconds: float = 0.01) -> Behavior:
-    """A handler that calls ``name`` on its own server, so many levels deep, with its own deadline."""
-    levels: dict[int, int] = {}
+def calls(
+    name: str, depth: int = 1, *, fan_out: int = 1, seconds: float = 0.01, then: Behavior | None = None
+) -> Behavior:
+    """A handler that takes a while and then calls ``name`` on its own server, so many levels deep, with its own
+    deadline. The last level does ``then``."""
 
     def behavior(call: Call) -> Generator[Any, None, None]:
-        level = levels.pop(id(call), 0)
         yield lambda call: call.server.after(seconds, call.resume)
-        if level >= depth:
+        if call.level >= depth:
+            yield from then(call) if then is not None else ()
             return
-        left = [fan_out]
+        left = fan_out
 
         def done(ok: bool) -> None:
-            left[0] -= 1
+            nonlocal left
+            left -= 1
             if not ok:
                 call.fail()
-            elif not left[0]:
+            elif not left:
                 call.resume()
 
         def inner(call: Call) -> None:
             for _ in range(fan_out):
-                child = Call.__new__(Call)
-                levels[id(child)] = level + 1
-                child.__init__(call.server, name, call.deadline, done, Criticality.CRITICAL)  # type: ignore[misc]
+                Call(call.server, name, call.deadline, done, level=call.level + 1)
 
         yield inner
 
