@@ -97,7 +97,7 @@ class AdmissionConfig:
     most: int = 10_000
     queue_size: int = 1000
     after: float = 1.0
-    max_streams: int = 1000
+    max_streams: int = 10_000
     overload: Mode = Mode.ON
     late: Mode = Mode.ON
 

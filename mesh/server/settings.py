@@ -161,12 +161,12 @@ class ServerSettings:
     max_concurrency: int = _setting(10_000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
     overload_after: float = _setting(1.0, "MESH_OVERLOAD_AFTER", _seconds(0.1, 60))
     queue_size: int = _setting(1000, "MESH_QUEUE_SIZE", _whole(0, 100_000))
-    max_streams: int = _setting(1000, "MESH_MAX_STREAMS", _whole(1, 100_000))
+    max_streams: int = _setting(10_000, "MESH_MAX_STREAMS", _whole(1, 100_000))
     load_reports: bool = _setting(True, "MESH_LOAD_REPORTS", _switch)
     max_receive_bytes: int = _setting(4 << 20, "MESH_MAX_RECEIVE_BYTES", _whole(-1, 2**31 - 1))
     max_send_bytes: int = _setting(-1, "MESH_MAX_SEND_BYTES", _whole(-1, 2**31 - 1))
     max_metadata_bytes: int = _setting(16 << 10, "MESH_MAX_METADATA_BYTES", _whole(1024, 2**31 - 1))
-    max_connection_streams: int = _setting(1000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
+    max_connection_streams: int = _setting(10_000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
     connection_age: float = _setting(300.0, "MESH_CONNECTION_AGE", _seconds(0, 86400))
     connection_age_grace: float = _setting(3600.0, "MESH_CONNECTION_AGE_GRACE", _seconds(0, 86400))
     keepalive_time: float = _setting(2.0, "MESH_KEEPALIVE_TIME", _seconds(0.1, 86400))
@@ -230,6 +230,8 @@ class ServerSettings:
             # Soft and hard alike: between the two core refuses by chance.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            # Core resets streams of a client that is at this limit (REFUSED_STREAM, UNAVAILABLE to the caller) instead of
+            # having it wait: it counts those that are about to close. So the default is out of reach.
             ("grpc.max_concurrent_streams", self.max_connection_streams),
             # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
             # tell from a cancel of their own: let them come to where they are refused for a reason.

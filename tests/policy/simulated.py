@@ -6,6 +6,7 @@ Its handlers wait, share a downstream of fixed capacity, share one CPU, or call 
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import random
@@ -48,7 +49,7 @@ class Pool:
             if self._cancels and call.over:
                 continue
             self._free -= 1
-            self._server.after(seconds, lambda call=call: self._done(call))
+            self._server.after(seconds, functools.partial(self._done, call))
 
     def _done(self, call: Call) -> None:
         self._free += 1
@@ -237,7 +238,7 @@ class Server:
         ended: Counter[bool] = Counter()
         when = self.now
         while (when := when + self.rng.expovariate(rate)) < self.now + seconds:
-            self.at(when, lambda when=when: Call(self, name, when + timeout, lambda ok: ended.update([ok])))
+            self.at(when, functools.partial(Call, self, name, when + timeout, lambda ok: ended.update([ok])))
         return ended
 
     def closed_loop(self, name: str, at_once: int, rounds: int, timeout: float) -> Counter[bool]:

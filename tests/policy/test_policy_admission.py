@@ -241,13 +241,11 @@ class TestWaiting:
 
     def test_calls_that_had_little_time_need_shorter_proof(self) -> None:
         lane = Lane()
-        lane.lost(0.25, 1.0, 100.0)
-        lane.lost(0.25, 1.0, 100.2)
-        assert not lane.lasting
-        lane.lost(0.25, 1.0, 100.25)
-        assert lane.lasting
-        lane.lost(10.0, 1.0, 200.0)  # that was long ago
-        assert not lane.lasting
+        lasting = []
+        for waited, now in ((0.25, 100.0), (0.25, 100.2), (0.25, 100.25), (10.0, 200.0)):
+            lane.lost(waited, 1.0, now)
+            lasting.append(lane.lasting)
+        assert lasting == [False, False, True, False]  # the third was long ago, seen from the fourth
         assert lane.is_losing(201.0)
         assert not lane.is_losing(201.1)
 

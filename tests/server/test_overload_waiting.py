@@ -1,0 +1,77 @@
+"""Handlers that wait are no overload: what plain gRPC serves, the mesh serves. Server and client are processes."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
+
+PROGRAM = str(Path(__file__).with_name("waiting.py"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'generated'}"}
+
+Run = Callable[..., dict[str, int]]
+
+
+@pytest.fixture(params=["plain", "mesh"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def serving(kind: str, *arguments: str) -> Iterator[int]:
+    """A server process; its port."""
+    server = subprocess.Popen(
+        [sys.executable, PROGRAM, "serve", kind, *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    try:
+        assert server.stdout is not None
+        yield int(server.stdout.readline())
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def calls(port: int, method: str, at_once: int, rounds: int = 1, timeout: float = 30.0) -> dict[str, int]:
+    """How many calls ended with which status."""
+    arguments = [sys.executable, PROGRAM, "call", *map(str, (port, method, at_once, rounds, timeout))]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, check=True, timeout=150)
+    counts = done.stdout.split(" in ")[0].split()
+    return {code: int(count) for code, _, count in (part.partition("=") for part in counts)}
+
+
+class TestAsyncio:
+    @pytest.mark.parametrize("seconds", ["0.05", "0.3", "2"])
+    def test_a_thousand_handlers_may_wait_at_once(self, kind: str, seconds: str) -> None:
+        with serving(kind, "aio") as port:
+            for at_once, rounds in ((50, 4), (200, 3), (1000, 2)):
+                assert calls(port, f"Wait-{seconds}", at_once, rounds) == {"OK": at_once * rounds}
+
+    @pytest.mark.parametrize(("method", "at_once"), [("Again-1", 21), ("Again-1", 60), ("Again-3", 60), ("Fan-10", 10)])
+    def test_a_service_may_call_itself(self, kind: str, method: str, at_once: int) -> None:
+        with serving(kind, "aio") as port:
+            assert calls(port, method, at_once, 10) == {"OK": 10 * at_once}
+
+
+class TestThreads:
+    def test_as_many_handlers_may_wait_at_once_as_there_are_workers(self, kind: str) -> None:
+        with serving(kind, "sync", "100") as port:
+            assert calls(port, "Wait-0.3", 100, 5) == {"OK": 500}
+            assert calls(port, "Again-1", 50, 10) == {"OK": 500}
+
+    def test_beyond_that_calls_queue(self, kind: str) -> None:
+        with serving(kind, "sync", "16") as port:
+            assert calls(port, "Wait-0.05", 400, 2) == {"OK": 800}
+
+    def test_to_their_deadlines(self, kind: str) -> None:
+        with serving(kind, "sync", "16") as port:
+            ended = calls(port, "Wait-0.5", 300, 1, timeout=5.0)
+        # Ten rounds fit into five seconds at most; less on a machine that is busy.
+        assert set(ended) == {"OK", "DEADLINE_EXCEEDED"}
+        assert 96 <= ended["OK"] <= 160

@@ -1,0 +1,150 @@
+"""A server whose handlers wait, and its client, as processes of their own.
+
+``python waiting.py serve mesh|plain aio|sync [WORKERS]`` prints its port. Method names tell what a handler does:
+``Wait-SECONDS``; ``Again-LEVELS`` calls its own server, so many levels deep; ``Fan-COUNT`` calls ``Again-1`` so many
+times at once.
+
+``python waiting.py call PORT METHOD AT_ONCE ROUNDS TIMEOUT`` prints how many calls ended with which status, and the
+seconds that it took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import grpc.aio
+
+import mesh.server.aio
+import mesh.server.sync
+from mesh.server.settings import ServerSettings
+
+NAME = "test.Waiting"
+
+
+class Handlers(grpc.ServiceRpcHandler):
+    """A handler for each method that somebody asks for, in one world."""
+
+    def __init__(self, world: str) -> None:
+        self._aio = world == "aio"
+        self._port = 0
+        self._channel: Any = None
+        self._known: dict[str, Any] = {}
+
+    def listen(self, port: int) -> None:
+        """The server listens there: its handlers call it."""
+        make = grpc.aio.insecure_channel if self._aio else grpc.insecure_channel
+        self._channel = make(f"127.0.0.1:{port}")
+
+    def service_name(self) -> str:
+        return NAME
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        method = handler_call_details.method.rpartition("/")[2]
+        if method not in self._known:
+            what, _, value = method.partition("-")
+            make = self._awaits if self._aio else self._blocks
+            self._known[method] = grpc.unary_unary_rpc_method_handler(make(what, float(value)))
+        return self._known[method]
+
+    def _callee(self, what: str, value: float) -> tuple[int, str]:
+        return (int(value), "Again-1") if what == "Fan" else (1, f"Again-{int(value) - 1}")
+
+    def _awaits(self, what: str, value: float) -> Any:
+        async def handle(request: bytes, context: Any) -> bytes:
+            if what == "Wait" or value < 1:
+                await asyncio.sleep(value)
+            else:
+                count, callee = self._callee(what, value)
+                method = self._channel.unary_unary(f"/{NAME}/{callee}")
+                left = context.time_remaining()
+                await asyncio.gather(*(method(request, timeout=left) for _ in range(count)))
+            return request
+
+        return handle
+
+    def _blocks(self, what: str, value: float) -> Any:
+        def handle(request: bytes, context: Any) -> bytes:
+            if what == "Wait" or value < 1:
+                threading.Event().wait(value)
+            else:
+                _, callee = self._callee(what, value)
+                self._channel.unary_unary(f"/{NAME}/{callee}")(request, timeout=context.time_remaining())
+            return request
+
+        return handle
+
+
+async def serve_aio(kind: str) -> None:
+    handlers = Handlers("aio")
+    server: Any
+    if kind == "plain":
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((handlers,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+    else:
+        server = mesh.server.aio.Server(
+            [(lambda _, to: to.add_generic_rpc_handlers((handlers,)), None)], ServerSettings(listen="127.0.0.1:0")
+        )
+        await server.start()
+        port = server.port
+    handlers.listen(port)
+    print(port, flush=True)
+    await asyncio.Event().wait()
+
+
+def serve_threads(kind: str, workers: int) -> None:
+    handlers = Handlers("sync")
+    server: Any
+    if kind == "plain":
+        server = grpc.server(ThreadPoolExecutor(workers))
+        server.add_generic_rpc_handlers((handlers,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+    else:
+        server = mesh.server.sync.Server(
+            [(lambda _, to: to.add_generic_rpc_handlers((handlers,)), None)],
+            ServerSettings(listen="127.0.0.1:0", max_workers=workers),
+        )
+        server.start()
+        port = server.port
+    handlers.listen(port)
+    print(port, flush=True)
+    threading.Event().wait()
+
+
+async def call(port: int, method: str, at_once: int, rounds: int, seconds: float) -> None:
+    codes: Counter[str] = Counter()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        multicallable: Any = channel.unary_unary(f"/{NAME}/{method}")
+        await channel.channel_ready()
+
+        async def caller() -> None:
+            for _ in range(rounds):
+                try:
+                    await multicallable(b"x", timeout=seconds)
+                except grpc.aio.AioRpcError as error:
+                    codes[error.code().name] += 1
+                    print(error.details(), file=sys.stderr)
+                else:
+                    codes["OK"] += 1
+
+        begun = time.monotonic()
+        await asyncio.gather(*(caller() for _ in range(at_once)))
+    print(*(f"{code}={count}" for code, count in sorted(codes.items())), f"in {time.monotonic() - begun:.2f} s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "call":
+        asyncio.run(call(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])))
+    elif sys.argv[3] == "aio":
+        asyncio.run(serve_aio(sys.argv[2]))
+    else:
+        serve_threads(sys.argv[2], int(sys.argv[4]))
