@@ -230,8 +230,8 @@ class ServerSettings:
             # Soft and hard alike: between the two core refuses by chance.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
-            # Core resets streams of a client that is at this limit (REFUSED_STREAM, UNAVAILABLE to the caller) instead of
-            # having it wait: it counts those that are about to close. So the default is out of reach.
+            # A client at this limit gets UNAVAILABLE (REFUSED_STREAM) now and then instead of waiting: core counts
+            # streams that are about to close. So the default is out of reach.
             ("grpc.max_concurrent_streams", self.max_connection_streams),
             # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
             # tell from a cancel of their own: let them come to where they are refused for a reason.
