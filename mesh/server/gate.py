@@ -121,8 +121,11 @@ class ThreadGate(Gate):
     QUIET = 0.002
     """Seconds without a new call, and without a handler at work, that end a turn."""
 
-    LONGEST = 0.1
+    LONGEST = 0.3
     """Seconds after which a turn ends, whatever goes on."""
+
+    CROWD = 8
+    """Handlers at work at most between two turns: the next turn begins when they have ended."""
 
     SWEEP, SELDOM = 0.05, 0.5
     """Seconds between two looks at the queue by one of those that wait, and by each of the others."""
@@ -130,16 +133,21 @@ class ThreadGate(Gate):
     def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
         super().__init__(config, load_reports=load_reports)
         self._turns = self.admission.config.overload is Mode.ON
-        self._turning = False
+        self._turning = self._crowded = False
         self._turned = self._cpu = 0.0
         self._turn_lock = threading.Lock()
         self._sweeper = threading.Lock()
 
     def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
-        if now - self.admission.last_loss < self.RECENT and now - self._turned >= self.TURN:
-            self._turn()
-        return not self._turning and self.admission.enter(method, criticality)
+        if now - self.admission.last_loss < self.RECENT:
+            if now - self._turned >= self.TURN:
+                self._turn()
+        elif self._crowded:
+            self._crowded = False
+        if self._turning or (self._crowded and self.admission.in_flight >= self.CROWD):
+            return False
+        return self.admission.enter(method, criticality)
 
     def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none. The call's cancellation ends the wait."""
@@ -166,7 +174,8 @@ class ThreadGate(Gate):
 
     def settle(self) -> None:
         if not self._turning:
-            _wake(self.admission.dispatch(time.monotonic()))
+            most = max(0, self.CROWD - self.admission.in_flight) if self._crowded else None
+            _wake(self.admission.dispatch(time.monotonic(), most))
 
     def _turn(self) -> None:
         """Hold handlers back until no more calls come in, if the process was busy since the last turn. The thread that
@@ -177,7 +186,7 @@ class ThreadGate(Gate):
             begun, cpu = time.monotonic(), time.process_time()
             if begun - self._turned < self.TURN:
                 return
-            self._turning = cpu - self._cpu >= self.BUSY * (begun - self._turned)
+            self._turning = self._crowded = cpu - self._cpu >= self.BUSY * (begun - self._turned)
             heard, quiet, now = self.arrivals, begun, begun
             while self._turning and now - quiet < self.QUIET and now - begun < self.LONGEST:
                 time.sleep(self.QUIET / 4)
