@@ -332,14 +332,18 @@ class Admission:
     ) -> None:
         """A call's handler is through, ``seconds`` after it got its permit, for which it had ``waited``, with ``left``
         to its deadline (infinite without one); ``dispatch`` is to follow if calls wait."""
+        limiter = method.limiter
         with self._lock:
-            self._release(method)
+            self.in_flight -= 1
+            limiter.in_flight -= 1
             self.ended += 1
+            if limiter.sample(seconds, left, ending, now):
+                self._limit(method)
+            if ending is Ending.OK:
+                return
             if ending is Ending.FAILED:
                 self.failed += 1
-            if method.limiter.sample(seconds, left, ending, now):
-                self._limit(method)
-            if ending is not Ending.OK and waited > seconds and is_out_of_time(seconds, left):
+            if waited > seconds and is_out_of_time(seconds, left):
                 # It would have had the time, but for the queue.
                 self._lose(method, criticality, waited, now)
 
