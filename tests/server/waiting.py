@@ -1,9 +1,9 @@
 """A server whose handlers wait, and its client, as processes of their own.
 
-``python waiting.py serve mesh|plain aio|sync [WORKERS]`` prints its port. Method names tell what a handler does:
-``Wait-SECONDS``; ``Slot-SECONDS`` waits so long in one of eight slots; ``Again-LEVELS`` calls its own server, so many
-levels deep; ``Fan-COUNT`` calls ``Again-1`` so many times at once; ``Via-PORT-PORT`` calls the server at the first
-port, which calls the one at the second.
+``python waiting.py serve mesh|off|plain aio|sync [WORKERS]`` prints its port; off: without overload protection. Method
+names tell what a handler does: ``Wait-SECONDS``; ``Spin-SECONDS`` computes; ``Slot-SECONDS`` waits so long in one of
+eight slots; ``Again-LEVELS`` calls its own server, so many levels deep; ``Fan-COUNT`` calls ``Again-1`` so many times
+at once; ``Via-PORT-PORT`` calls the server at the first port, which calls the one at the second.
 
 ``python waiting.py call PORT METHOD AT_ONCE ROUNDS TIMEOUT`` prints how many calls ended with which status, and the
 seconds that it took. ``python waiting.py offer PORT METHOD RATE SECONDS TIMEOUT`` does for calls that begin at a rate,
@@ -25,9 +25,17 @@ import grpc.aio
 
 import mesh.server.aio
 import mesh.server.sync
+from mesh.policy.admission import Mode
 from mesh.server.settings import ServerSettings
 
 NAME = "test.Waiting"
+
+
+def spin(seconds: float) -> None:
+    """Compute for so many CPU seconds."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
 
 
 class Handlers(grpc.ServiceRpcHandler):
@@ -74,6 +82,8 @@ class Handlers(grpc.ServiceRpcHandler):
         async def handle(request: bytes, context: Any) -> bytes:
             if what == "Wait":
                 await asyncio.sleep(float(value))
+            elif what == "Spin":
+                spin(float(value))
             elif what == "Slot":
                 async with self._slots:
                     await asyncio.sleep(float(value))
@@ -89,6 +99,8 @@ class Handlers(grpc.ServiceRpcHandler):
         def handle(request: bytes, context: Any) -> bytes:
             if what == "Wait":
                 threading.Event().wait(float(value))
+            elif what == "Spin":
+                spin(float(value))
             elif what == "Slot":
                 with self._slots:
                     threading.Event().wait(float(value))
@@ -109,7 +121,8 @@ async def serve_aio(kind: str) -> None:
         await server.start()
     else:
         server = mesh.server.aio.Server(
-            [(lambda _, to: to.add_generic_rpc_handlers((handlers,)), None)], ServerSettings(listen="127.0.0.1:0")
+            [(lambda _, to: to.add_generic_rpc_handlers((handlers,)), None)],
+            ServerSettings(listen="127.0.0.1:0", overload=Mode.OFF if kind == "off" else Mode.ON),
         )
         await server.start()
         port = server.port
@@ -129,7 +142,7 @@ def serve_threads(kind: str, workers: int) -> None:
     else:
         server = mesh.server.sync.Server(
             [(lambda _, to: to.add_generic_rpc_handlers((handlers,)), None)],
-            ServerSettings(listen="127.0.0.1:0", max_workers=workers),
+            ServerSettings(listen="127.0.0.1:0", max_workers=workers, overload=Mode.OFF if kind == "off" else Mode.ON),
         )
         server.start()
         port = server.port
