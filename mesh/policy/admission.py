@@ -307,8 +307,9 @@ class Admission:
                 del self._queued[method]
         return settled
 
-    def abandon(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
-        """A call that waited is gone: give back what it may have got meanwhile. Returns the tickets settled by that."""
+    def abandon(self, ticket: Ticket, now: float) -> None:
+        """A call that waited is gone: give back what it may have got meanwhile; ``dispatch`` is to follow if calls
+        wait."""
         with self._lock:
             ticket.gone = True
             if ticket.admitted:
@@ -318,7 +319,6 @@ class Admission:
                 waited = now - ticket.arrived
                 if is_out_of_time(waited, ticket.deadline - now):
                     self._lose(ticket.method, ticket.criticality, waited, now)
-        return self.dispatch(now)
 
     def leave(
         self,

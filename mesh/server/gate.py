@@ -168,7 +168,8 @@ class ThreadGate(Gate):
             if sweeps:
                 self._sweeper.release()
         if scope.cancelled:
-            _wake(self.admission.abandon(ticket, time.monotonic()))
+            self.admission.abandon(ticket, time.monotonic())
+            self.settle()
             return Reason.EXPIRED
         return ticket.refused
 
@@ -221,11 +222,19 @@ class AioGate(Gate):
     BUSY = 0.5
     """The share of its time that the loop's thread runs, or would, when it is busy. Below, there are no turns."""
 
-    QUIET = 0.002
-    """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them."""
+    QUIET, SURE = 0.002, 0.006
+    """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them, which
+    may be late on a machine that is busy. Usually, and while calls are lost."""
 
-    LONGEST = 0.02
-    """Seconds after which a turn ends however many calls come in."""
+    RECENT = 1.0
+    """Seconds since a call was lost to its deadline in which others may have been."""
+
+    LONGEST, CATCH_UP = 0.02, 0.2
+    """Seconds after which a turn ends however many calls come in: usually, and while calls are lost. Then many may wait
+    in core, and their callers be gone."""
+
+    IDLE = 0.3
+    """The share of a few moments in a turn that the loop's thread runs when it has accepted all that came."""
 
     SWEEP = 0.05
     """Seconds between two looks at a queue that nothing moves."""
@@ -255,7 +264,8 @@ class AioGate(Gate):
 
     def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
-        if now - self._turned >= self._every and self._turn_begins(now):
+        # In a turn nobody begins, also when those that wait have given up.
+        if self._turning or (now - self._turned >= self._every and self._turn_begins(now)):
             return False
         return self.admission.enter(method, criticality)
 
@@ -274,7 +284,8 @@ class AioGate(Gate):
         try:
             await woken
         except asyncio.CancelledError:
-            _wake(self.admission.abandon(ticket, time.monotonic()))
+            self.admission.abandon(ticket, time.monotonic())
+            self.settle()
             raise
         return ticket.refused
 
@@ -290,16 +301,23 @@ class AioGate(Gate):
         self._turning = self._turns and cpu - self._cpu >= self.BUSY * (now - self._turned)
         self._turned, self._cpu, self._quiet = now, cpu, now
         if self._turning:
-            self._every = min(2 * self._every, self.SELDOM)
+            self._every = self.TURN if self._is_losing(now) else min(2 * self._every, self.SELDOM)
         return self._turning
+
+    def _is_losing(self, now: float) -> bool:
+        return now - self.admission.last_loss < self.RECENT
 
     def _pass(self) -> None:
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._turning:
-            if self.arrivals != self._heard:
+            # Calls whose callers are gone take time to accept, too, and never arrive.
+            cpu = self._clock()
+            if self.arrivals != self._heard or cpu - self._cpu > self.IDLE * (now - self._passed):
                 self._heard, self._quiet = self.arrivals, now
-            if now - self._quiet < self.QUIET and now - self._turned < self.LONGEST:
+            self._cpu, self._passed = cpu, now
+            quiet, longest = (self.SURE, self.CATCH_UP) if self._is_losing(now) else (self.QUIET, self.LONGEST)
+            if now - self._quiet < quiet and now - self._turned < longest:
                 loop.call_later(self.QUIET / 4, self._pass)
                 return
             self._turning = False

@@ -175,7 +175,8 @@ class Call:
         self._end(False)
         if self._handler is None:
             assert self.ticket is not None
-            self.server.wake(self.server.admission.abandon(self.ticket, self.server.now))
+            self.server.admission.abandon(self.ticket, self.server.now)
+            self.server.settle()
         elif not self.server.threaded:
             self._leave(Ending.CANCELLED)
 

@@ -305,7 +305,8 @@ class TestLeaving:
         house = full()
         gone, next_one = house.queue(), house.queue()
         assert house.leave() == [gone]
-        assert house.admission.abandon(gone, house.now) == [next_one]
+        house.admission.abandon(gone, house.now)
+        assert house.admission.dispatch(house.now) == [next_one]
         assert house.admission.in_flight == 10
 
     def test_calls_that_ended_and_failed_are_counted(self) -> None:
