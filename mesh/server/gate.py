@@ -222,14 +222,13 @@ class AioGate(Gate):
     BUSY = 0.5
     """The share of its time that the loop's thread runs, or would, when it is busy. Below, there are no turns."""
 
-    QUIET, SURE = 0.002, 0.006
-    """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them, which
-    may be late on a machine that is busy. Usually, and while calls are lost."""
+    QUIET = 0.002
+    """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them."""
 
     RECENT = 1.0
     """Seconds since a call was lost to its deadline in which others may have been."""
 
-    LONGEST, CATCH_UP = 0.02, 0.2
+    LONGEST, CATCH_UP = 0.02, 0.05
     """Seconds after which a turn ends however many calls come in: usually, and while calls are lost. Then many may wait
     in core, and their callers be gone."""
 
@@ -316,8 +315,8 @@ class AioGate(Gate):
             if self.arrivals != self._heard or cpu - self._cpu > self.IDLE * (now - self._passed):
                 self._heard, self._quiet = self.arrivals, now
             self._cpu, self._passed = cpu, now
-            quiet, longest = (self.SURE, self.CATCH_UP) if self._is_losing(now) else (self.QUIET, self.LONGEST)
-            if now - self._quiet < quiet and now - self._turned < longest:
+            longest = self.CATCH_UP if self._is_losing(now) else self.LONGEST
+            if now - self._quiet < self.QUIET and now - self._turned < longest:
                 loop.call_later(self.QUIET / 4, self._pass)
                 return
             self._turning = False
