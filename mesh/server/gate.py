@@ -210,7 +210,7 @@ class AioGate(Gate):
     is counted, ordered and shed.
     """
 
-    TURN, SELDOM = 0.06, 0.48
+    TURN, SELDOM = 0.12, 0.48
     """Seconds between two turns: when handlers hold the loop, and when none was seen to."""
 
     HELD = 0.002
