@@ -13,6 +13,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+import grpc
+
+OLD_CORE = tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80)
+"""Before 1.80 core reads and writes only while a thread waits in it: nothing connects, and no health is received, in a
+process where none does. asyncio's poller is such a thread, and serves all channels."""
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -22,6 +28,8 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _lock:
         if _loop is None:
+            if OLD_CORE:
+                grpc.aio.init_grpc_aio()
             _loop = asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, name="mesh-background", daemon=True).start()
         return _loop

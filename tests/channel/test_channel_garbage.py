@@ -184,7 +184,7 @@ GARBAGE: dict[str, tuple[Answer, set[str]]] = {
     ),
     "a pushback that is no number": (
         trailers(("grpc-status", "9"), ("grpc-retry-pushback-ms", "soon")),
-        {"FAILED_PRECONDITION", "INTERNAL"},
+        {"FAILED_PRECONDITION", "INTERNAL", "UNKNOWN"},
     ),
     "upper-case trailers": (
         trailers(("grpc-status", "9"), ("X-UPPER", "1")),
