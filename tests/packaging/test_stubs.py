@@ -65,9 +65,10 @@ def test_another_release_of_buf_validate_may_be_in_the_process(
 
 
 def test_a_clone_named_weft_beside_a_script_does_not_hide_the_stubs(tmp_path: Path) -> None:
-    (tmp_path / "weft" / "mesh").mkdir(parents=True)
-    (tmp_path / "script.py").write_text(
-        "import mesh\nfrom weft.user.v1 import user_pb2_grpc\nprint(mesh.insecure_channel)"
+    (tmp_path / "weft").symlink_to(REPOSITORY)
+    program = (
+        "import mesh, mesh.registry.service\nfrom weft.mesh.v1 import registry_pb2\nfrom weft.user.v1 import user_pb2"
     )
+    (tmp_path / "script.py").write_text(program)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
