@@ -507,7 +507,7 @@ class _Driver(EventDriver):
 
     def over(self, number: int, address: str, inner: Any) -> None:
         """Core's call of attempt ``number`` has ended."""
-        code = _ready(inner.code())
+        code = _code(inner)
         if code is grpc.StatusCode.OK:
             if self.pool.cluster.reads_reports:
                 self.pool.answered(address, _ready(inner.trailing_metadata()))
@@ -572,6 +572,14 @@ class _End:
             return
         self._driver = None
         driver.over(self._number, self._address, inner)
+
+
+def _code(inner: Any) -> grpc.StatusCode:
+    """A finished call's status; UNKNOWN for a number that is none, on which an old grpc.aio raises."""
+    try:
+        return _ready(inner.code())
+    except KeyError:
+        return grpc.StatusCode.UNKNOWN
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
