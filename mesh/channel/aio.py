@@ -577,9 +577,10 @@ class _End:
 def _code(inner: Any) -> grpc.StatusCode:
     """A finished call's status; UNKNOWN for a number that is none, on which an old grpc.aio raises."""
     try:
-        return _ready(inner.code())
+        code: grpc.StatusCode = _ready(inner.code())
     except KeyError:
         return grpc.StatusCode.UNKNOWN
+    return code
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:

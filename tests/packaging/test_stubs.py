@@ -59,7 +59,7 @@ def test_another_release_of_buf_validate_may_be_in_the_process(
     program = "import sys\nfrom google.protobuf import descriptor_pool\n"
     program += OTHERS.replace("{order}", order)
     environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}
-    command = [sys.executable, "-W", "error", "-c", program, another_validate]
+    command = [sys.executable, "-W", "error", "-c", program, str(another_validate)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr[-2000:]
 
