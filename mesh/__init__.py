@@ -2,6 +2,17 @@
 
 from mesh.channel.sync import insecure_channel, secure_channel
 from mesh.context import detach, remaining
-from mesh.server.sync import serve
+from mesh.errors import explain
+from mesh.server.settings import ServerSettings
+from mesh.server.sync import Server, serve
 
-__all__ = ["detach", "insecure_channel", "remaining", "secure_channel", "serve"]
+__all__ = [
+    "Server",
+    "ServerSettings",
+    "detach",
+    "explain",
+    "insecure_channel",
+    "remaining",
+    "secure_channel",
+    "serve",
+]

@@ -2,15 +2,17 @@
 
 ``protos/weft/mesh/v1/service_config.proto`` defines every key. A config is taken whole or not at all: the first thing
 wrong raises ``ValueError`` with the path of the field. Keys that aren't known are ignored, as gRPC does (a newer
-config must not stop an older client). Spans are seconds; math.inf stands for "no limit".
+config must not stop an older client), and named in ``ServiceConfig.warnings``. Spans are seconds; math.inf stands for
+"no limit".
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -23,13 +25,15 @@ MAX_ATTEMPTS = 5  # "Clients MUST treat values greater than 5 as 5" - A6
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never."""
+    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never. ``receive_timeout`` is for
+    each attempt's response."""
 
     max_attempts: int
     initial_backoff: float = 0.025
     max_backoff: float = 0.25
     multiplier: float = 2.0
     codes: frozenset[int] = frozenset({Code.UNAVAILABLE})
+    receive_timeout: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +219,8 @@ class ThrottleConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """A whole service config. ``health_service`` None: endpoints' health isn't watched."""
+    """A whole service config. ``health_service`` None: endpoints' health isn't watched. ``warnings``: the keys that
+    were ignored because nobody knows them, each with its path."""
 
     methods: Mapping[tuple[str, str], MethodPolicy] = field(default_factory=dict)
     balancer: BalancerConfig | None = None
@@ -226,6 +231,7 @@ class ServiceConfig:
     slow_start: SlowStartConfig = SlowStartConfig()
     zone: ZoneConfig = ZoneConfig()
     overload: OverloadConfig = OverloadConfig()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def method(self, path: str, idempotency: Idempotency) -> MethodPolicy:
         """The policy of ``/package.Service/Method``: the most specific name wins, and the descriptor fills what it
@@ -247,6 +253,8 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
     """
     root = _read(text)
     health = root.get("healthCheckConfig", _Field.object)
+    if balanced_by_core:
+        root.known.update(("loadBalancingConfig", "loadBalancingPolicy"))
     balancer, ejection = (None, None) if balanced_by_core else _balancer(root)
     return ServiceConfig(
         methods=_methods(root),
@@ -258,6 +266,7 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
         slow_start=root.get_or("slowStart", _slow_start, SlowStartConfig()),
         zone=root.get_or("zoneAwareness", _zone, ZoneConfig()),
         overload=root.get_or("overload", _overload, OverloadConfig()),
+        warnings=root.read.warnings(),  # last: by now every part has asked for its keys
     )
 
 
@@ -273,7 +282,15 @@ def _read(text: str) -> _Object:
         value = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"service config: not JSON: {error}") from None
-    return _Field("", value).object()
+    return _Field("", value, _Read()).object()
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean 'x'?" for a name that is likely a slip of ``known``'s x; else empty. ``cutoff``: how much they
+    must be alike, as ``difflib`` counts it."""
+    by_lower = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=cutoff)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 # -- reading JSON with the path at hand
@@ -282,14 +299,44 @@ _DURATION = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,9})?s")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
+MAX_WARNINGS = 20
+
+
+class _Read:
+    """The objects of a config and the keys that the parser asked for: the others are unknown."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, _Object] = {}  # by path
+        self.policies: list[str] = []
+
+    def warnings(self) -> tuple[str, ...]:
+        unknown = [(each, key) for each in self.objects.values() for key in each.items if key not in each.known]
+        more = len(unknown) + len(self.policies) - MAX_WARNINGS
+        found = [
+            f"{each.path}.{_key(key)}".lstrip(".") + f": unknown key, ignored{_hint(key, each.known)}"
+            for each, key in unknown[:MAX_WARNINGS]  # what is meant takes a while to find
+        ]
+        found = [*found, *self.policies][:MAX_WARNINGS]
+        return (*found, f"{more} more") if more > 0 else tuple(found)
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+    return nearest(key, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _key(key: str) -> str:
+    return key if key.isidentifier() and len(key) <= 60 else _short(key)
+
+
 class _Field:
     """A JSON value and where it stands. Each reader returns the value as asked for, or fails with the path."""
 
-    __slots__ = ("path", "value")
+    __slots__ = ("path", "read", "value")
 
-    def __init__(self, path: str, value: object) -> None:
+    def __init__(self, path: str, value: object, read: _Read) -> None:
         self.path = path
         self.value = value
+        self.read = read
 
     def fail(self, why: str) -> ValueError:
         return ValueError(f"service config: {self.path or 'the whole'}: {why}, got {_short(self.value)}")
@@ -297,12 +344,12 @@ class _Field:
     def object(self) -> _Object:
         if not isinstance(self.value, dict):
             raise self.fail("expected an object")
-        return _Object(self.path, self.value)
+        return self.read.objects.setdefault(self.path, _Object(self.path, self.value, self.read))
 
     def list(self) -> list[_Field]:
         if not isinstance(self.value, list):
             raise self.fail("expected a list")
-        return [_Field(f"{self.path}[{index}]", item) for index, item in enumerate(self.value)]
+        return [_Field(f"{self.path}[{index}]", item, self.read) for index, item in enumerate(self.value)]
 
     def string(self) -> str:
         if not isinstance(self.value, str):
@@ -407,30 +454,36 @@ class _Field:
 
 
 class _Object:
-    """A JSON object and where it stands."""
+    """A JSON object and where it stands. ``known``: the keys that were asked for."""
 
-    __slots__ = ("items", "path")
+    __slots__ = ("items", "known", "path", "read")
 
-    def __init__(self, path: str, items: dict[str, object]) -> None:
+    def __init__(self, path: str, items: dict[str, object], read: _Read) -> None:
         self.path = path
         self.items = items
+        self.read = read
+        self.known: set[str] = set()
 
     def field(self, key: str) -> _Field:
-        return _Field(f"{self.path}.{key}" if self.path else key, self.items.get(key))
+        self.known.add(key)
+        return _Field(f"{self.path}.{key}" if self.path else key, self.items.get(key), self.read)
 
     def get(self, key: str, read: Callable[[_Field], T]) -> T | None:
-        return None if self.items.get(key) is None else read(self.field(key))
+        field = self.field(key)
+        return None if field.value is None else read(field)
 
     def get_or(self, key: str, read: Callable[[_Field], T], default: T) -> T:
-        return default if self.items.get(key) is None else read(self.field(key))
+        field = self.field(key)
+        return default if field.value is None else read(field)
 
     def list(self, key: str) -> list[_Field]:
         return self.get(key, _Field.list) or []
 
     def need(self, key: str, read: Callable[[_Field], T]) -> T:
-        if self.items.get(key) is None:
-            raise self.field(key).fail("required")
-        return read(self.field(key))
+        field = self.field(key)
+        if field.value is None:
+            raise field.fail("required")
+        return read(field)
 
 
 def _as_float(value: float) -> float:
@@ -481,10 +534,15 @@ def _method(config: _Object) -> MethodPolicy:
 
 def _retry(field: _Field) -> RetryPolicy:
     retry = field.object()
-    codes = retry.need("retryableStatusCodes", _Field.codes)
-    if not codes:
-        raise retry.field("retryableStatusCodes").fail("expected at least one status code")
+    receive_timeout = retry.get_or("perAttemptRecvTimeout", _Field.positive_duration, math.inf)
+    if receive_timeout < math.inf:  # then a timeout is reason enough, as in core
+        codes: frozenset[int] = retry.get_or("retryableStatusCodes", _Field.codes, frozenset())
+    else:
+        codes = retry.need("retryableStatusCodes", _Field.codes)
+        if not codes:
+            raise retry.field("retryableStatusCodes").fail("expected at least one status code")
     return RetryPolicy(
+        receive_timeout=receive_timeout,
         max_attempts=retry.need("maxAttempts", _Field.attempts),
         initial_backoff=retry.need("initialBackoff", _Field.positive_duration),
         max_backoff=retry.need("maxBackoff", _Field.positive_duration),
@@ -518,9 +576,13 @@ def _policy(parent: _Object, key: str) -> _Balancing:
         if len(policies.items) != 1:
             raise entry.fail("expected one policy's name with its settings")
         (name,) = policies.items
+        settings = policies.field(name)
         read = _POLICIES.get(name.removesuffix("_experimental"))
         if read is not None:
-            return read(policies.field(name).object())
+            return read(settings.object())
+        # Other clients' policies may stand in the list (A24): only what looks like one of ours is a slip.
+        if len(parent.read.policies) < MAX_WARNINGS and (hint := nearest(name, _POLICIES)):
+            parent.read.policies.append(f"{entry.path}: unknown policy {_key(name)}, skipped{hint}")
     known = ", ".join(sorted(_POLICIES))
     raise parent.field(key).fail(f"none of these policies is known; known: {known}")
 
@@ -586,6 +648,7 @@ def _random_subsetting(settings: _Object) -> _Balancing:
 
 def _priority(settings: _Object) -> _Balancing:
     children = settings.need("children", _Field.object)
+    children.known.update(children.items)  # names that the config makes up itself
     levels = []
     for name in settings.need("priorities", _Field.list):
         child = children.need(name.string(), _Field.object)

@@ -73,7 +73,7 @@ class Scope:
             cancel()
 
     def close(self) -> None:
-        """The handler is through: what it left running is no longer cancelled with the inbound call."""
+        """The handler has ended: what it left running inherits nothing more, and isn't cancelled with the call."""
         self.closed = True
 
     def __repr__(self) -> str:
@@ -85,8 +85,18 @@ _scope: ContextVar[Scope | None] = ContextVar("mesh_scope", default=None)
 REFUSED: ContextVar[str] = ContextVar("mesh_refused", default="")
 """Why the inbound call was refused before its handler, for the server's observer; empty when it was not."""
 
-current = _scope.get
-"""The scope of the inbound call being handled here, or None."""
+inbound = _scope.get
+"""The scope of the inbound call that this context comes from, also when its handler has ended; or None."""
+
+
+def current() -> Scope | None:
+    """The scope of the inbound call being handled here; None outside of one, and once its handler has ended.
+
+    A task or thread that a handler starts inherits the handler's context for good. What it does after the handler has
+    ended is its own: the inbound call's deadline says nothing about it.
+    """
+    scope = _scope.get()
+    return None if scope is None or scope.closed else scope
 
 
 @contextlib.contextmanager
@@ -107,7 +117,7 @@ def enter(scope: Scope | None) -> None:
 def remaining() -> float | None:
     """Seconds left for the inbound call being handled (0.0 when it is over); None outside of one, or without a
     deadline."""
-    scope = _scope.get()
+    scope = current()
     if scope is None or scope.deadline is None:
         return None
     return max(0.0, scope.deadline - time.monotonic())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from types import AsyncGeneratorType, GeneratorType, TracebackType
 from typing import Any, NoReturn
 
 import grpc
@@ -14,9 +16,54 @@ from mesh.model import Metadatum
 from mesh.observe import Explanation
 
 
-class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+def explain(call_or_error: object) -> Explanation:
+    """Every attempt that was made for a call: where, when, and how it ended.
+
+    ``call_or_error`` is a call of a mesh channel, an error that one raised, or what an interceptor made of either: a
+    call or an error around it, or a generator of its responses, as long as that has more to give.
+
+    Raises TypeError when there is no call of a mesh channel in it, and asyncio.InvalidStateError while interceptors
+    have not made it yet.
+    """
+    looked_at: list[object] = []
+    ahead = [call_or_error]
+    while ahead:
+        found = ahead.pop(0)
+        if any(found is other for other in looked_at):
+            continue
+        looked_at.append(found)
+        own = getattr(found, "explain", None)
+        if callable(own) and isinstance(explanation := own(), Explanation):
+            return explanation
+        ahead += (each for each in _inside(found) if isinstance(each, _CALLS))
+    raise TypeError(f"no call of a mesh channel in {call_or_error!r}")
+
+
+_CALLS = (grpc.RpcContext, grpc.aio.RpcContext, grpc.Future, BaseException, GeneratorType, AsyncGeneratorType)
+
+
+def _inside(found: object) -> Iterable[object]:
+    """What a call, an error or a generator holds."""
+    if isinstance(found, GeneratorType):
+        return [found.gi_yieldfrom, *inspect.getgeneratorlocals(found).values()]
+    if isinstance(found, AsyncGeneratorType):
+        return list(found.ag_frame.f_locals.values()) if found.ag_frame else []
+    held = list(getattr(found, "__dict__", {}).values())
+    return [*held, found.__cause__, found.__context__] if isinstance(found, BaseException) else held
+
+
+class RpcError(grpc.RpcError):
+    """What every failed call of a mesh channel raises: blocking, future, stream and asyncio. A ``grpc.RpcError``; each
+    kind is also what grpc raises there."""
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call: where, when, and how it ended."""
+        raise NotImplementedError
+
+
+class CallError(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     """A blocking call failed. What grpc raises there, a ``grpc.RpcError`` that is a ``grpc.Call`` and a
-    ``grpc.Future``, with ``explain()``."""
+    ``grpc.Future``."""
 
     def __init__(
         self,
@@ -36,7 +83,6 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
         self._debug_error_string = debug_error_string
 
     def explain(self) -> Explanation:
-        """Every attempt that was made for the call: where, when, and how it ended."""
         return self._explanation
 
     def code(self) -> grpc.StatusCode:
@@ -78,13 +124,13 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     def result(self, timeout: float | None = None) -> NoReturn:  # noqa: ARG002
         raise self
 
-    def exception(self, timeout: float | None = None) -> RpcError:  # noqa: ARG002
+    def exception(self, timeout: float | None = None) -> CallError:  # noqa: ARG002
         return self
 
     def traceback(self, timeout: float | None = None) -> TracebackType | None:  # noqa: ARG002
         try:
             raise self
-        except RpcError:
+        except CallError:
             return sys.exc_info()[2]
 
     def add_done_callback(self, fn: Callable[[Any], None]) -> None:
@@ -101,13 +147,14 @@ class RpcError(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
         )
 
     def __repr__(self) -> str:
-        return terminated(type(self).__name__, self._code, self._details, self._debug_error_string)
+        name = type(self).__name__
+        return terminated(name, self._code, self._details, self._debug_error_string, self._explanation.endpoint)
 
     __str__ = __repr__
 
 
-class AioRpcError(grpc.aio.AioRpcError):
-    """An asyncio call failed: grpc's error with ``explain()``."""
+class AioRpcError(RpcError, grpc.aio.AioRpcError):
+    """An asyncio call failed. What grpc raises there."""
 
     def __init__(
         self,
@@ -122,7 +169,6 @@ class AioRpcError(grpc.aio.AioRpcError):
         self._explanation = explanation
 
     def explain(self) -> Explanation:
-        """Every attempt that was made for the call: where, when, and how it ended."""
         return self._explanation
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,10 +181,34 @@ class AioRpcError(grpc.aio.AioRpcError):
             self._explanation,
         )
 
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return terminated(name, self.code(), self.details(), self.debug_error_string(), self._explanation.endpoint)
 
-def terminated(name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None) -> str:
-    """What grpc prints of an RPC that is over."""
+    __str__ = __repr__
+
+
+def terminated(
+    name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None, endpoint: str = ""
+) -> str:
+    """What grpc prints of an RPC that is over; its last line, which is for people, also names the endpoint."""
     lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
     if code is not grpc.StatusCode.OK:
-        lines.append(f'\tdebug_error_string = "{debug}"')
+        where = f', endpoint = "{endpoint}"' if endpoint else ""
+        lines.append(f'\tdebug_error_string = "{debug}"{where}')
     return "\n".join([*lines, ">"])
+
+
+_LONGEST = 200  # characters of core's that an error repeats
+
+
+def in_short(details: str) -> str:
+    """Core's account of a failed connection without what every such account says. For people, not for programs."""
+    text = details.partition("last error: ")[2] or details
+    text = re.sub(r"^[A-Z_]+: ", "", text)
+    text = re.sub(r"^(ipv4|ipv6|unix|unix-abstract|vsock):\S+: ", "", text)
+    text = text.removeprefix("Failed to connect to remote host: ").removeprefix("connect: ")
+    text = re.sub(r" \(\d+\)$", "", text)  # the system's number for it
+    if text[1:2].islower():
+        text = text[:1].lower() + text[1:]
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -35,7 +35,8 @@ class AttemptRecord:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """A call with all its attempts. ``seconds`` and ``code`` are None and "RUNNING" while it runs; ``str`` reads
-    well."""
+    well. ``endpoint``: the address whose answer, or failure, is the call's; empty when the mesh itself ended it, or
+    while it runs."""
 
     method: str
     target: str
@@ -43,6 +44,7 @@ class Explanation:
     details: str
     seconds: float | None
     attempts: tuple[AttemptRecord, ...]
+    endpoint: str = ""
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" after {_milliseconds(self.seconds)}"
@@ -85,10 +87,11 @@ def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) ->
     return Explanation(
         method=call.method,
         target=target,
-        code=_code(outcome),
+        code=Code(outcome.code).name if outcome else "RUNNING",
         details=outcome.details if outcome else "",
         seconds=now - call.started if verdict else None,
         attempts=attempts,
+        endpoint=verdict.attempt.endpoint.address if verdict and verdict.attempt else "",
     )
 
 

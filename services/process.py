@@ -44,7 +44,7 @@ def main(service: str, versions: Path, serve: Serve[Own], kind: type[Own]) -> in
     """
     argparse.ArgumentParser(
         prog=f"python -m services.{service}",
-        description=f"The shop's {service} service. It is told what to do by its environment, and then by a file.",
+        description=f"The shop's {service} service. It reads its settings from the environment, then from a file.",
         epilog=settings.describe(kind),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()

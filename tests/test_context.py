@@ -77,6 +77,23 @@ async def test_a_task_inherits_from_the_handler_that_made_it() -> None:
     assert await asyncio.create_task(inherited()) is None
 
 
+async def test_what_outlives_its_handler_inherits_nothing_more() -> None:
+    ended = asyncio.Event()
+
+    async def inherited() -> list[object]:
+        before = [current(), remaining()]
+        await ended.wait()
+        return [*before, current(), remaining()]
+
+    scope = Scope(time.monotonic() - 1)
+    with entered(scope):
+        task = asyncio.create_task(inherited())
+        await asyncio.sleep(0)
+    scope.close()
+    ended.set()
+    assert await task == [scope, 0.0, None, None]
+
+
 def test_a_thread_of_a_users_own_inherits_only_when_it_is_given_the_context() -> None:
     scope = Scope()
     with entered(scope), ThreadPoolExecutor(1) as pool:

@@ -22,11 +22,13 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from mesh import context
-from mesh.channel import background
+from mesh.channel import background, forking
+from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CLOSED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     START,
     STATES,
@@ -37,9 +39,11 @@ from mesh.channel.drive import (
     too_large,
     until,
 )
+from mesh.channel.instrumentation import channels_around, wrapped
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
-from mesh.errors import RpcError, terminated
+from mesh.channel.worker import Worker
+from mesh.errors import CallError, RpcError, terminated
 from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
@@ -54,6 +58,8 @@ Metadata = Sequence[Metadatum] | None
 class Channel(grpc.Channel):
     """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = True
+
     def __init__(
         self,
         target: str,
@@ -63,9 +69,13 @@ class Channel(grpc.Channel):
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, SyncSubchannel)
         self.closed = False
+        self._around = channels_around(target, credentials)
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._calls: weakref.WeakSet[_Driver] = weakref.WeakSet()
+        # Two threads, if they are needed: callbacks that wait don't hold up the channel's other calls.
+        self.stepping = Worker("mesh-calls")
+        self.callbacks = Worker("mesh-callbacks")
         self._watch = _StateWatch(self)
 
     def start(self) -> None:
@@ -76,11 +86,28 @@ class Channel(grpc.Channel):
             if self.closed:
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
+                forking.check(aio=self.assembly.discovers_by_aio)
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
                 background.spawn(self.assembly.run())
+                forking.register(self, self.assembly.pool)
                 # The multicallables hold the channel, so it lives as long as any stub.
-                self._stop = weakref.finalize(self, self.assembly.pool.close)
+                self._stop = weakref.finalize(self, background.call_from_finalizer, self.assembly.pool.close)
                 self._stop.atexit = False
+        self._watch.look()
+
+    def forked(self) -> object:
+        """In a forked child: begin anew, with connections of its own; returns what is the parent's."""
+        left = self.assembly, self._stop, list(self._calls)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in left[2]:
+            driver.forked()
+        self._lock, self._stop, self._calls = threading.Lock(), None, weakref.WeakSet()
+        self.stepping, self.callbacks = self.stepping.again(), self.callbacks.again()
+        if not self.closed:
+            self.assembly = self.assembly.again()
+            self._watch = self._watch.again()
+        return left
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -111,14 +138,16 @@ class Channel(grpc.Channel):
             pool.subchannel.core().unsubscribe(callback)
         self._watch.unsubscribe(callback)
 
+    # A stub's multicallables stand inside what instrumentation puts around channels.
     def unary_unary(
         self,
         method: str,
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> UnaryUnary:
-        return UnaryUnary(self, "unary_unary", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.unary_unary(method, request_serializer, response_deserializer, _registered_method)
 
     def unary_stream(
         self,
@@ -126,8 +155,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> UnaryStream:
-        return UnaryStream(self, "unary_stream", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.unary_stream(method, request_serializer, response_deserializer, _registered_method)
 
     def stream_unary(
         self,
@@ -135,8 +165,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> StreamUnary:
-        return StreamUnary(self, "stream_unary", method, request_serializer, response_deserializer, _registered_method)
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.stream_unary(method, request_serializer, response_deserializer, _registered_method)
 
     def stream_stream(
         self,
@@ -144,10 +175,9 @@ class Channel(grpc.Channel):
         request_serializer: Any = None,
         response_deserializer: Any = None,
         _registered_method: bool | None = False,
-    ) -> StreamStream:
-        return StreamStream(
-            self, "stream_stream", method, request_serializer, response_deserializer, _registered_method
-        )
+    ) -> Any:
+        inside = wrapped(self._around, _Inside(self))
+        return inside.stream_stream(method, request_serializer, response_deserializer, _registered_method)
 
     def close(self) -> None:
         """Cancel the calls in flight, close every connection, and take no more calls."""
@@ -170,6 +200,34 @@ class Channel(grpc.Channel):
         return f"<mesh.Channel {self.assembly.target} {self.state().name}>"
 
 
+class _Inside:
+    """What makes a channel's multicallables. Instrumentation's channels call it as the ``grpc.Channel`` that they stand
+    around."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> UnaryUnary:
+        return UnaryUnary(self._channel, "unary_unary", method, serializer, deserializer, registered)
+
+    def unary_stream(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> UnaryStream:
+        return UnaryStream(self._channel, "unary_stream", method, serializer, deserializer, registered)
+
+    def stream_unary(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> StreamUnary:
+        return StreamUnary(self._channel, "stream_unary", method, serializer, deserializer, registered)
+
+    def stream_stream(
+        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
+    ) -> StreamStream:
+        return StreamStream(self._channel, "stream_stream", method, serializer, deserializer, registered)
+
+
 class _StateWatch:
     """Tells subscribers each new state of a channel, in order, from a thread that lives while there is news (as
     grpc's)."""
@@ -181,10 +239,16 @@ class _StateWatch:
         self._armed = False
         self._delivering = False
 
+    def again(self) -> _StateWatch:
+        """The same for a forked child, where nobody is told before the channel is used."""
+        again = _StateWatch(self._channel)
+        again._told = dict.fromkeys(self._told)
+        return again
+
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
             self._told[callback] = None
-        self._look()
+        self.look()
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
@@ -197,9 +261,9 @@ class _StateWatch:
     def _replaced(self) -> None:
         with self._lock:
             self._armed = False
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Watch for the next change, and deliver what the subscribers haven't been told."""
         with self._lock:
             if not self._told:
@@ -260,6 +324,8 @@ class _Multicallable:
     ) -> D:
         """A driver for a new call, not yet started."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         now = time.monotonic()
         call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
@@ -355,6 +421,8 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
     ) -> tuple[Any, Any]:
         """Make the call in this thread. Of the pair that is returned, the call is there only ``with_call``."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         assembly = channel.assembly
         pool = assembly.pool
@@ -474,6 +542,8 @@ class _Driver(LockedDriver):
     """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -492,7 +562,7 @@ class _Driver(LockedDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._hedged = method.policy.hedge.max_attempts > 1
+        self._hedged = False  # known with the first attempt
         self._unary = method.kind.endswith("unary")
         self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._request = requests
@@ -503,7 +573,15 @@ class _Driver(LockedDriver):
         if self._scope is not None:
             self._scope.adopt(self, self.cancel)
 
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._lock, self._condition = threading.Lock(), threading.Condition()
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed, self._callbacks = {}, None, None
+
     def begin(self, attempt: Attempt) -> None:
+        self._hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
@@ -539,7 +617,7 @@ class _Driver(LockedDriver):
     def wake_at(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.elapsed)
+        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self._replay is not None:
@@ -553,7 +631,16 @@ class _Driver(LockedDriver):
             self._scope.release(self)
             self.channel.assembly.failed(self.call, self.verdict, self._scope)
         for callback in callbacks:
-            _run_callback(callback)
+            self.channel.callbacks.run(callback)
+
+    # What follows these may run the caller's serializer, and they come in any thread: the one of the timers, or of
+    # another call, that found out that an endpoint is lost.
+
+    def timer_fired(self) -> None:
+        self.channel.stepping.run(super().timer_fired)
+
+    def picker_replaced(self) -> None:
+        self.channel.stepping.run(super().picker_replaced)
 
     def add_callback(self, callback: Callable[[], object]) -> bool:
         """Have ``callback`` called when the call is over; False when it is."""
@@ -603,7 +690,7 @@ class _Driver(LockedDriver):
         else:
             # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
             # for on another.
-            background.call(functools.partial(self._failed, number, address, inner))
+            self.channel.stepping.run(functools.partial(self._failed, number, address, inner))
 
     def _failed(self, number: int, address: str, inner: Any) -> None:
         self.ended(number, _outcome(inner, self.pool, address, final=self._unrepeatable()))
@@ -649,11 +736,14 @@ class _BlockingDriver(_Driver):
     def _send(self, wake: Wake | None) -> None:
         self._mail.put(wake)
 
+    def picker_replaced(self) -> None:
+        self._send(Elapsed(time.monotonic()))
+
     def wake_at(self, until: float | None) -> None:
         self._due = until
 
 
-class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
+class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa: N818 - it is a call, too
     """A call that was started with ``.future()``, or streams: all that grpc returns there, and ``explain()``."""
 
     def __init__(self, driver: _Driver) -> None:
@@ -752,14 +842,16 @@ class Call(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
         if driver is not None and driver.verdict is None:
-            driver.cancel("Cancelled upon garbage collection!")
+            background.call_from_finalizer(functools.partial(driver.cancel, "Cancelled upon garbage collection!"))
 
     def __repr__(self) -> str:
         verdict = self._driver.verdict
         name = type(self).__name__
         if verdict is None:
             return f"<{name} object>"
-        return terminated(name, CODES[verdict.outcome.code], verdict.outcome.details, self.debug_error_string())
+        endpoint = verdict.attempt.endpoint.address if verdict.attempt and verdict.outcome.code else ""
+        outcome = verdict.outcome
+        return terminated(name, CODES[outcome.code], outcome.details, self.debug_error_string(), endpoint)
 
     __str__ = __repr__
 
@@ -840,18 +932,19 @@ def _outcome(error: Any, pool: Pool, address: str, *, final: bool = False) -> Ou
 def _debug_error_string(call: Any) -> str:
     # Asked for it, grpc waits for ever when the call was ended on this side: cancelled, or by a bad message. But it
     # prints what it has.
-    _, _, rest = str(call).partition('\tdebug_error_string = "')
+    # The details are the peer's, and may read like what follows them.
+    _, _, rest = str(call).partition(f'\tdetails = "{call.details()}"\n\tdebug_error_string = "')
     text = rest.removesuffix('"\n>')
     return "" if text == "None" else text
 
 
-def _error(explanation: Explanation, verdict: Verdict) -> RpcError:
+def _error(explanation: Explanation, verdict: Verdict) -> CallError:
     """What a blocking call raises."""
     outcome = verdict.outcome
     core: Any = outcome.result
     if core is None:
-        return RpcError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
-    return RpcError(
+        return CallError(CODES[outcome.code], outcome.details, explanation, debug_error_string=outcome.details)
+    return CallError(
         core.code(),
         outcome.details,
         explanation,
@@ -884,5 +977,11 @@ def secure_channel(
     compression: grpc.Compression | None = None,
 ) -> grpc.Channel:
     """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address."""
+    not an address.
+
+    Raises:
+        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        ValueError: as ``insecure_channel``.
+    """
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression)

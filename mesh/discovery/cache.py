@@ -57,7 +57,7 @@ class Cache:
         except (OSError, DecodeError) as error:
             _LOG.warning("%s can't be read: %s", self._path, error)
             return None
-        _LOG.warning("%s: %d instances known %.0f s ago are used", self._path, len(snapshot.instances), age)
+        _LOG.warning("%s: using %d instances that were known %.0f s ago", self._path, len(snapshot.instances), age)
         return snapshot
 
     def save(self, snapshot: pb.Snapshot) -> None:

@@ -15,7 +15,8 @@ import logging
 import os
 from pathlib import Path
 
-from mesh import config
+from mesh import config, lines
+from mesh.descriptors import unknown_names
 
 FILE_VARIABLE = "MESH_SERVICE_CONFIG"
 """The environment variable that names the file. It holds a service config, or
@@ -28,6 +29,10 @@ PERIOD = 1.0
 _LOG = logging.getLogger("mesh.config")
 
 
+_REMEMBERED = 100
+"""Texts that warnings were logged of: a program that makes its channels over and over must not log them as often."""
+
+
 class Source(enum.IntEnum):
     """Who gave a config; the lower number goes first."""
 
@@ -36,15 +41,20 @@ class Source(enum.IntEnum):
     REGISTRY = 2
 
 
+_warned: set[tuple[str, Source, int]] = set()
+
+
 class Configs:
     """What the sources of one channel say, and the ``current`` config that follows from it.
 
-    ``channel`` is what log lines call it. ``balanced_by_core``: its balancing policy is for gRPC core to read.
+    ``channel`` is what log lines call it. ``service``: the one that it calls, where that is known.
+    ``balanced_by_core``: its balancing policy is for gRPC core to read.
     """
 
-    def __init__(self, channel: str, *, balanced_by_core: bool = False) -> None:
+    def __init__(self, channel: str, *, service: str = "", balanced_by_core: bool = False) -> None:
         self.current = config.ServiceConfig()
         self._channel = channel
+        self._service = service
         self._balanced_by_core = balanced_by_core
         self._parsed: dict[Source, config.ServiceConfig] = {}
         self._complaints: dict[Source, str] = {}
@@ -67,14 +77,35 @@ class Configs:
             self._parsed.pop(source, None)
         else:
             self._parsed[source] = parsed
+            self._warn(source, text, parsed)
         before, self.current = self.current, self._parsed[min(self._parsed)] if self._parsed else config.ServiceConfig()
-        return self.current != before
+        changed = self.current != before
+        if changed and source is not Source.OPTION:
+            now = (
+                f"from the {min(self._parsed).name.lower()} applied" if self._parsed else "removed; the defaults apply"
+            )
+            lines.info(_LOG, "config", "%s: service config %s", self._channel, now)
+        return changed
+
+    def _warn(self, source: Source, text: str, parsed: config.ServiceConfig) -> None:
+        key = (self._channel, source, hash(text))
+        if key not in _warned:
+            if len(_warned) >= _REMEMBERED:
+                _warned.clear()
+            _warned.add(key)
+            for warning in (*parsed.warnings, *unknown_names(parsed, [self._service] if self._service else ())):
+                _LOG.warning("%s: service config from the %s: %s", self._channel, source.name.lower(), warning)
 
     def refuse(self, source: Source, why: str) -> None:
         """A source said what can't be taken: say so, once for each reason."""
         if self._complaints.get(source) != why:
             self._complaints[source] = why
-            _LOG.error("%s: the %s's config is not taken, what held stays: %s", self._channel, source.name.lower(), why)
+            _LOG.error(
+                "%s: service config from the %s rejected; keeping the previous one: %s",
+                self._channel,
+                source.name.lower(),
+                why,
+            )
 
     def __repr__(self) -> str:
         return f"<Configs {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"

@@ -15,10 +15,14 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from mesh import core
+from mesh.discovery import absent
 from mesh.discovery.cache import Cache
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
+from mesh.errors import in_short
+from mesh.tasks import keep_running
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -59,6 +63,8 @@ OPTIONS = [
 class RegistryResolver(Resolver):
     """Watches ``service`` at the registry that ``registry`` names: ``host:port``, or another target of gRPC's."""
 
+    configures = True
+
     def __init__(
         self,
         registry: str,
@@ -83,9 +89,9 @@ class RegistryResolver(Resolver):
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         last: Update | None = None
-        saving = asyncio.create_task(self._save())
+        saving = asyncio.create_task(keep_running("saving to the disk cache", self._save, where=repr(self)))
         try:
-            async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
+            async with core.aio_channel(self._registry, OPTIONS) as channel:
                 stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
                 backoff = MIN_BACKOFF
                 while True:
@@ -112,6 +118,7 @@ class RegistryResolver(Resolver):
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
         reading = asyncio.ensure_future(call.read())
         begun = _now()
+        refused = False
         try:
             while True:
                 # Not wait_for: a read that is cancelled ends the call.
@@ -135,17 +142,19 @@ class RegistryResolver(Resolver):
                     break
                 self._roster.settle(_now())
                 if self._recall() or self._answered:
-                    yield self._known()
+                    yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
-            failure = f"{error.code().name}: {error.details()}"
+            failure = f"{error.code().name}: {in_short(error.details() or '')}"
+            refused = True
         finally:
             self._answered = False
             call.cancel()
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
         if self._recall():
-            yield self._known()
-        yield Update(None, f"registry {self._registry}: {failure}")
+            yield await self._known(stub)
+        # As in gRPC: a call without endpoints waits for an answer, and fails when asking for one does.
+        yield Update(None, f"registry {self._registry}: {failure}", final=refused)
 
     def _pause(self, begun: float) -> float | None:
         """How long a watch may go on as it is, if the registry says nothing more. Seconds; None: for ever."""
@@ -157,9 +166,9 @@ class RegistryResolver(Resolver):
                 untils.append(begun + RECALL)
         return max(min(untils) - _now(), 0.0) if untils else None
 
-    def _known(self) -> Update:
+    async def _known(self, stub: pb_grpc.RegistryAsyncStub) -> Update:
         endpoints = self._probation.apply(self._roster.endpoints(), _now())
-        error = "" if endpoints else f"registry {self._registry}: no instance of {self._service}"
+        error = "" if endpoints else await absent.describe(stub, self._registry, self._service)
         return Update(endpoints, error, service_config=self._roster.service_config)
 
     def _recall(self) -> bool:

@@ -10,7 +10,7 @@ Rule 5: among those that are READY there is always one to pick: what would leave
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mesh.config import BalancerConfig, ServiceConfig
 from mesh.model import Connectivity, Endpoint, Locality, Lock
@@ -24,6 +24,7 @@ from mesh.policy.outlier import Ejections
 from mesh.policy.overload import Gate
 from mesh.policy.pick import Picker, Probing
 from mesh.policy.subset import Levels, Subset, nearest
+from mesh.policy.unready import Seen, describe
 from mesh.policy.weigh import NOTHING, weigh
 
 # A channel's state from its endpoints': the first row with an endpoint in that state gives it (gRPC's connectivity
@@ -34,6 +35,10 @@ AGGREGATION = (
     Connectivity.IDLE,
     Connectivity.TRANSIENT_FAILURE,
 )
+
+
+METHODS = 1000
+"""Methods whose latencies are kept; past it the one that was first called longest ago is forgotten."""
 
 
 def _nobody() -> None:
@@ -47,8 +52,9 @@ def _reads_reports(balancer: BalancerConfig) -> bool:
 class Cluster:
     """The endpoints of one service, and what their calls share.
 
-    ``name`` is what errors call it; ``error`` is the latest reason why no endpoint can be called. ``new_lock`` makes
-    the short locks that nodes and counts need among threads; who has one thread gives ``contextlib.nullcontext``.
+    ``name`` is what errors call it; ``error`` is the latest reason why no endpoints are known; ``causes`` says of those
+    that can't be called why, as far as that is known. ``new_lock`` makes the short locks that nodes and counts need
+    among threads; who has one thread gives ``contextlib.nullcontext``.
 
     ``sweep`` is to be called now and then (the channel's tick), and soon after ``alarm``, which is called from any
     thread when an endpoint's calls are news. ``locality`` is the client's own. ``panic``: so many endpoints are ejected
@@ -68,6 +74,8 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.states: dict[str, Connectivity] = {}
         self.error = ""
+        self.since: dict[str, float] = {}  # when each took its state
+        self.causes: Mapping[str, str] = {}
         self.alarm: Callable[[], object] = _nobody
         self.locality = Locality()
         self.reads_reports = _reads_reports(self.balancer)
@@ -77,6 +85,7 @@ class Cluster:
         self._new_lock = new_lock
         self._resolved = False
         self._refused = False
+        self._stalled = ""  # why connections aren't being made
         self._now = now  # of the last sweep, for what needs no more than that
         self._weigh_at = now
         self._subset = Subset()
@@ -85,7 +94,13 @@ class Cluster:
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
-        return self._latencies.get(method) or self._latencies.setdefault(method, Latencies(self._new_lock()))
+        known = self._latencies.get(method)
+        if known is None:
+            if len(self._latencies) >= METHODS:
+                oldest, *_ = tuple(self._latencies)  # a copy: any thread may be here
+                self._latencies.pop(oldest, None)
+            known = self._latencies.setdefault(method, Latencies(self._new_lock()))
+        return known
 
     @property
     def state(self) -> Connectivity:
@@ -95,9 +110,9 @@ class Cluster:
             return Connectivity.TRANSIENT_FAILURE  # it is known that there are none
         return next((state for state in AGGREGATION if state in states), Connectivity.CONNECTING)
 
-    def update(self, endpoints: Iterable[Endpoint]) -> tuple[list[Endpoint], list[str]]:
+    def update(self, endpoints: Iterable[Endpoint], error: str = "") -> tuple[list[Endpoint], list[str]]:
         """Take a new endpoint set; returns the endpoints that are new and the addresses that are gone, of those that
-        this client uses (its subset).
+        this client uses (its subset). ``error``: why there are none.
 
         Of endpoints with one address the last one holds.
         """
@@ -112,22 +127,20 @@ class Cluster:
             }
         gone = [address for address in self.nodes if address not in wanted]
         for address in gone:
-            del self.nodes[address], self.states[address]
+            del self.nodes[address], self.states[address], self.since[address]
             self.ejections.forget(address)
         new = []
         for address, endpoint in wanted.items():
             node = self.nodes.get(address)
             if node is None:
                 self.nodes[address] = self._node(endpoint)
-                self.states[address] = Connectivity.IDLE
+                self.states[address], self.since[address] = Connectivity.IDLE, self._now
                 new.append(endpoint)
             else:
                 node.endpoint = endpoint
         self._resolved, self._refused = True, False
         if not wanted:
-            self.error = "the service has no instances"
-        elif len(new) == len(wanted):
-            self.error = ""  # it was about those before, or about finding any
+            self.error = error or "no endpoints"
         self._levels.update(self.nodes, self._now)
         self._weigh(exactly=True)
         self._swap()
@@ -172,19 +185,24 @@ class Cluster:
             self._refused = final
             self._swap()
 
-    def observe(self, states: Iterable[tuple[str, Connectivity]], error: str = "") -> bool:
+    def stalled(self, error: str) -> None:
+        """Connections aren't being made for now: calls that would wait for one fail with ``error``. Empty: they are
+        again."""
+        if error != self._stalled:
+            self._stalled = error
+            self._swap()
+
+    def observe(self, states: Iterable[tuple[str, Connectivity]]) -> bool:
         """Take the endpoints' states as they are now; returns whether one of them changed."""
         changed = connected = False
         for address, state in states:
             if self.states.get(address, state) != state:
-                self.states[address] = state
+                self.states[address], self.since[address] = state, self._now
                 changed = True
                 if state == Connectivity.READY:
                     self._connected(self.nodes[address])
                     connected = True
         if changed:
-            if error:
-                self.error = error
             if connected:
                 self._weigh()
             self._swap()
@@ -233,18 +251,25 @@ class Cluster:
         place, ready = self._levels.serving(self.states, self._now)
         if ready:
             self.picker = self._serving(place, ready)
+        elif self._stalled:
+            self.picker = Picker(queue=False, error=f"{self.name}: {self._stalled}")
         elif not self.nodes:
             queue = not (self._resolved or self._refused)
             self.picker = Picker(queue=queue, error=f"{self.name}: {self.error}", unresolved=queue)
         else:
             failing = all(state == Connectivity.TRANSIENT_FAILURE for state in self.states.values())
-            why = self.error or "connections failed"
-            self.picker = Picker(
-                queue=not failing,
-                error=f"{self.name}: none of {len(self.nodes)} endpoints can be reached: {why}"
-                if failing
-                else f"{self.name}: no endpoint is ready yet",
-            )
+            self.picker = Picker(queue=not failing, error=f"{self.name}: 0 of {len(self.nodes)} endpoints connected")
+
+    def why(self, picker: Picker, now: float, waited: float | None = None) -> str:
+        """Why ``picker`` had no endpoint for a call that has ``waited`` so many seconds; empty when it had one."""
+        if picker.unresolved or not picker.error or self._stalled:
+            return picker.error
+        # Copied at once: the pool changes these meanwhile.
+        states, since = dict(self.states), dict(self.since)
+        seen = {address: Seen(state, since.get(address, now)) for address, state in states.items()}
+        if not seen:
+            return picker.error if waited is None else f"{picker.error} after {waited:.1f} s"
+        return f"{self.name}: {describe(seen, self.causes, now, waited)}"
 
     def _serving(self, place: int, ready: Sequence[Node]) -> Picker:
         """The picker over ``ready``, those of one priority."""

@@ -65,6 +65,7 @@ class Ejections:
         self.config = config
         self.counts: Counter[str] = Counter()
         self.out: dict[str, Node] = {}
+        self.why: dict[str, str] = {}  # the latest reason of each that is out
         self._news: dict[Node, None] = {}  # each node once, so nothing grows while nobody sweeps
         self._rng = rng
         self._next = now + config.interval
@@ -81,6 +82,7 @@ class Ejections:
     def forget(self, address: str) -> None:
         """The endpoint has left."""
         self.out.pop(address, None)
+        self.why.pop(address, None)
 
     def reconnected(self, node: Node) -> None:
         """A new connection may be a new process: it is probed at once. Not one that comes and goes."""
@@ -107,6 +109,7 @@ class Ejections:
         breaker = node.breaker
         if breaker.state is State.CLOSED:
             if self.out.pop(node.endpoint.address, None):
+                self.why.pop(node.endpoint.address)
                 self.counts["returned"] += 1
                 return True
             return bool(breaker.reason) and self._eject(node, breaker.reason, nodes, now)
@@ -138,6 +141,7 @@ class Ejections:
         node.breaker.apply(Event.TRIP)
         self._lengthen(node, now)
         self.out[node.endpoint.address] = node
+        self.why[node.endpoint.address] = f"{reason}; for {node.breaker.until - now:.0f} s"
         self.counts[f"ejected: {reason}"] += 1
         return True
 

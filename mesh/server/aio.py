@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import signal
 import sys
@@ -12,9 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh import lines, variables
+from mesh.channel import forking
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -25,45 +29,26 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
+    listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
 from mesh.server.gate import AioGate
+from mesh.server.health import NOT_SERVING, SERVING, AioHealth
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._ends: set[asyncio.Timeout] = set()
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        try:
-            async with asyncio.timeout(None) as end:
-                self._ends.add(end)
-                try:
-                    await super().Watch(request, context)
-                finally:
-                    self._ends.discard(end)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-
-    def end_watches(self) -> None:
-        for end in tuple(self._ends):
-            end.reschedule(asyncio.get_running_loop().time())
-
-
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
+    """Servicers, served: with health, registration, deadlines, overload protection and a graceful end; and with
+    reflection where the settings ask for it.
 
     ::
 
@@ -75,13 +60,16 @@ class Server:
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        variables.warn_once()
         self.settings = settings if settings is not None else ServerSettings.from_env()
         self.services: tuple[str, ...] = ()
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.aio.Server | None = None
-        self._health: _Health | None = None
+        self._health = AioHealth()
+        self._ended = asyncio.Event()
         self._registration: Registration | None = None
         self.gate = AioGate(self.settings.admission(), load_reports=self.settings.load_reports)
         self._pool = ThreadPool(self.settings.max_workers)
@@ -91,8 +79,10 @@ class Server:
     async def start(self) -> None:
         """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
-        Raises OSError when it can't listen there.
+        Raises OSError when it can't listen there, RuntimeError in a forked child where no server can work
+        (docs/forking.md).
         """
+        forking.check(aio=True)
         settings = self.settings
         readiness = Readiness(settings.ready)
         server = grpc.aio.server(
@@ -105,20 +95,23 @@ class Server:
         )
         recorder.add(self._servicers)
         self.services = recorder.services
-        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
-        load.add_to_server(self.gate.load, server)
-        self.port = bind(server, settings.listen)
+        load.add_to_server(self.gate.load, server, self._ended)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
+        lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(NOT_SERVING, self.services)
         await server.start()
         self._server = server
         if readiness.given:
-            self._starting = asyncio.get_running_loop().create_task(self._when_ready(readiness))
+            self._starting = asyncio.get_running_loop().create_task(
+                keep_running("starting to serve", functools.partial(self._when_ready, readiness))
+            )
         else:
             await self._serve()
 
@@ -133,15 +126,10 @@ class Server:
         self.gate.admission.open()
         await self._serve()
 
-    async def _set_health(self, status: Any) -> None:
-        assert self._health is not None
-        for name in ("", *self.services):
-            await self._health.set(name, status)
-
     async def _serve(self) -> None:
         settings = self.settings
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        self._health.set(SERVING, self.services)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
         if settings.registry:
             self._registration = Registration(
                 settings.registry, instances(self.services, settings, self.address), settings.lease_ttl
@@ -158,17 +146,18 @@ class Server:
         await asyncio.shield(self._draining)
 
     async def _drain(self) -> None:
-        if self._server is None or self._health is None:
+        if self._server is None:
             return
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        await self._health.enter_graceful_shutdown()
+        self._health.set(NOT_SERVING, self.services)
         if self._registration is not None:
             await self._registration.close(self.settings.deregister_timeout)
         await asyncio.sleep(self.settings.drain_wait)
         self.gate.admission.close(Reason.DRAINING)
         self._health.end_watches()
+        self._ended.set()
         await self._stop(self.settings.grace)
 
     async def _stop(self, grace: float) -> None:
@@ -181,6 +170,7 @@ class Server:
         await asyncio.wait([stopping], timeout=grace - for_streams + _AT_ONCE)
         stopping.cancel()
         await asyncio.wait([stopping])
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def kill(self) -> None:

@@ -20,7 +20,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import Any
@@ -33,7 +33,7 @@ from mesh.model import Metadatum
 from mesh.observe import ServerObserver
 from mesh.policy.admission import BY_NAME
 from mesh.server.gate import PUSHBACK, UNGATED, AioGate, Gate, ThreadGate
-from mesh.server.gated import aio_gated, aio_gated_stream, sync_gated, sync_gated_responses
+from mesh.server.gated import aio_gated, aio_gated_responses, aio_gated_stream, sync_gated, sync_gated_responses
 from mesh.server.observed import observing
 from mesh.server.requests import UnparsableError, aio_parsed, kept, raised, sync_parsed
 from mesh.server.threads import async_behavior, begun
@@ -62,7 +62,7 @@ def arriving(metadata: Iterable[Metadatum]) -> Scope:
 
 def _begun(context: Any) -> Scope:
     """The scope, entered, of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
-    scope = mesh_context.current()
+    scope = mesh_context.inbound()
     if scope is None or scope.begun:  # its arrival wasn't seen here
         scope = arriving(context.invocation_metadata())
         mesh_context.enter(scope)
@@ -117,7 +117,6 @@ def _entered(context: grpc.ServicerContext) -> Scope:
 
 
 def _sync_done(context: Any, scope: Scope, gate: Gate | None) -> None:
-    scope.close()
     if scope.exhausted or gate is not None:
         trailers = _trailers(context.trailing_metadata(), _failed(context), scope, gate)
         if trailers:
@@ -126,7 +125,6 @@ def _sync_done(context: Any, scope: Scope, gate: Gate | None) -> None:
 
 def _sync_raised(behavior: Behavior, error: Exception, context: Any, scope: Scope, gate: Gate | None) -> None:
     """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
-    scope.close()
     if scope.exhausted or gate is not None:
         context.set_trailing_metadata(_trailers(context.trailing_metadata(), True, scope, gate))
     if not context.is_active():  # what a handler raises because its client is gone is no fault of its own
@@ -146,6 +144,8 @@ def _sync_unary(behavior: Behavior, gate: Gate | None) -> Behavior:
         except Exception as error:
             _sync_raised(behavior, error, context, scope, gate)
             raise
+        finally:
+            scope.close()
         _sync_done(context, scope, gate)
         return response
 
@@ -160,6 +160,8 @@ def _sync_stream(behavior: Behavior, gate: Gate | None) -> Behavior:
         except Exception as error:
             _sync_raised(behavior, error, context, scope, gate)
             raise
+        finally:
+            scope.close()
         _sync_done(context, scope, gate)
 
     return handle
@@ -226,26 +228,40 @@ def _aio_coroutine(behavior: Behavior, gate: Gate | None) -> Behavior:
         except Exception as error:
             await _aio_raised(behavior, error, wrapped, scope)
             raise
-        scope.close()
-        if scope.exhausted or gate is not None:
-            trailers = _trailers(context.trailing_metadata(), _failed(context), scope, gate)
-            if trailers:
-                context.set_trailing_metadata(trailers)
+        finally:
+            scope.close()
+        _set_trailers(context, scope, gate)
         return response
 
     return handle
 
 
-def _written(behavior: Behavior) -> Behavior:
-    """An async generator as the other kind of streaming handler, which writes: one generator fewer for each message."""
+def _aio_generator(behavior: Behavior, gate: Gate | None) -> Behavior:
+    async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+        scope = _begun(context)
+        wrapped = AioContext(context, scope, gate)
+        try:
+            async with aclosing(behavior(request, wrapped)) as responses:
+                async for response in responses:
+                    yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            scope.cancel()
+            raise
+        except Exception as error:
+            await _aio_raised(behavior, error, wrapped, scope)
+            raise
+        finally:
+            scope.close()
+        _set_trailers(context, scope, gate)
 
-    async def write_all(request: Any, context: Any) -> None:
-        async with aclosing(behavior(request, context)) as responses:
-            async for response in responses:
-                await context.write(response)
+    return handle
 
-    write_all.__qualname__ = getattr(behavior, "__qualname__", write_all.__qualname__)
-    return write_all
+
+def _set_trailers(context: Any, scope: Scope, gate: Gate | None) -> None:
+    if scope.exhausted or gate is not None:
+        trailers = _trailers(context.trailing_metadata(), _failed(context), scope, gate)
+        if trailers:
+            context.set_trailing_metadata(trailers)
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
@@ -294,21 +310,22 @@ def wrap_aio(handler: Handler, pool: Executor | None = None, gate: AioGate | Non
     runs in ``pool``."""
 
     def wrap(behavior: Behavior) -> Behavior:
-        if inspect.isasyncgenfunction(behavior):
-            behavior = _written(behavior)
-        elif not inspect.iscoroutinefunction(behavior):
+        if not (inspect.isasyncgenfunction(behavior) or inspect.iscoroutinefunction(behavior)):
             behavior = async_behavior(
                 behavior,
                 pool,
                 request_streaming=handler.request_streaming,
                 response_streaming=handler.response_streaming,
             )
+        # grpc and the interceptors of a server go by what kind of function a handler is: each layer keeps it.
+        generates = inspect.isasyncgenfunction(behavior)
         if handler.request_deserializer is not None and not handler.request_streaming:
             behavior = aio_parsed(behavior)
         if gate is not None:
             is_stream = handler.request_streaming or handler.response_streaming
-            behavior = (aio_gated_stream if is_stream else aio_gated)(behavior, gate)
-        return _aio_coroutine(behavior, gate)
+            gated = aio_gated_responses if generates else aio_gated_stream if is_stream else aio_gated
+            behavior = gated(behavior, gate)
+        return (_aio_generator if generates else _aio_coroutine)(behavior, gate)
 
     # A stream's messages are parsed where its handler reads them, so there it may raise.
     return _rebuilt(handler, wrap, raised if handler.request_streaming else kept)
@@ -319,8 +336,7 @@ def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
     behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     if getattr(behavior, "experimental_non_blocking", False):
         return handler
-    is_aio = inspect.iscoroutinefunction(behavior)
-    wrap = observing(observer, method, is_aio=is_aio, response_streaming=handler.response_streaming)
+    wrap = observing(observer, method)
 
     def observed(behavior: Behavior) -> Behavior:
         wrapped = wrap(behavior)
@@ -328,6 +344,10 @@ def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
         return wrapped
 
     return _rebuilt(handler, observed, lambda parse: parse)
+
+
+METHODS = 1000
+"""Methods whose wrapped handlers are kept; past it the first is forgotten, and wrapped again when it is called."""
 
 
 class Wrapped:
@@ -349,6 +369,9 @@ class Wrapped:
             wrapped = self._wrap(handler)
             if self._observer is not None:
                 wrapped = observe(wrapped, method, self._observer)
+            if method not in self._known and len(self._known) >= METHODS:  # a generic handler takes whatever is called
+                oldest, *_ = tuple(self._known)
+                self._known.pop(oldest, None)
             known = self._known[method] = (handler, wrapped)
         return known[1]
 

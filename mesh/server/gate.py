@@ -12,8 +12,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import grpc
 
@@ -169,14 +168,14 @@ class AioGate(Gate):
         self._quiet = 0.0
         self._pumping = False
         self._sweep: asyncio.TimerHandle | None = None
-        self.streams: set[asyncio.Task[Any]] = set()
-        """The tasks of the streams that are open."""
+        self.streams: set[Callable[[], object]] = set()
+        """What ends each of the streams that are open."""
 
     def end_streams(self) -> None:
         """End the streams that are open with UNAVAILABLE; those that begin from now on end at once."""
         self.ending = True
-        for task in self.streams:
-            task.cancel()
+        for end in tuple(self.streams):
+            end()
 
     def enter(self, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""

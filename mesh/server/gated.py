@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from mesh import context as mesh_context
@@ -22,7 +23,7 @@ Behavior = Callable[..., Any]
 
 
 def _scope() -> Scope:
-    scope = mesh_context.current()
+    scope = mesh_context.inbound()
     assert scope is not None  # entered by what stands around
     return scope
 
@@ -158,25 +159,29 @@ def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
     return gated
 
 
+async def _aio_begin_stream(gate: AioGate, scope: Scope, context: Any) -> None:
+    now = time.monotonic()
+    criticality = criticality_of(scope.criticality)
+    reason = None if gate.enter(criticality, now) else await gate.wait(criticality, scope.arrived)
+    if reason is None:
+        reason = _unfit(gate, Latency(), scope, now)
+    if reason is None:
+        reason = gate.admission.begin_stream(criticality)
+        gate.settle()
+    if reason is not None:
+        await context.abort(*gate.refusal(reason))
+
+
 def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
-    """A handler of a stream in any direction."""
+    """A handler of a stream in any direction that is a coroutine."""
     admission = gate.admission
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
-        now = time.monotonic()
-        criticality = criticality_of(scope.criticality)
-        reason = None if gate.enter(criticality, now) else await gate.wait(criticality, scope.arrived)
-        if reason is None:
-            reason = _unfit(gate, Latency(), scope, now)
-        if reason is None:
-            reason = admission.begin_stream(criticality)
-            gate.settle()
-        if reason is not None:
-            await context.abort(*gate.refusal(reason))
+        await _aio_begin_stream(gate, scope, context)
         task = asyncio.current_task()
         assert task is not None
-        gate.streams.add(task)
+        gate.streams.add(task.cancel)
         ending = Ending.FAILED
         try:
             response = await behavior(request, context)
@@ -189,9 +194,52 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
             await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
             raise
         finally:
-            gate.streams.discard(task)
+            gate.streams.discard(task.cancel)
             admission.end_stream(ending)
         return response
+
+    gated.__qualname__ = getattr(behavior, "__qualname__", gated.__qualname__)
+    return gated
+
+
+def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
+    """A handler with a stream of responses that is an async generator."""
+    admission = gate.admission
+
+    async def gated(request: Any, context: Any) -> AsyncIterator[Any]:
+        scope = _scope()
+        await _aio_begin_stream(gate, scope, context)
+        task = asyncio.current_task()
+        assert task is not None
+        sending = False
+
+        def end() -> None:
+            # What awaits while a response is sent is grpc or an interceptor, which would end the call without a status.
+            if not sending:
+                task.cancel()
+
+        gate.streams.add(end)
+        ending = Ending.FAILED
+        try:
+            async with aclosing(behavior(request, context)) as responses:
+                async for response in responses:
+                    sending = True
+                    yield response
+                    sending = False
+                    if gate.ending:
+                        scope.cancel()
+                        await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+            ending = Ending.OK
+        except asyncio.CancelledError:
+            if not gate.ending or context.done():
+                raise
+            task.uncancel()
+            scope.cancel()
+            await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+            raise
+        finally:
+            gate.streams.discard(end)
+            admission.end_stream(ending)
 
     gated.__qualname__ = getattr(behavior, "__qualname__", gated.__qualname__)
     return gated

@@ -11,6 +11,7 @@ The messages live in a descriptor pool of their own: another package in the proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, messa
 
 from mesh.model import Metadatum
 from mesh.policy.admission import Admission
+from mesh.server.threads import responses
 
 PERIOD = 0.1
 """Seconds that a report is good for."""
@@ -130,21 +132,26 @@ def _interval(request: Any) -> float:
     return max(LEAST_INTERVAL, request.report_interval.ToTimedelta().total_seconds() or 60.0)
 
 
-def add_to_server(load: Load, server: Any) -> None:
-    """Serve ORCA's out-of-band reports on a ``grpc.aio.Server``."""
+def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.aio.Server`` until ``ended``: a drain must not wait for them."""
 
     async def stream(request: Any, _: Any) -> AsyncIterator[Any]:
-        while True:
+        while not ended.is_set():
             yield load.report()
-            await asyncio.sleep(_interval(request))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_interval(request)):
+                    await ended.wait()
 
     _add(stream, server)
 
 
-def add_to_threaded_server(load: Load, server: Any) -> None:
-    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads."""
+def add_to_threaded_server(load: Load, server: Any, held: threading.Semaphore) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads.
+    ``held``: how many may take one where an interceptor stands around them."""
 
-    def stream(request: Any, context: Any, send: Callable[[Any], None]) -> None:
+    def stream(request: Any, context: Any, send: Callable[[Any], object] | None = None) -> Any:
+        if send is None:
+            return responses(stream, held, request, context)
         over = threading.Event()
 
         def report() -> None:
@@ -159,10 +166,12 @@ def add_to_threaded_server(load: Load, server: Any) -> None:
             over.set()
             for timer in timers:
                 timer.cancel()
+            send(None)
 
         timers: list[threading.Timer] = []
         if context.add_callback(end):
             report()
+        return None
 
     stream.experimental_non_blocking = True  # type: ignore[attr-defined]
     _add(stream, server)

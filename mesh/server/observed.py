@@ -3,35 +3,37 @@ call ends is settled by then."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 
 from mesh import context as mesh_context
-from mesh.context import REFUSED
+from mesh.context import REFUSED, Scope
 from mesh.observe import ServerObserver
 
 Behavior = Callable[..., Any]
 Wrap = Callable[[Behavior], Behavior]
 
 
-def observing(observer: ServerObserver, method: str, *, is_aio: bool, response_streaming: bool) -> Wrap:
-    """What wraps the handler of ``method``, so that ``observer`` is told of its calls."""
+def observing(observer: ServerObserver, method: str) -> Wrap:
+    """What wraps the handler of ``method``, so that ``observer`` is told of its calls. The handler's kind is kept."""
 
     @contextmanager
     def observed(context: Any) -> Iterator[None]:
         started = time.monotonic()
         REFUSED.set("")
+        scope = mesh_context.inbound()  # now: a generator may be closed in another context
         failed = True
         try:
             yield
             failed = False
         finally:
-            reason, code = REFUSED.get(), _code(context, failed)
+            reason, code = REFUSED.get(), _code(context, scope, failed)
             try:
                 if reason:
                     observer.refused(method, reason)
@@ -45,6 +47,12 @@ def observing(observer: ServerObserver, method: str, *, is_aio: bool, response_s
             with observed(context):
                 return await behavior(request, context)
 
+        async def aio_responses(request: Any, context: Any) -> AsyncIterator[Any]:
+            with observed(context):
+                async with aclosing(behavior(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+
         def sync(request: Any, context: Any) -> Any:
             with observed(context):
                 return behavior(request, context)
@@ -53,20 +61,23 @@ def observing(observer: ServerObserver, method: str, *, is_aio: bool, response_s
             with observed(context):
                 yield from behavior(request, context)
 
-        return aio if is_aio else sync_responses if response_streaming else sync
+        if inspect.isasyncgenfunction(behavior):
+            return aio_responses
+        if inspect.iscoroutinefunction(behavior):
+            return aio
+        return sync_responses if inspect.isgeneratorfunction(behavior) else sync
 
     return wrap
 
 
-def _code(context: Any, failed: bool) -> int:
-    """The status that a call ends with; ``failed``: its handler raised."""
+def _code(context: Any, scope: Scope | None, failed: bool) -> int:
+    """The status that a call of ``scope`` ends with; ``failed``: its handler raised."""
     is_aio = isinstance(context, grpc.aio.ServicerContext) or not hasattr(context, "is_active")
     gone = context.cancelled() if is_aio else not context.is_active()
     code = context.code()
     number = int(code.value[0] if isinstance(code, grpc.StatusCode) else code or 0)
     # Whatever else was raised has been aborted with a status: without one, the client is gone.
     if gone or (failed and number == 0):
-        scope = mesh_context.current()
         late = scope is not None and scope.deadline is not None and time.monotonic() >= scope.deadline
         return int((grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).value[0])
     return number

@@ -44,6 +44,6 @@ class Readiness:
         except Exception as error:  # what it depends on is away, in whatever way
             answer, reason = False, f"{type(error).__name__}: {error}"
         if reason and reason != self._told:
-            LOG.warning("not ready, trying on: %s", reason)
+            LOG.warning("not ready; asking again: %s", reason)
         self._told = reason
         return answer

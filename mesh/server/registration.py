@@ -20,7 +20,9 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from mesh import core, lines
 from mesh.config import RetryPolicy
+from mesh.errors import in_short
 from mesh.policy.backoff import Backoff
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -59,6 +61,11 @@ class Leases:
         self._instances = {instance.service: instance for instance in instances}
         self._held: dict[str, str] = {}  # service -> lease id
         self._ttl = ttl
+
+    @property
+    def ttl(self) -> float:
+        """Seconds that leases last without a keep-alive."""
+        return self._ttl
 
     def missing(self) -> list[pb.Instance]:
         """The instances to register."""
@@ -105,10 +112,12 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._registering: asyncio.Task[None] | None = None
+        self._told = ""  # the failure that was logged last, until the registry answers again
+        self._who = instances[0].id if instances else ""
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._channel = grpc.aio.insecure_channel(self._registry, _CHANNEL_OPTIONS)
+        self._channel = core.aio_channel(self._registry, _CHANNEL_OPTIONS)
         self._task = asyncio.get_running_loop().create_task(self._run(pb_grpc.RegistryStub(self._channel)))
 
     async def close(self, within: float) -> None:
@@ -130,38 +139,45 @@ class Registration:
         ended = [stub.Deregister(pb.DeregisterRequest(lease_id=lease), timeout=within) for lease in self.leases.held()]
         for outcome in await asyncio.gather(*ended, return_exceptions=True):
             if isinstance(outcome, BaseException):
-                LOG.warning("deregistering at %s failed: %s", self._registry, _reason(outcome))
+                why, ttl = _reason(outcome), self.leases.ttl
+                LOG.warning("deregistration at %s failed: %s; the lease expires in %g s", self._registry, why, ttl)
                 break
         self.leases.lost(self.leases.held())
         await self._channel.close()
 
     async def _run(self, stub: Any) -> None:
         backoff = Backoff(BACKOFF)
-        told = ""
         while True:
             try:
                 await self._register(stub)
-                if told:
-                    LOG.info("registered at %s again", self._registry)
-                told = ""
                 backoff.reset()
                 await self._renew(stub)
             except Exception as error:  # whatever the registry does, serving goes on
                 if isinstance(error, (grpc.RpcError, _Silent)):
-                    if _reason(error) != told:
-                        told = _reason(error)
-                        LOG.warning("not registered at %s, trying on: %s", self._registry, told)
+                    if _reason(error) != self._told:
+                        self._told = _reason(error)
+                        LOG.warning("registration at %s failed; retrying: %s", self._registry, self._told)
                 else:
-                    LOG.exception("registering at %s failed", self._registry)
+                    LOG.exception("registration at %s failed; retrying", self._registry)
             await asyncio.sleep(backoff.delay(self._rng))
 
     async def _register(self, stub: Any) -> None:
         """Register what has no lease."""
-        for instance in self.leases.missing():
+        missing = self.leases.missing()
+        for instance in missing:
             self._registering = asyncio.get_running_loop().create_task(self._register_one(stub, instance))
             # Who awaits it may be gone when it fails.
             self._registering.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._registering)
+        if missing:
+            self._answered()
+            services = ", ".join(instance.service for instance in missing)
+            lines.info(LOG, "registered", "registered at %s as %s: %s", self._registry, self._who, services)
+
+    def _answered(self) -> None:
+        if self._told:
+            self._told = ""
+            lines.info(LOG, "found", "registry %s answers again", self._registry)
 
     async def _register_one(self, stub: Any, instance: pb.Instance) -> None:
         request = pb.RegisterRequest(instance=instance, ttl=self._ttl)
@@ -173,6 +189,7 @@ class Registration:
     async def _renew(self, stub: Any) -> None:
         """Renew what has a lease, on one stream, until that fails."""
         stream = stub.KeepAlive()
+        ending = asyncio.ensure_future(stream.code())
         try:
             while True:
                 # At once on a new stream: after an outage a lease may be near its end.
@@ -182,17 +199,25 @@ class Registration:
                     answer = await stream.read()
                 if answer is grpc.aio.EOF:
                     raise _Silent("the registry ended the keep-alives")
+                self._answered()
                 if answer.unknown_lease_ids:
                     LOG.warning(
-                        "the registry lost %d of our leases (has another process our id?); registering again",
-                        len(answer.unknown_lease_ids),
+                        "registry %s restarted, or another process uses the instance id %s; registering again",
+                        self._registry,
+                        self._who,
                     )
                     self.leases.lost(answer.unknown_lease_ids)
                     await self._register(stub)
-                await asyncio.sleep(self.leases.renew_in(self._rng))
+                # A stream that ends meanwhile is found out at once, and not by writing to it.
+                await asyncio.wait([ending], timeout=self.leases.renew_in(self._rng))
+                if ending.done():
+                    raise _Silent(f"{ending.result().name}: {await stream.details()}")
         except TimeoutError:
             raise _Silent(f"no answer in {TIMEOUT:g} s") from None
+        except asyncio.InvalidStateError:  # it ended before the message could be written
+            raise _Silent(f"{(await stream.code()).name}: {await stream.details()}") from None
         finally:
+            ending.cancel()
             stream.cancel()
 
 
@@ -224,13 +249,18 @@ class RegistrationThread:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        self._registration.start()
-        self._started.set()
+        try:
+            self._registration.start()
+        finally:
+            self._started.set()
         await self._closing.wait()
         await self._registration.close(self._timeout)
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
+        # How core ends what a server that stops has not answered; this side's own cancels are no AioRpcError.
+        if error.code() is grpc.StatusCode.CANCELLED or error.details() == "Cancelling all calls":
+            return "the registry is shutting down"
+        return f"{error.code().name}: {in_short(error.details() or '')}"
     return str(error) or type(error).__name__

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
+from mesh import lines, variables
+from mesh.channel import forking
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -28,39 +31,26 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
+    listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
+from mesh.server.health import NOT_SERVING, SERVING, Health
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import SPARE, ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
 
 
-class _Health(health.HealthServicer):  # type: ignore[misc]
-    """gRPC's own, whose watches can be ended: one that a client keeps open would take up all of the grace."""
-
-    def __init__(self) -> None:
-        super().__init__()  # its watches take no thread of the pool
-        self._ends: set[Callable[[Any], None]] = set()
-
-    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
-        self._ends.add(send_response_callback)
-        context.add_callback(lambda: self._ends.discard(send_response_callback))
-        return super().Watch(request, context, send_response_callback)
-
-    def end_watches(self) -> None:
-        for end in tuple(self._ends):
-            end(None)
-
-
 class Server:
-    """Servicers, served: with health, reflection, registration, deadlines, overload protection and a graceful end.
+    """Servicers, served: with health, registration, deadlines, overload protection and a graceful end; and with
+    reflection where the settings ask for it.
 
     ::
 
@@ -72,13 +62,17 @@ class Server:
     """
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
+        variables.warn_once()
         self.settings = settings if settings is not None else ServerSettings.from_env()
         self.services: tuple[str, ...] = ()
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.Server | None = None
-        self._health = _Health()
+        # Streams of ours that hold a thread each, because an interceptor stands around them.
+        self._held = threading.BoundedSemaphore(SPARE // 2)
+        self._health = Health(self._held)
         self._registration: RegistrationThread | None = None
         self.gate = ThreadGate(
             self.settings.admission(self.settings.max_workers), load_reports=self.settings.load_reports
@@ -93,8 +87,10 @@ class Server:
     def start(self) -> None:
         """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
-        Raises OSError when it can't listen there.
+        Raises OSError when it can't listen there, RuntimeError in a forked child where no server can work
+        (docs/forking.md).
         """
+        forking.check(aio=bool(self.settings.registry))  # the registration's leases are kept over grpc.aio
         settings = self.settings
         readiness = Readiness(settings.ready)
         server = grpc.server(
@@ -108,12 +104,14 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
-        load.add_to_threaded_server(self.gate.load, server)
-        self.port = bind(server, settings.listen)
+        load.add_to_threaded_server(self.gate.load, server, self._held)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
+        lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
             self.gate.admission.close(Reason.STARTING)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(NOT_SERVING, self.services)
         server.start()
         self._server = server
         if readiness.given:
@@ -122,15 +120,15 @@ class Server:
             self._serve()
 
     def _when_ready(self, readiness: Readiness) -> None:
+        asyncio.run(keep_running("starting to serve", functools.partial(self._serve_when_ready, readiness)))
+
+    async def _serve_when_ready(self, readiness: Readiness) -> None:
+        """On a loop of its own, where nothing else runs, so that it may block."""
         rng = random.Random()
-        while not asyncio.run(readiness.ask()):
+        while not await readiness.ask():
             if self._ending.wait(readiness.pace.delay(rng)):
                 return
         self._serve()
-
-    def _set_health(self, status: Any) -> None:
-        for name in ("", *self.services):
-            self._health.set(name, status)
 
     def _serve(self) -> None:
         settings = self.settings
@@ -138,12 +136,12 @@ class Server:
             if self._draining:
                 return
             self.gate.admission.open()
-            self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(SERVING, self.services)
             if settings.registry:
                 told = instances(self.services, settings, self.address)
                 self._registration = RegistrationThread(Registration(settings.registry, told, settings.lease_ttl))
                 self._registration.start()
-        LOG.info("serving %s on %s", ", ".join(self.services), self.address)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
 
     def drain(self) -> None:
         """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.
@@ -159,7 +157,7 @@ class Server:
         try:
             if self._server is None:
                 return
-            self._health.enter_graceful_shutdown()
+            self._health.set(NOT_SERVING, self.services)
             if self._registration is not None:
                 self._registration.close(self.settings.deregister_timeout)
             self._killed.wait(self.settings.drain_wait)
@@ -182,6 +180,7 @@ class Server:
                     self._server.stop(0.0)
                     break
             stopped.wait(max(0.0, end - time.monotonic()) + _AT_ONCE)
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:

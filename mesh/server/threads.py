@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextvars import copy_context
 from typing import Any
@@ -64,6 +64,25 @@ def begun() -> None:
     work = getattr(_running, "work", None)
     if work is not None:
         work.begun = True
+
+
+def responses(stream: Callable[..., object], held: threading.Semaphore, request: Any, context: Any) -> Iterator[Any]:
+    """The responses of a handler of the callback kind (``experimental_non_blocking``), for callers that iterate.
+
+    An interceptor that rebuilds a handler drops the attribute that marks this kind; each call then holds a thread.
+    ``held`` limits how many may. Beyond it the call gets UNIMPLEMENTED: the client then treats the server as healthy
+    (gRFC A17), and doesn't ask for its load again.
+    """
+    if not held.acquire(blocking=False):
+        details = "under interceptors each of these calls holds a thread; as many as may do"
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, details)
+    begun()
+    try:
+        sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stream(request, context, sent.put)
+        yield from iter(sent.get, None)
+    finally:
+        held.release()
 
 
 class ThreadPool(Executor):
@@ -201,23 +220,26 @@ def async_behavior(
     when the call is cancelled.
     """
 
-    async def handle(request: Any, context: Any) -> Any:
+    def entered(request: Any, context: Any) -> tuple[Callable[..., Awaitable[Any]], Any, _ThreadContext]:
         loop = asyncio.get_running_loop()
         enter = copy_context().run
 
         def run(step: Callable[..., Any], *args: Any) -> Awaitable[Any]:
             return loop.run_in_executor(pool, functools.partial(enter, step, *args))
 
-        if request_streaming:
-            request = _in_thread(request, loop)
-        threaded = _ThreadContext(context, loop)
-        if not response_streaming:
-            return await run(behavior, request, threaded)
+        return run, _in_thread(request, loop) if request_streaming else request, _ThreadContext(context, loop)
+
+    async def handle(request: Any, context: Any) -> Any:
+        run, request, threaded = entered(request, context)
+        return await run(behavior, request, threaded)
+
+    async def handle_responses(request: Any, context: Any) -> AsyncIterator[Any]:
+        run, request, threaded = entered(request, context)
         end = object()
         responses: Iterator[Any] = iter(await run(behavior, request, threaded))
         while (response := await run(next, responses, end)) is not end:
-            await context.write(response)
-        return None
+            yield response
 
-    handle.__qualname__ = getattr(behavior, "__qualname__", handle.__qualname__)
-    return handle
+    chosen = handle_responses if response_streaming else handle
+    chosen.__qualname__ = getattr(behavior, "__qualname__", chosen.__qualname__)
+    return chosen

@@ -140,7 +140,7 @@ async def handle(
             log.error("event rejected", error=str(error))
             return Dead(str(error))
         except (UnavailableError, ExhaustedError) as error:
-            log.warning("event comes again", attempt=attempt, error=str(error))
+            log.warning("event failed; it will be redelivered", attempt=attempt, error=str(error))
             return Again(backoff(attempt))
         except Exception as error:
             dead = attempt >= MAX_ATTEMPTS

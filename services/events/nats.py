@@ -181,7 +181,7 @@ class NatsBus:
                 log.info("broker connected")
                 await ended.wait()
             except _AWAY as error:
-                log.warning("broker not ready", error=str(error))
+                log.warning("broker connection failed; retrying", error=str(error))
             finally:
                 self._client = None
                 self._up.clear()
@@ -279,7 +279,7 @@ async def _quiet(error: Exception) -> None:
 
 
 async def _disconnected() -> None:
-    log.warning("broker away")
+    log.warning("broker disconnected; reconnecting")
 
 
 async def _reconnected() -> None:

@@ -76,4 +76,4 @@ class OrderEvents:
         if await self._store.act(event.id, notification):
             log.info("notified", kind=kind.value, order_id=order.id, user_id=order.user_id)
         else:
-            log.debug("event came before", order_id=order.id)
+            log.debug("duplicate event ignored", order_id=order.id)

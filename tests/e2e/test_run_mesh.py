@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import signal
@@ -118,6 +120,16 @@ class TestWhatItPrints:
         for offset in (0, 1, 2, 3, 11, 12, 21, 22, 31):
             assert f"{HOST}:{shop.port + offset} " in said
 
+    def test_its_logs_say_where_each_listens_and_is_registered_and_know_every_variable(self, shop: Mesh) -> None:
+        for name in ("user-1", "order-2", "notification-1"):
+            log = (shop.data / "logs" / f"{name}.log").read_text()
+            events = [json.loads(line) for line in log.splitlines()]
+            said = [event["event"] for event in events if event["logger"] == "mesh.server" and event["level"] == "info"]
+            address = said[0].removeprefix("listening on ")
+            assert f" {address} " in shop.process.said
+            assert f"registered at {shop.registry} as {name}: " in "\n".join(said)
+            assert "unknown environment variable" not in log
+
     def test_the_grpcurl_lines_work(self, shop: Mesh) -> None:
         lines = [line for line in shop.process.said.splitlines() if line.startswith("grpcurl ")]
         assert len(lines) == 3
@@ -165,6 +177,7 @@ class TestWhatItPrints:
 def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: signal.Signals) -> None:
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
+    assert f"service configs are kept in {mesh.data}/registry" in (mesh.data / "logs/registry.log").read_text()
     pids = mesh.pids()
     assert len(pids) == 5
     assert mesh.process.end(number, within=40) == 0
@@ -209,6 +222,20 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
     assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use" in process.said
 
 
+def test_a_folder_in_use_is_one_line_that_names_another_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
+    """Two shops on one folder would have two brokers on one store."""
+    data = tmp_path / "data"
+    mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
+    mesh.process.wait_for("Starting")
+    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", data)
+    assert second.wait() == 2
+    assert second.said.startswith(
+        f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}): make run-mesh DATA={data}-2 PORT="
+    )
+    assert second.said.count("\n") == 1
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -242,7 +269,7 @@ def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
-    mesh.process.wait_for("user-1 was ended by SIGKILL")
+    mesh.process.wait_for("user-1 killed (SIGKILL); restarting")
     mesh.process.wait_for("user-1 is back", within=30)
     assert mesh.run(sys.executable, str(REPOSITORY / "examples/quickstart_sync.py"))
     assert mesh.process.end(signal.SIGINT, within=40) == 0
@@ -254,5 +281,10 @@ def test_no_process_outlives_a_killed_supervisor(spawn: Spawn, tmp_path: Path) -
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     pids = mesh.pids()
+    os.kill(pids["nats"], signal.SIGSTOP)
     assert mesh.process.end(signal.SIGKILL) == -signal.SIGKILL
+    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", mesh.data)
+    assert second.wait() == 2, "while the broker lives, no other has its store"
+    assert "is in use by another mesh" in second.said
+    os.kill(pids["nats"], signal.SIGCONT)
     eventually(lambda: all(gone(pid) for pid in pids.values()), within=30, what="its processes had ended")

@@ -293,7 +293,7 @@ class TestTheRegistry:
         for served in (one, two, one, two):
             served.rests()
         # They take the id from each other; whoever has lost it says so.
-        eventually(lambda: "has another process our id?" in one.process.said + two.process.said, 20)
+        eventually(lambda: "or another process uses the instance id" in one.process.said + two.process.said, 20)
         assert one.process.end() == 0
         known(registry, two.address)
 

@@ -56,9 +56,9 @@ def cluster_of(ready: int = 3, config: ServiceConfig | None = None, *, seed: int
     return cluster
 
 
-def set_states(cluster: Cluster, state: Connectivity, error: str = "") -> None:
+def set_states(cluster: Cluster, state: Connectivity) -> None:
     """Put all endpoints into ``state``."""
-    cluster.observe([(address, state) for address in cluster.nodes], error)
+    cluster.observe([(address, state) for address in cluster.nodes])
 
 
 class Driven:

@@ -42,15 +42,18 @@ def test_waiting_ends_at_the_deadline_and_says_what_for() -> None:
     set_states(cluster, Connectivity.CONNECTING)
     call = Driven(cluster=cluster, deadline=5.0)
     call.elapses()
-    call.ends(Code.DEADLINE_EXCEEDED, "test: no endpoint is ready yet")
+    call.ends(
+        Code.DEADLINE_EXCEEDED, "test: 0 of 3 endpoints connected after 5.0 s: e0 CONNECTING for 5.0 s, e1 CONNECTING"
+    )
     assert call.call.attempts == []
 
 
 def test_a_call_fails_at_once_when_all_endpoints_have_failed() -> None:
     cluster = cluster_of()
-    set_states(cluster, Connectivity.TRANSIENT_FAILURE, "connection refused")
+    set_states(cluster, Connectivity.TRANSIENT_FAILURE)
+    cluster.causes = {"e1": "connection refused"}
     call = Driven(cluster=cluster, deadline=5.0)
-    call.ends(Code.UNAVAILABLE, "test: none of 3 endpoints can be reached: connection refused")
+    call.ends(Code.UNAVAILABLE, "test: 0 of 3 endpoints connected: e1: connection refused, e0 TRANSIENT_FAILURE for")
 
 
 def test_a_call_that_waits_for_ready_waits_though_all_have_failed() -> None:
@@ -68,7 +71,7 @@ def test_a_call_that_waits_for_ready_ends_at_its_deadline() -> None:
     set_states(cluster, Connectivity.TRANSIENT_FAILURE)
     call = Driven(cluster=cluster, deadline=5.0, wait_for_ready=True)
     call.elapses()
-    call.ends(Code.DEADLINE_EXCEEDED, "none of 3 endpoints can be reached")
+    call.ends(Code.DEADLINE_EXCEEDED, "0 of 3 endpoints connected after 5.0 s: e0 TRANSIENT_FAILURE for 5.0 s")
 
 
 def test_while_the_registry_is_away_calls_wait_and_then_name_it() -> None:
@@ -85,7 +88,7 @@ def test_before_anything_is_known_calls_wait() -> None:
     call = Driven(cluster=cluster, deadline=5.0)
     call.waits(until=5.0)
     call.elapses()
-    call.ends(Code.DEADLINE_EXCEEDED, "test: not resolved yet")
+    call.ends(Code.DEADLINE_EXCEEDED, "test: not resolved yet after 5.0 s")
 
 
 def test_a_final_word_from_the_resolver_fails_calls_at_once() -> None:
@@ -96,8 +99,8 @@ def test_a_final_word_from_the_resolver_fails_calls_at_once() -> None:
 
 def test_a_service_without_instances_fails_calls_at_once() -> None:
     cluster = cluster_of(0)
-    cluster.update([])
-    Driven(cluster=cluster).ends(Code.UNAVAILABLE, "test: the service has no instances")
+    cluster.update([], "registry R knows no instance of 'S'")
+    Driven(cluster=cluster).ends(Code.UNAVAILABLE, "test: registry R knows no instance of 'S'")
 
 
 @pytest.mark.parametrize("deadline", [1.0, 0.5, -3.0])
@@ -113,7 +116,7 @@ def test_a_call_that_waited_too_long_is_never_sent() -> None:
     call = Driven(cluster=cluster, deadline=5.0)
     set_states(cluster, Connectivity.READY)
     call.elapses(at=5.0)
-    call.ends(Code.DEADLINE_EXCEEDED)
+    call.ends(Code.DEADLINE_EXCEEDED, "test: not sent within 5.0 s; ready endpoints: 3")
 
 
 def test_an_endpoint_that_leaves_the_set_gives_back_what_was_in_flight_there() -> None:

@@ -121,7 +121,7 @@ class TestBadStart:
     def test_so_is_a_bad_setting(self, world: str, spawn: Spawn) -> None:
         process = spawn.python(SERVING, world, environment={"MESH_GRACE": "soon"})
         assert process.wait() == 2
-        assert process.said.splitlines() == ["MESH_GRACE='soon': should be seconds from 0 to 3600", "exit code 2"]
+        assert process.said.splitlines() == ["MESH_GRACE='soon': expected seconds from 0 to 3600", "exit code 2"]
 
     def test_and_a_host_that_is_not_ours(self, world: str, spawn: Spawn) -> None:
         process = spawn.python(SERVING, world, environment={"MESH_LISTEN": "nosuch.invalid:5000"})

@@ -48,7 +48,7 @@ def test_help_lists_every_variable_with_its_default(service: str) -> None:
     ("environment", "line"),
     [
         ({"MESH_LOG_LEVEL": "loud"}, "user: MESH_LOG_LEVEL='loud': Input should be 'debug', 'info'"),
-        ({"MESH_LISTEN": "nowhere"}, "user: MESH_LISTEN='nowhere': should be host:port"),
+        ({"MESH_LISTEN": "nowhere"}, "user: MESH_LISTEN='nowhere': expected host:port"),
         (
             {"MESH_DATA": "{tmp}/file/data"},
             "user: MESH_DATA='{tmp}/file/data': can't be a data folder: Not a directory",

@@ -1,0 +1,133 @@
+"""Why an endpoint that can't be called can't: what core knows of it, in a few words for errors and log lines.
+
+Core's state says only TRANSIENT_FAILURE. A call on that channel fails at once, without touching the network, and its
+details name the cause: that text is shown, and never decided upon. Where core says no more than that the endpoint is
+unhealthy, its health is asked for, on a channel of its own.
+
+An endpoint is reported as failing only when its cause is known, or after WITHIN: so the first call that fails can say
+why. A few endpoints are asked at a time, as errors name no more; the others have no cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
+
+from mesh.errors import in_short
+from mesh.model import Connectivity
+
+if TYPE_CHECKING:
+    from mesh.channel.subchannels import Subchannel
+
+AT_ONCE = 3
+"""How many endpoints are asked at a time."""
+
+WITHIN = 0.25
+"""How long asking may take, while calls wait. Seconds."""
+
+AGAIN = 5.0
+"""A cause is asked for again after this time: an endpoint can go from one failure to another. Seconds."""
+
+_CHECK = "/grpc.health.v1.Health/Check"
+_UNHEALTHY = "backend unhealthy"  # core's health checking (A17)
+
+
+class Causes:
+    """The causes of one pool's endpoints. ``known`` is read from any thread; all else belongs to the pool's loop, but
+    ``seen``. ``changed`` is called when a cause has become known."""
+
+    def __init__(self, changed: Callable[[], object]) -> None:
+        self.known: dict[str, str] = {}
+        self._changed = changed
+        self._asked: dict[str, float] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    def seen(self, address: str, state: Connectivity) -> Connectivity:
+        """The state to report for ``address``. From any thread."""
+        failing = state == Connectivity.TRANSIENT_FAILURE
+        return Connectivity.CONNECTING if failing and address not in self.known else state
+
+    def tick(self, subchannels: Mapping[str, Subchannel], failing: Iterable[str], now: float) -> None:
+        """Ask for the causes of ``failing``; forget those of all others."""
+        wanted = dict.fromkeys(failing)
+        if not wanted and not self.known:
+            return
+        for address in self.known.keys() - wanted.keys():
+            del self.known[address]
+            self._asked.pop(address, None)
+        for address in wanted:
+            if address in self._asking or now < self._asked.get(address, now):
+                continue
+            if len(self._asking) < AT_ONCE and (address in self._asked or len(self._asked) < AT_ONCE):
+                self._asked[address] = now + AGAIN
+                self._asking[address] = asyncio.create_task(self._ask(address, subchannels[address]))
+            else:
+                self.known.setdefault(address, "")
+
+    async def close(self) -> None:
+        """Ask nobody any more."""
+        for task in self._asking.values():
+            task.cancel()
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+
+    async def _ask(self, address: str, subchannel: Subchannel) -> None:
+        cause = ""
+        try:
+            with contextlib.suppress(TimeoutError, ValueError, grpc.aio.UsageError):  # the last two: closed meanwhile
+                async with asyncio.timeout(WITHIN):
+                    cause = await cause_of(subchannel)
+        finally:
+            self._asking.pop(address, None)
+            if address in self._asked:
+                self.known[address] = cause
+                self._changed()
+
+
+async def cause_of(subchannel: Subchannel) -> str:
+    """Why ``subchannel`` can't be called; empty when it can, or nothing is known."""
+    details = await _details(subchannel.core())
+    if not details.endswith(_UNHEALTHY):
+        return in_short(details)
+    service = _health_service(subchannel)
+    async with subchannel.unwatched() as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            answer = await channel.unary_unary(
+                _CHECK, health_pb2.HealthCheckRequest.SerializeToString, health_pb2.HealthCheckResponse.FromString
+            )(request, timeout=WITHIN)
+        except grpc.aio.AioRpcError as error:
+            return f"health check failed: {error.code().name}: {in_short(error.details() or '')}"
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return f"health check of {service!r} returned {status}" if service else f"health check returned {status}"
+
+
+async def _details(core: Any) -> str:
+    """What a call on a failing core channel fails with; empty when it doesn't fail so."""
+    check = core.unary_unary(_CHECK)
+    if isinstance(core, grpc.aio.Channel):
+        try:
+            await check(b"", timeout=WITHIN)
+        except grpc.aio.AioRpcError as error:
+            return (error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
+        return ""
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    call = check.future(b"", timeout=WITHIN)
+    call.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(over.set))
+    try:
+        await over.wait()
+    finally:
+        call.cancel()
+    return (call.details() or "") if call.code() is grpc.StatusCode.UNAVAILABLE else ""
+
+
+def _health_service(subchannel: Subchannel) -> str:
+    config = json.loads(dict(subchannel.options).get("grpc.service_config", "{}"))
+    return str(config.get("healthCheckConfig", {}).get("serviceName", ""))

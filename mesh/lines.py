@@ -1,0 +1,107 @@
+"""Log lines about what happens to a process: at most one a second of a kind, so that a flood of events is a few lines.
+
+A line that comes too soon is held back; the latest of its kind is logged when its second is over, and says how many
+came before it. A thread that lives for that second does so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+PERIOD = 1.0
+"""Between two lines of a kind. Seconds."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    logged_at: float
+    held: str = ""
+    log: logging.Logger | None = None
+    left_out: int = 0
+
+
+class Limit:
+    """Which lines may be logged at ``now`` (monotonic seconds). No IO; not thread-safe."""
+
+    def __init__(self, period: float = PERIOD) -> None:
+        self._period = period
+        self._kinds: dict[str, _Kind] = {}
+        self.holding = False
+
+    def take(self, kind: str, now: float, log: logging.Logger, text: str) -> str:
+        """The text to log now; empty when it is held back."""
+        known = self._kinds.get(kind)
+        if known is not None and now < known.logged_at + self._period:
+            known.left_out += bool(known.held)
+            known.held, known.log = text, log
+            self.holding = True
+            return ""
+        left_out = 0 if known is None else known.left_out + bool(known.held)
+        self._kinds[kind] = _Kind(now)
+        return _with(text, left_out)
+
+    def due(self, now: float) -> list[tuple[logging.Logger, str]]:
+        """The lines that were held back for long enough."""
+        lines = []
+        self.holding = False
+        for kind, known in self._kinds.items():
+            if known.log is None:
+                continue
+            if now < known.logged_at + self._period:
+                self.holding = True
+                continue
+            lines.append((known.log, _with(known.held, known.left_out)))
+            self._kinds[kind] = _Kind(now)
+        return lines
+
+
+def _with(text: str, left_out: int) -> str:
+    return f"{text} ({left_out} more such line{'s' if left_out > 1 else ''} left out)" if left_out else text
+
+
+_lock = threading.Lock()
+_flushing = False  # a thread is at it
+_limit = Limit()
+
+
+def info(log: logging.Logger, kind: str, message: str, *arguments: object) -> None:
+    """Log a line of ``kind`` at INFO, now or within about a second."""
+    global _flushing
+    if log.isEnabledFor(logging.INFO):
+        text = message % arguments if arguments else message
+        with _lock:
+            text = _limit.take(kind, time.monotonic(), log, text)
+            start = _limit.holding and not _flushing
+            _flushing |= start
+        if text:
+            log.info("%s", text)
+        if start:
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                threading.Thread(target=_flush, name="mesh-lines", daemon=True).start()
+
+
+def _flush() -> None:
+    """Log the lines that are held back, each when its time has come, until there are none."""
+    global _flushing
+    over = False
+    while not over:
+        time.sleep(PERIOD / 10)
+        with _lock:
+            lines = _limit.due(time.monotonic())
+            _flushing = _limit.holding
+            over = not _flushing
+        for log, text in lines:
+            log.info("%s", text)
+
+
+def _forked() -> None:
+    global _lock, _flushing
+    _lock, _flushing = threading.Lock(), False
+
+
+os.register_at_fork(after_in_child=_forked)
