@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from mesh.channel.background import OLD_CORE
 from tests.channel.suite import Server
 
 HEAD = """
@@ -37,7 +38,8 @@ def run(program: str, server: Server, *, code: int = 0) -> str:
     command = [sys.executable, "-c", text, server.address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
+    if not (OLD_CORE and "BlockingIOError: [Errno 11]" in done.stderr):  # grpc.aio logs it when loops share a process
+        assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 

@@ -141,7 +141,7 @@ def serve(world: str) -> Serve:
 async def refused(call: Any) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return caught.value.code(), caught.value.details() or "", dict(caught.value.trailing_metadata())
+    return caught.value.code(), caught.value.details() or "", dict([*caught.value.trailing_metadata()])
 
 
 class TestOverload:
@@ -369,7 +369,7 @@ class TestLoad:
         async with serve(max_concurrency=2, queue_size=0) as client:
             call = client.echo(b"", timeout=BOUND)
             await call
-            trailers = dict(await call.trailing_metadata())
+            trailers = dict([*await call.trailing_metadata()])
             # endpoint-load-metrics-bin goes out too; gRPC's core keeps it from us.
             report = OrcaLoadReport.FromString(trailers["weft-load-bin"])
             assert 0 <= report.application_utilization <= 1
