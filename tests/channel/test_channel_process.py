@@ -70,7 +70,7 @@ def test_a_process_may_fork_before_its_first_call(server: Server) -> None:
     for pid in children:
         assert os.waitpid(pid, 0)[1] == 0
     use()
-    print("parent")
+    print("parent", flush=True)
     """
     assert run(program, server).split() == ["child", "child", "parent"]
 
