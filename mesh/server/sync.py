@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 from mesh import context as mesh_context
 from mesh import lines, variables
 from mesh.channel import forking
+from mesh.health import NOT_SERVING, SERVING
 from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
@@ -37,7 +38,7 @@ from mesh.server.assembly import (
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
-from mesh.server.health import NOT_SERVING, SERVING, Health
+from mesh.server.health import Health
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
