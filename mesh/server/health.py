@@ -1,8 +1,8 @@
 """``grpc.health.v1`` for a threaded server; for asyncio see ``mesh/health.py``.
 
 grpcio's own servicer sends under a lock that its watches take when their clients leave, on the thread that would
-complete the sending: both then wait for ever. And it has nothing to end a watch with: one that a client keeps open would
-take up all of a drain's grace.
+complete the sending: both then wait for ever. And it has nothing to end a watch with: one that a client keeps open
+would take up all of a drain's grace.
 """
 
 from __future__ import annotations
