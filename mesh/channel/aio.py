@@ -520,7 +520,7 @@ class _Driver(EventDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._request = requests
+        self._request = requests if self.replay is None else None
         self._streams = method.kind.endswith("stream")
         self._starting = True
         self._timer: asyncio.TimerHandle | None = None

@@ -169,6 +169,7 @@ class AioReplay(_Buffer):
             self._written.end()
         if self._fetching is not None:
             self._fetching.cancel()
+        self._next = _no_more  # the caller's iterator ends with the call, also while the call object is kept
 
     @property
     def writable(self) -> bool:
@@ -230,6 +231,10 @@ class _Written:
     def _notify(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+async def _no_more() -> Any:
+    raise StopAsyncIteration
 
 
 def _asynchronous(iterator: Iterator[Any]) -> Callable[[], Awaitable[Any]]:
