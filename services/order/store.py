@@ -12,13 +12,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters
+from services import filters, paging
 from services.database import SEQUENCE, Database, UtcDateTime
 from services.idempotency import Requests
 from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
 from services.order.messages import event_message
 from services.outbox import Outbox
-from services.paging import Page
+from services.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -69,6 +69,7 @@ known_users = sa.Table("known_users", metadata, sa.Column("user_id", sa.String(3
 
 requests = Requests(metadata)
 outbox = Outbox(metadata, "/weft/order")
+paging.add_key(metadata)
 
 _ITEMS = (items.c.order_id, items.c.sku, items.c.quantity, items.c.currency, items.c.units, items.c.nanos)
 # Statements that are made once: making one costs more than SQLite takes to perform it.
@@ -102,6 +103,7 @@ class OrderStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.tokens = Tokens.of(database)
         self._remembered: set[str] = set()  # of known_users; saves looking there again
 
     async def find(self, order: Order, request_id: str) -> Order | None:

@@ -34,7 +34,7 @@ def versions(tmp_path: Path) -> Path:
     folder = tmp_path / "versions"
     folder.mkdir()
     (folder / "v0001.py").write_text(
-        "from services import outbox\nrevision, down_revision = '1', None\ndef upgrade():\n    outbox.create_tables()\n"
+        "from services import outbox\nrevision, down_revision = '1', None\ndef upgrade():\n    outbox.create_tables()\n    outbox.add_set_aside()\n"
     )
     return folder
 
