@@ -25,13 +25,15 @@ MAX_ATTEMPTS = 5  # "Clients MUST treat values greater than 5 as 5" - A6
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never."""
+    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never. ``receive_timeout`` is for
+    each attempt's response."""
 
     max_attempts: int
     initial_backoff: float = 0.025
     max_backoff: float = 0.25
     multiplier: float = 2.0
     codes: frozenset[int] = frozenset({Code.UNAVAILABLE})
+    receive_timeout: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,10 +534,15 @@ def _method(config: _Object) -> MethodPolicy:
 
 def _retry(field: _Field) -> RetryPolicy:
     retry = field.object()
-    codes = retry.need("retryableStatusCodes", _Field.codes)
-    if not codes:
-        raise retry.field("retryableStatusCodes").fail("expected at least one status code")
+    receive_timeout = retry.get_or("perAttemptRecvTimeout", _Field.positive_duration, math.inf)
+    if receive_timeout < math.inf:  # then a timeout is reason enough, as in core
+        codes: frozenset[int] = retry.get_or("retryableStatusCodes", _Field.codes, frozenset())
+    else:
+        codes = retry.need("retryableStatusCodes", _Field.codes)
+        if not codes:
+            raise retry.field("retryableStatusCodes").fail("expected at least one status code")
     return RetryPolicy(
+        receive_timeout=receive_timeout,
         max_attempts=retry.need("maxAttempts", _Field.attempts),
         initial_backoff=retry.need("initialBackoff", _Field.positive_duration),
         max_backoff=retry.need("maxBackoff", _Field.positive_duration),

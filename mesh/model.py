@@ -108,12 +108,12 @@ class Outcome:
     """How an attempt ended.
 
     ``pushback``: the server's word on when to retry, in seconds; negative: not at all; None: it said nothing.
-    ``committed``: the server had begun to answer, so the caller may have seen it. ``never_sent``: it never left this
-    process. ``refused``: the server says that it did nothing for it (HTTP/2's REFUSED_STREAM). ``cancelled``: it was
-    cancelled here. ``result``: what the driver keeps with it; the flow never looks inside.
+    ``committed``: the server had begun to answer, so the caller may have seen it. ``never_sent``: the driver didn't
+    start it. ``cancelled``: it was cancelled here. ``result``: what the driver keeps with it; the flow never looks
+    inside.
     """
 
-    __slots__ = ("cancelled", "code", "committed", "details", "never_sent", "pushback", "refused", "result")
+    __slots__ = ("cancelled", "code", "committed", "details", "never_sent", "pushback", "result")
 
     def __init__(
         self,
@@ -123,7 +123,6 @@ class Outcome:
         pushback: float | None = None,
         committed: bool = False,
         never_sent: bool = False,
-        refused: bool = False,
         cancelled: bool = False,
         result: object = None,
     ) -> None:
@@ -132,12 +131,11 @@ class Outcome:
         self.pushback = pushback
         self.committed = committed
         self.never_sent = never_sent
-        self.refused = refused
         self.cancelled = cancelled
         self.result = result
 
     def __repr__(self) -> str:
-        flags = [name for name in ("committed", "never_sent", "refused", "cancelled") if getattr(self, name)]
+        flags = [name for name in ("committed", "never_sent", "cancelled") if getattr(self, name)]
         if self.pushback is not None:
             flags.append(f"pushback={self.pushback:g}s")
         return f"<Outcome {' '.join([Code(self.code).name, *flags])}>"

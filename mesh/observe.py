@@ -87,7 +87,7 @@ def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) ->
     return Explanation(
         method=call.method,
         target=target,
-        code=_code(outcome),
+        code=Code(outcome.code).name if outcome else "RUNNING",
         details=outcome.details if outcome else "",
         seconds=now - call.started if verdict else None,
         attempts=attempts,

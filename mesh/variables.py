@@ -61,6 +61,7 @@ SERVERS = {
 
 REGISTRIES = {
     "MESH_REGISTRY_LISTEN": "where the registry listens",
+    "MESH_REGISTRY_STATE": "the folder in which the registry keeps service configs across restarts",
 }
 """Read by ``python -m mesh.registry``."""
 

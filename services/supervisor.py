@@ -35,6 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mesh import files
 from weft.mesh.v1 import registry_pb2, registry_pb2_grpc
 
 HOST = "127.0.0.1"
@@ -98,16 +99,17 @@ class Plan:
             "MESH_NATS_URL": f"nats://{HOST}:{broker}",
         }
 
-        def replica(name: str, command: Sequence[str], port: int, service: str = "") -> Replica:
-            own = {**environment, "MESH_LISTEN": f"{HOST}:{port}", "MESH_INSTANCE_ID": name}
+        def replica(name: str, command: Sequence[str], port: int, service: str = "", **further: str) -> Replica:
+            own = {**environment, "MESH_LISTEN": f"{HOST}:{port}", "MESH_INSTANCE_ID": name, **further}
             return Replica(name, command, service, port, own, self.data / "logs" / f"{name}.log")
 
         def replicas(kind: str, service: str, first: int, count: int) -> list[Replica]:
             command = [sys.executable, "-m", f"services.{kind}"]
             return [replica(f"{kind}-{n + 1}", command, first + n, service) for n in range(count)]
 
+        registry = [sys.executable, "-m", "mesh.registry", "--listen", self.registry]
         return [
-            replica("registry", [sys.executable, "-m", "mesh.registry", "--listen", self.registry], self.port),
+            replica("registry", registry, self.port, MESH_REGISTRY_STATE=str(self.data / "registry")),
             replica(
                 BROKER, [_nats_server(), "-a", HOST, "-p", str(broker), "-js", "-sd", str(self.data / "nats")], broker
             ),
@@ -142,8 +144,8 @@ class Replica:
         self._environment = environment
         self._begins_at = 0
 
-    async def start(self, log: IO[bytes]) -> None:
-        """Start the process; its output goes to ``log``."""
+    async def start(self, log: IO[bytes], lock: int) -> None:
+        """Start the process; its output goes to ``log``. It keeps the data's ``lock`` as long as it lives."""
         self._begins_at = log.seek(0, os.SEEK_END)
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -153,6 +155,7 @@ class Replica:
             env={**os.environ, **self._environment},
             # Out of the terminal's group: Ctrl-C reaches the supervisor alone, which ends the processes in order.
             process_group=0,
+            pass_fds=(lock,),
             preexec_fn=_die_with(os.getpid()),
         )
 
@@ -193,6 +196,7 @@ class Shop:
         self._up = False
         self._draining = False
         self._killed = asyncio.Event()
+        self._lock = -1  # the file that has the data's folder locked
 
     async def run(self) -> int:
         """Run until a signal says otherwise; returns the exit code."""
@@ -207,6 +211,28 @@ class Shop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, stopped)
         began = time.monotonic()
+        with self._lock_data():
+            return await self._run(stop, began)
+
+    @contextlib.contextmanager
+    def _lock_data(self) -> Iterator[None]:
+        """Have the folder with the data for this shop alone: two brokers on one store lose messages."""
+        data = self.plan.data
+        try:
+            lock = files.lock(data)
+        except files.InUseError as error:
+            raise CannotRunError(
+                f"{data} is in use by another mesh (pid {error.holder}): "
+                f"make run-mesh DATA={data}-2 PORT={_another(self.plan.port)} runs beside it"
+            ) from None
+        except OSError as error:
+            raise CannotRunError(f"can't write to {error.filename}: {(error.strerror or '').lower()}") from None
+        with lock:
+            # The processes have it, too: they may outlive this one by what they take to drain.
+            self._lock = lock.fileno()
+            yield
+
+    async def _run(self, stop: asyncio.Event, began: float) -> int:
         self._check_ports()
         self._prepare_logs()
         started = asyncio.create_task(self._start())
@@ -281,7 +307,7 @@ class Shop:
         with replica.log.open("ab") as log:
             while True:
                 began = time.monotonic()
-                await replica.start(log)
+                await replica.start(log, self._lock)
                 assert replica.process is not None
                 if self._up:
                     back = asyncio.create_task(self._welcome(replica))

@@ -197,6 +197,15 @@ def test_null_is_as_if_not_given() -> None:
     assert of_method({"timeout": None, "retryPolicy": None, "waitForReady": None}) == MethodPolicy()
 
 
+def test_an_attempt_timeout_is_reason_enough_to_retry() -> None:
+    policy = of_method({"retryPolicy": {**RETRY, RECEIVE_TIMEOUT: "0.5s"}}).retry
+    assert policy == RetryPolicy(3, 0.1, 1.0, 2.0, frozenset({Code.UNAVAILABLE}), 0.5)
+    missing: list[list[str] | None] = [None, []]
+    for codes in missing:
+        policy = of_method({"retryPolicy": {**RETRY, "retryableStatusCodes": codes, RECEIVE_TIMEOUT: "0.5s"}}).retry
+        assert policy == RetryPolicy(3, 0.1, 1.0, 2.0, frozenset(), 0.5)
+
+
 def test_keys_that_are_not_known_are_ignored() -> None:
     newer: dict[str, Any] = {**RETRY, "newer": 0}
     assert parsed({"newer": 1}) == ServiceConfig()
@@ -382,6 +391,7 @@ def at(path: str, why: str, config: dict[str, Any]) -> Case:
 
 TIMEOUTS = ("timeout", "defaultTimeout", "attemptTimeout")
 BACKOFFS = ("initialBackoff", "maxBackoff")
+RECEIVE_TIMEOUT = "perAttemptRecvTimeout"
 
 REFUSED: list[Case] = [
     *each(top, ["loadBalancingConfig", "methodConfig"], LIST, 1, "x", {}, True),
@@ -409,6 +419,9 @@ REFUSED: list[Case] = [
     *each(retry, BACKOFFS, DURATION, *WRONG_DURATIONS),
     *each(retry, BACKOFFS, ABOVE_0, "0s"),
     *each(retry, BACKOFFS, "0 or more", "-1s"),
+    *each(retry, [RECEIVE_TIMEOUT], DURATION, *WRONG_DURATIONS),
+    *each(retry, [RECEIVE_TIMEOUT], ABOVE_0, "0s"),
+    *each(retry, [RECEIVE_TIMEOUT], "0 or more", "-1s"),
     *each(retry, ["backoffMultiplier"], NUMBER, *WRONG_NUMBERS),
     *each(retry, ["backoffMultiplier"], "above 0", 0, -1),
     *each(retry, ["retryableStatusCodes"], "at least one status code", []),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import logging
 import math
 import time
 import weakref
@@ -20,13 +21,16 @@ import grpc.aio
 from grpc.aio import _interceptor as interceptor_calls
 
 from mesh import context
+from mesh.channel import forking
+from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
-    CANCELLED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     STATES,
     EventDriver,
+    ending,
     failed,
     retry_metadata,
     too_large,
@@ -35,9 +39,12 @@ from mesh.channel.instrumentation import Make, aio_interceptors, replacement
 from mesh.channel.replay import AioReplay, Request
 from mesh.channel.subchannels import AioSubchannel, Method, OwnPool, Pool
 from mesh.errors import AioRpcError
-from mesh.model import Attempt, CallSpec, Connectivity, Metadatum, Outcome
+from mesh.model import Attempt, CallSpec, Code, Connectivity, Metadatum, Outcome, Verdict
 from mesh.observe import Explanation, explain
 from mesh.policy.flow import Flow
+from mesh.tasks import log_failure
+
+_LOG = logging.getLogger("mesh.channel")
 
 T = TypeVar("T")
 
@@ -47,13 +54,15 @@ Requests = AsyncIterable[Any] | Iterable[Any] | None
 # grpc's words, which its users may know.
 _FINISHED_DETAILS = "RPC already finished."
 _HALF_CLOSED_DETAILS = 'RPC is half closed after calling "done_writing".'
-_WRITE_FAILED_DETAILS = "Internal error from Core"
+_WRITE_FAILED = 'Failed "execute_batch"'
 _STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
 _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single RPC."
 
 
 class Channel(grpc.aio.Channel):
     """A ``grpc.aio.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
+
+    blocking = False
 
     def __init__(
         self,
@@ -64,7 +73,7 @@ class Channel(grpc.aio.Channel):
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, AioSubchannel)
-        self.interceptors = _by_kind(interceptors or ())
+        self.interceptors = _by_kind(tuple(interceptors or ()))
         for kind, of_kind in self.interceptors.items():
             setattr(self, f"_{kind}_interceptors", of_kind)  # as grpc's channel: programs append to them
         self._instrument: Callable[[], None] | None = None
@@ -78,20 +87,44 @@ class Channel(grpc.aio.Channel):
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._left: object = None  # in a forked child, what is the parent's
+
+    def forked(self) -> object:
+        """In a forked child: the channel is the parent's alone; returns what must not be freed here."""
+        left = self.assembly, self._running, self._stop, tuple(self.calls), tuple(self.intercepted)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in self.calls:
+            driver.forked()
+        self.calls, self.intercepted = set(), weakref.WeakSet()
+        self._left, self._running = left, None
+        return left
 
     def start(self) -> None:
-        """Bring the channel to life on the running loop; once. Raises UsageError when it is closed."""
+        """Bring the channel to life on the running loop; once.
+
+        Raises UsageError when it is closed, RuntimeError on another loop than its first.
+        """
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
-        if self._running is None:
+        if self._running is not None:
+            self._check_loop()
+        else:
+            if self._left is not None:
+                raise forking.inherited()
+            forking.check(aio=True)
+            forking.register(self)
             self.assembly.rng.seed()  # channels that forked apart must not move in step
             if self._instrument is not None:
                 self._instrument()
             self.loop = asyncio.get_running_loop()
             # In a context of its own: it outlives the inbound call that happens to be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
+            self._running.add_done_callback(log_failure)
             # The multicallables hold the channel, so it lives as long as any stub.
-            weakref.finalize(self, _stop, self.loop, self.assembly.pool).atexit = False
+            self._stop = weakref.finalize(self, _stop, self.loop, self.assembly.pool)
+            self._stop.atexit = False
 
     def _take_interceptors(self, make: Make, target: str, credentials: grpc.ChannelCredentials | None) -> None:
         added = aio_interceptors(make, target, credentials, self.interceptors)
@@ -100,13 +133,37 @@ class Channel(grpc.aio.Channel):
             of_kind[place : place + 1] = added.get(kind, ())
         self._instrument = None
 
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The channel's event loop, by the name that it has in grpc.aio. Before the first use: the current one."""
+        return self.loop or asyncio.get_event_loop()
+
+    def _check_loop(self) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:  # a call may be made here and awaited there
+            return
+        loop = self.loop
+        if running is not loop:
+            raise RuntimeError(
+                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}; this is "
+                f"{running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
+            )
+
     async def close(self, grace: float | None = None) -> None:
         """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
         if grace is not None and grace < 0:
             raise ValueError(f"grace must be non-negative, got {grace}.")
         if self.closed:
             return
+        if self.loop is not None and self.loop.is_closed():  # and with it all that was in flight
+            self.closed = True
+            return
+        if self._running is not None:
+            self._check_loop()
         self.closed = True
+        if self._left is not None:
+            return
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
             ends = [*(driver.finished() for driver in self.calls), *(call.code() for call in intercepted)]
@@ -137,6 +194,8 @@ class Channel(grpc.aio.Channel):
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         if self.closed:
             raise grpc.aio.UsageError("Channel is closed.")
+        if self._running is not None:
+            self._check_loop()
         pool = self.assembly.pool
         if isinstance(pool, OwnPool):  # core knows the state of its own targets best
             self.start()
@@ -201,8 +260,15 @@ class Channel(grpc.aio.Channel):
 
 
 def _stop(loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
-    if not loop.is_closed():
-        pool.close()
+    _from_finalizer(loop, pool.close)
+
+
+def _from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Call ``callback`` on the loop soon. Takes no lock: garbage is collected in any thread, which may hold any."""
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:  # the loop is closed, and everything on it is over
+        pass
 
 
 # -- interceptors
@@ -305,6 +371,8 @@ class _Multicallable:
         compression: grpc.Compression | None,
     ) -> Any:
         """Start a call."""
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel, method = self._channel, self._method
         channel.start()
         assembly = channel.assembly
@@ -328,6 +396,8 @@ class _Multicallable:
         compression: grpc.Compression | None,
     ) -> Any:
         """Start a call that goes through interceptors first."""
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         self._channel.start()
         if not self._interceptors:  # instrumentation adds none of this kind
             return self.call(requests, timeout, metadata, credentials, wait_for_ready, compression)
@@ -427,6 +497,8 @@ class _Driver(EventDriver):
     """Drives a call over core's asyncio calls. It holds all of the call's state; the call object is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -440,7 +512,7 @@ class _Driver(EventDriver):
     ) -> None:
         super().__init__(call, flow, channel.assembly.pool)
         self.channel = channel
-        self.hedged = method.policy.hedge.max_attempts > 1
+        self.hedged = False  # known with the first attempt
         self.replay = AioReplay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._method = method
         self._credentials = credentials
@@ -448,15 +520,35 @@ class _Driver(EventDriver):
         self._serializer = serializer
         self._request = requests
         self._streams = method.kind.endswith("stream")
+        self._starting = True
         self._timer: asyncio.TimerHandle | None = None
         self._watching: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
         self._waiting: list[asyncio.Future[None]] = []
+        self._end: asyncio.Future[None] | None = None
         self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
 
+    def start(self) -> None:
+        super().start()
+        self._starting = False
+
+    def _conclude_later(self, verdict: Verdict) -> bool:
+        """A call doesn't end before its creator has it, as in grpc.aio: the loop's next turn ends it."""
+        if self._starting:
+            self._flow = ending(verdict)
+            asyncio.get_running_loop().call_soon(self.timer_fired)
+        return self._starting
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed = {}, None
+
     def begin(self, attempt: Attempt) -> None:
+        self.hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
@@ -482,7 +574,7 @@ class _Driver(EventDriver):
             self._timer.cancel()
         self._timer = None
         if until is not None:
-            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.elapsed)
+            self._timer = asyncio.get_running_loop().call_later(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self.replay is not None:
@@ -496,6 +588,8 @@ class _Driver(EventDriver):
         if verdict is None or self not in self.channel.calls:
             return
         self.channel.calls.discard(self)
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
         if self.replay is not None:
             self.replay.close()
         if self._scope is not None:
@@ -503,7 +597,10 @@ class _Driver(EventDriver):
             self.channel.assembly.failed(self.call, verdict, self._scope)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                _LOG.exception("Exception in callback %r", callback)
 
     def add_callback(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called when the call is over; at once when it is."""
@@ -516,7 +613,20 @@ class _Driver(EventDriver):
         """Wait until an attempt begins or is committed, or the call is over."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future in self._waiting:
+                self._waiting.remove(future)
+            raise
+
+    def end(self) -> asyncio.Future[None]:
+        """Done when the call is over; one for all who wait for it beside something else."""
+        if self._end is None:
+            self._end = asyncio.get_running_loop().create_future()
+            if self.verdict is not None:
+                self._end.set_result(None)
+        return self._end
 
     async def finished(self) -> Outcome:
         """Wait until the call is over."""
@@ -566,7 +676,7 @@ class _Driver(EventDriver):
             inner,
             final=self._unrepeatable(),
             # Cancelled here, and not by the driver, which has forgotten those: whoever awaited it was.
-            cancelled=number in self.running and inner.cancelled() and _ready(inner.details()) == CANCELLED_DETAILS,
+            cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_here(inner),
         )
         self.ended(number, outcome)
 
@@ -609,12 +719,24 @@ class _End:
         if driver is None:
             return
         # When a message can no longer be sent, grpc says INTERNAL, and mostly calls again with the server's own status.
-        if not self._waited and driver.replay is not None and _ready(inner.details()) == _WRITE_FAILED_DETAILS:
+        if not self._waited and driver.replay is not None and _write_failed(inner):
             self._waited = True
             asyncio.get_running_loop().call_later(_STATUS_WITHIN, self, inner)
             return
         self._driver = None
         driver.over(self._number, self._address, inner)
+
+
+def _ended_here(inner: Any) -> bool:
+    """Whether grpc.aio itself ended the call, as for a cancel. Core writes a debug string for each status of its own or
+    of a peer, and a peer has no way to leave it out."""
+    return not _ready(inner.debug_error_string())
+
+
+def _write_failed(inner: Any) -> bool:
+    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
+    begin with a status code, whatever a peer writes."""
+    return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -644,7 +766,7 @@ class Call(grpc.aio.Call):
 
     def cancelled(self) -> bool:
         verdict = self._driver.verdict
-        return verdict is not None and verdict.outcome.cancelled
+        return verdict is not None and verdict.outcome.code == Code.CANCELLED  # also the server's, as in grpc.aio
 
     def done(self) -> bool:
         return self._driver.verdict is not None
@@ -687,7 +809,9 @@ class Call(grpc.aio.Call):
                 continue
             try:
                 await inner.wait_for_connection()
-            except grpc.RpcError:
+            except grpc.RpcError:  # of this attempt; the flow may not know yet
+                if inner in self._driver.running.values():
+                    await self._driver.change()
                 continue
             return
         await self._raise_for_status()
@@ -712,7 +836,9 @@ class Call(grpc.aio.Call):
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
         if driver is not None and driver.verdict is None:
-            driver.cancel("Cancelled upon garbage collection!")
+            loop = driver.channel.loop
+            assert loop is not None  # the call was made on it
+            _from_finalizer(loop, functools.partial(driver.cancel, "Cancelled upon garbage collection!"))
 
     def __repr__(self) -> str:
         verdict = self._driver.verdict
@@ -812,14 +938,11 @@ class _StreamRequest(Call):
         if self._done_writing_flag:
             raise asyncio.InvalidStateError(_HALF_CLOSED_DETAILS)
         sent = replay.write(request)
-        over = asyncio.ensure_future(self._driver.finished())
         try:
-            await asyncio.wait((sent, over), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sent, self._driver.end()), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self.cancel()
             raise
-        finally:
-            over.cancel()
         if not replay.taken(sent):
             await self._raise_for_status()
 
@@ -890,5 +1013,11 @@ def secure_channel(
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
     """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address."""
+    not an address.
+
+    Raises:
+        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        ValueError: as ``insecure_channel``.
+    """
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression, interceptors)

@@ -21,7 +21,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,14 +30,19 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context, variables
-from mesh.channel.subchannels import ChannelOptions, Method, OwnPool, Pool, ResolvedPool, Subchannel
+from mesh.channel import forking
+from mesh.channel.arguments import check_compression, checked, text_of
+from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
+from mesh.core import ChannelOptions
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
 from mesh.discovery.target import resolver_for
 from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
+from mesh.policy.early import PENDING, EarlyCall, early_flow
 from mesh.policy.flow import Flow, call_flow
+from mesh.tasks import keep_running
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
 # mesh:/// targets alone.
@@ -68,17 +74,27 @@ class Assembly:
         open_subchannel: OpenSubchannel,
     ) -> None:
         variables.warn_once()
+        target = text_of(target)
+        check_compression(compression)
+        options = tuple(options or ())
+        self._arguments = target, options, credentials, compression, open_subchannel
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
-        self._methods: dict[tuple[Any, ...], Method] = {}
+        # Weak: a program may make a stub, or a serializer, for each call.
+        self._methods: weakref.WeakValueDictionary[tuple[Any, ...], Method] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
         found, resolver = resolver_for(target)
-        given = _checked(options or ())
+        self.discovers_by_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
+        given = checked(options)
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
+        if forking.generation:  # core must not take the parent's connection for one with the same options
+            given.setdefault("weft.forks", forking.generation)
         self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
+        # Whether a config is yet to come that calls wait for.
+        self._pending = resolver is not None and resolver.configures and not text
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
         self.cluster = Cluster(target, self.config, self.rng, time.monotonic(), threading.Lock)
@@ -93,7 +109,7 @@ class Assembly:
             self.pool = OwnPool(self.cluster, Endpoint(target), subchannel)
         else:
             keepalive = dict(KEEPALIVE) if found.scheme == "mesh" else {}
-            core = {**keepalive, **_authority(found.authority), **given}
+            core = {**keepalive, **_authority(found.authority, given), **given}
 
             def open_endpoint(address: str) -> Subchannel:
                 health_service = self.config.health_service
@@ -103,6 +119,14 @@ class Assembly:
 
             configured = functools.partial(self._offer, Source.REGISTRY)
             self.pool = ResolvedPool(self.cluster, resolver, open_endpoint, configured)
+
+    def again(self) -> Assembly:
+        """The same with connections of its own, for a forked child; the multicallables' methods move there."""
+        again = Assembly(*self._arguments)
+        for method in list(self._methods.values()):
+            method.policy = again._policy(method.kind, method.path)
+        again._methods = self._methods
+        return again
 
     @property
     def config(self) -> ServiceConfig:
@@ -117,7 +141,9 @@ class Assembly:
         return self._run(self._config_file)
 
     async def _run(self, config_file: ConfigFile) -> None:
-        reading = asyncio.create_task(self._reread(config_file))
+        reading = asyncio.create_task(
+            keep_running("reading the config file", functools.partial(self._reread, config_file), where=self.target)
+        )
         try:
             await self.pool.run()
         finally:
@@ -141,15 +167,26 @@ class Assembly:
     def _offer(self, source: Source, text: str) -> None:
         """Have another config hold from the next call on, if ``text`` makes one. Calls in flight go on with theirs."""
         with self._lock:
-            if not self._configs.offer(source, text):
+            changed = self._configs.offer(source, text)
+            first = self._pending and (changed or source is Source.REGISTRY)
+            if not (changed or first):
                 return
-            for method in self._methods.values():
-                method.policy = self._policy(method.path)
-        self.pool.reconfigure(self.config)
+            self._pending = False
+            for method in list(self._methods.values()):
+                method.policy = self._policy(method.kind, method.path)
+        # Calls that wait for their policy are woken by this, or by the endpoints that come next.
+        if changed:
+            self.pool.reconfigure(self.config)
 
-    def _policy(self, path: str) -> MethodPolicy:
+    def _policy(self, kind: str, path: str) -> MethodPolicy:
+        if self._pending:
+            return PENDING
         policy = self.config.method(path, idempotency_of(path))
-        return policy if self._retries else replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        if not self._retries:
+            return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
+        if policy.retry is None or kind.endswith("stream"):  # a stream of responses may rightly last longer
+            return policy
+        return replace(policy, attempt_timeout=min(policy.attempt_timeout, policy.retry.receive_timeout))
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""
@@ -157,7 +194,7 @@ class Assembly:
         with self._lock:
             found = self._methods.get(key)
             if found is None:
-                found = Method(kind, path, serializer, deserializer, registered, self._policy(path))
+                found = Method(kind, path, serializer, deserializer, registered, self._policy(kind, path))
                 self._methods[key] = found
             return found
 
@@ -170,21 +207,56 @@ class Assembly:
         wait_for_ready: bool | None,
     ) -> CallSpec:
         """A new call, with what it inherits from the inbound call being handled."""
+        if metadata and type(metadata) is not tuple:
+            metadata = tuple(metadata)  # it is read more than once, and may be an iterator
         policy = method.policy
+        if policy is PENDING:
+            return self._early_call(method, now, timeout, metadata, wait_for_ready)
         if wait_for_ready is None:
             wait_for_ready = bool(policy.wait_for_ready)
         scope = context.current()
         if scope is None:
             return CallSpec(method.path, policy, deadline_of(now, timeout, None, policy), metadata, wait_for_ready)
         deadline = deadline_of(now, timeout, scope.deadline, policy)
-        if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
-            metadata = (*(metadata or ()), (context.CRITICALITY, scope.criticality))
-        return CallSpec(method.path, policy, deadline, metadata, wait_for_ready, not scope.is_retry)
+        return CallSpec(
+            method.path, policy, deadline, _with_criticality(metadata, scope), wait_for_ready, not scope.is_retry
+        )
+
+    def _early_call(
+        self,
+        method: Method,
+        now: float,
+        timeout: float | None,
+        metadata: Sequence[Metadatum] | None,
+        wait_for_ready: bool | None,
+    ) -> EarlyCall:
+        """A call made before the first resolution."""
+        scope = context.current()
+        inherited = None if scope is None else scope.deadline
+
+        def settle(call: EarlyCall) -> None:
+            policy = method.policy
+            if policy is not PENDING:
+                call.policy = policy
+                call.deadline = deadline_of(now, timeout, inherited, policy)
+                call.wait_for_ready = bool(policy.wait_for_ready if wait_for_ready is None else wait_for_ready)
+
+        return EarlyCall(
+            method.path,
+            PENDING,
+            deadline_of(now, timeout, inherited, PENDING),
+            metadata if scope is None else _with_criticality(metadata, scope),
+            bool(wait_for_ready),
+            scope is None or not scope.is_retry,
+            settle=settle,
+        )
 
     def flow(self, call: CallSpec, now: float) -> Flow:
         """The flow of ``call``. Raises TypeError for metadata that grpc would refuse so."""
         if call.metadata and not _sendable(call.metadata):
             return _refused(call, now)
+        if type(call) is EarlyCall:
+            return early_flow(call, self.cluster, self.rng, now)
         return call_flow(call, self.cluster, self.rng, now)
 
     def failed(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:
@@ -196,6 +268,13 @@ class Assembly:
 
     def __repr__(self) -> str:
         return f"<Assembly {self.target} {self.cluster!r}>"
+
+
+def _with_criticality(metadata: Sequence[Metadatum] | None, scope: context.Scope) -> Sequence[Metadatum] | None:
+    """``metadata``, with the criticality of the inbound call unless it has one."""
+    if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
+        return (*(metadata or ()), (context.CRITICALITY, scope.criticality))
+    return metadata
 
 
 _KEY = re.compile(r"[0-9a-z_.-]+")
@@ -226,18 +305,6 @@ def _refused(call: CallSpec, now: float) -> Flow:
     return Verdict(Outcome(Code.INTERNAL, "Invalid metadata"))
 
 
-def _checked(options: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """The options by name. What core would refuse is refused here, because core sees it only when a call is made."""
-    given = {}
-    for name, value in options:
-        if not isinstance(value, str | bytes) and not hasattr(value, "__int__"):
-            raise TypeError(f"channel option {name!r}: expected a string, bytes or a number, got {value!r}")
-        if isinstance(value, int) and not -(2**31) <= value < 2**31:
-            raise OverflowError(f"channel option {name!r}: {value} is beyond 32 bits")
-        given[name.decode() if isinstance(name, bytes) else name] = value
-    return given
-
-
 def idempotency_of(path: str) -> Idempotency:
     """What the descriptor of ``/package.Service/Method`` says, if one is loaded in this process."""
     name = path.removeprefix("/").replace("/", ".")
@@ -257,8 +324,12 @@ def _endpoint_config(health_service: str | None) -> str:
     )
 
 
-def _authority(name: str | None) -> dict[str, str]:
-    # The service's name and not the address: TLS then verifies the service.
-    if name is None:
+_AUTHORITY_OPTIONS = ("grpc.default_authority", "grpc.ssl_target_name_override")
+
+
+def _authority(name: str | None, given: Mapping[str, Any]) -> dict[str, str]:
+    """What stands for the endpoints' addresses in TLS and in ``:authority``: the service's name. A name that the user
+    gave holds for both, as in gRPC: core derives each of the two options from the other where only one is set."""
+    if name is None or not given.keys().isdisjoint(_AUTHORITY_OPTIONS):
         return {}
     return {"grpc.default_authority": name, "grpc.ssl_target_name_override": re.sub(r":\d+$", "", name)}

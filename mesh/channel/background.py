@@ -1,17 +1,24 @@
 """The one daemon thread of the sync world: an event loop for discovery, states and timers, shared by all sync channels.
 
-It starts with the first call. A forked child has none of it and starts its own.
+It starts with the first call. A forked child has none of it and starts its own (``forking.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
-import os
+import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
+
+from mesh.tasks import log_failure
+
+_LOG = logging.getLogger("mesh.channel")
+
+NAME = "mesh-background"
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -23,18 +30,41 @@ def loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="mesh-background", daemon=True).start()
+            _loop.set_exception_handler(_failed)
+            threading.Thread(target=_run, args=(_loop,), name=NAME, daemon=True).start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except BaseException:  # SystemExit, which asyncio lets through: every channel needs this thread
+            _LOG.exception("the background thread was interrupted, and goes on")
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> Future[None]:
     """Run ``work`` on the loop; cancelling the future cancels it. It inherits no context: it outlives who starts it."""
-    return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
+    future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
+    future.add_done_callback(log_failure)
+    return future
 
 
 def call(callback: Callable[[], object]) -> None:
     """Call ``callback`` on the loop soon. It may block as briefly as arithmetic does."""
     loop().call_soon_threadsafe(callback)
+
+
+def call_from_finalizer(callback: Callable[[], object]) -> None:
+    """As ``call``, but takes no lock: garbage is collected in any thread, which may hold any lock. Does nothing where
+    the loop was never started."""
+    if _loop is not None:
+        _loop.call_soon_threadsafe(callback)
+
+
+def _failed(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback raised, and an exception that nobody took from its task."""
+    _LOG.error("%s: %r", context["message"], context.get("handle"), exc_info=context.get("exception"))
 
 
 class Timer:
@@ -66,9 +96,42 @@ class Timer:
             callback()
 
 
-def _forked() -> None:
+def pause(works: Sequence[Callable[[], Coroutine[Any, Any, None]]], within: float) -> None:
+    """Run ``works`` on the loop, and wait for them for up to ``within`` seconds."""
+    if _loop is not None and works and not _here():
+        future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, _all(works), _loop)
+        with contextlib.suppress(TimeoutError):
+            future.result(within)
+
+
+def hold(within: float) -> Callable[[], object]:
+    """Have the loop's thread stand still, outside of gRPC, until what is returned is called. Waits for that for up to
+    ``within`` seconds."""
+    released = threading.Event()
+    if _loop is not None and not _here():
+        held = threading.Event()
+
+        def stand() -> None:
+            held.set()
+            released.wait()
+
+        _loop.call_soon_threadsafe(stand)
+        held.wait(within)
+    return released.set
+
+
+def forked() -> object:
+    """In a forked child: forget the parent's loop, and return it. It must not be closed here: its selector is shared
+    with the parent's."""
     global _loop, _lock
-    _lock, _loop = threading.Lock(), None
+    left, _loop, _lock = _loop, None, threading.Lock()
+    return left
 
 
-os.register_at_fork(after_in_child=_forked)
+async def _all(works: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
+    await asyncio.gather(*(work() for work in works))
+
+
+def _here() -> bool:
+    """Whether this is the loop's own thread, which can't wait for itself."""
+    return threading.current_thread().name == NAME

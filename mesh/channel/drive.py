@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from mesh.channel.replay import LIMIT
-from mesh.channel.subchannels import NEVER_SENT_DETAILS, Pool
+from mesh.channel.subchannels import Pool
 from mesh.model import (
     Attempt,
     CallSpec,
@@ -40,14 +40,15 @@ from mesh.policy.flow import Flow
 
 PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 PUSHBACK = "grpc-retry-pushback-ms"
+LONGEST_PUSHBACK = 20  # characters; any 64-bit number has fewer or as many
 
+# Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call
+# left, and its status text may be a peer's (docs/decisions/0013).
 NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
 # grpc's words
 CANCELLED_DETAILS = "Locally cancelled by application!"
 CLOSED_DETAILS = "Channel closed!"
-
-# Core's word for REFUSED_STREAM (RFC 9113, 8.7: nothing was processed), which it doesn't retry by itself.
-REFUSED_DETAILS = "Stream removed (RST_STREAM (Received RST_STREAM with error code 7)"
+FORKED_DETAILS = "Call cancelled in fork child"
 
 
 def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
@@ -89,6 +90,12 @@ def _wait(step: Step, pool: Pool) -> None:
         pool.forget(happened.set)
 
 
+class TimerFired(Elapsed):
+    """The timer of ``wake_at`` has ended."""
+
+    __slots__ = ()
+
+
 class EventDriver:
     """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
 
@@ -116,7 +123,7 @@ class EventDriver:
         raise NotImplementedError
 
     def wake_at(self, until: float | None) -> None:
-        """Have ``elapsed`` called at ``until`` and not before; None: not at all."""
+        """Have ``timer_fired`` called at ``until``, in place of what was set before; None: not at all."""
         raise NotImplementedError
 
     def changed(self) -> None:
@@ -141,8 +148,12 @@ class EventDriver:
         """What attempt ``number`` has sent can't be sent again."""
         self._send(Overflow(time.monotonic(), number))
 
-    def elapsed(self) -> None:
-        """Time has passed, or the picker was replaced."""
+    def timer_fired(self) -> None:
+        """The time that ``wake_at`` was given has come."""
+        self._send(TimerFired(time.monotonic()))
+
+    def picker_replaced(self) -> None:
+        """The picker was replaced."""
         self._send(Elapsed(time.monotonic()))
 
     def cancel(self, details: str = CANCELLED_DETAILS) -> bool:
@@ -179,12 +190,14 @@ class EventDriver:
         kind = type(wake)
         if kind is Ended:
             self.running.pop(wake.number, None)  # type: ignore[union-attr]
-        elif kind is Elapsed:
-            self._until = None  # the alarm has rung, perhaps a little early: it is set again where it is needed
+        elif kind is TimerFired:
+            self._until = None  # perhaps it was a little early: the timer is set again where it is needed
         if self.verdict is None:
             try:
                 step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
             except StopIteration as stop:
+                if self._conclude_later(stop.value):
+                    return
                 self._conclude(stop.value)
             else:
                 self._perform(step)
@@ -203,11 +216,15 @@ class EventDriver:
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
             self.pool.wanted()
-            self.pool.when_replaced(step.picker, self.elapsed)
+            self.pool.when_replaced(step.picker, self.picker_replaced)
         until = step.until
         if until != self._until:
             self._until = until
             self.wake_at(until)
+
+    def _conclude_later(self, verdict: Verdict) -> bool:  # noqa: ARG002
+        """Whether the world takes the verdict in a later event; until then the call is not over."""
+        return False
 
     def _conclude(self, verdict: Verdict) -> bool:
         if self.verdict is not None:
@@ -224,7 +241,7 @@ class EventDriver:
             self._until = None
             self.wake_at(None)
         if self._queued:
-            self.pool.forget(self.elapsed)
+            self.pool.forget(self.picker_replaced)
         self.changed()
 
     def _cancel_running(self) -> None:
@@ -273,6 +290,18 @@ def until(instant: float | None) -> float:
     return SLICE if instant is None else min(max(0.0, instant - time.monotonic()), SLICE)
 
 
+def ending(verdict: Verdict) -> Flow:
+    """A flow that ends with ``verdict`` at its first wake-up. It has run its first step."""
+
+    def end() -> Flow:
+        yield Wait()
+        return verdict
+
+    flow = end()
+    next(flow)
+    return flow
+
+
 START = Elapsed(0.0)
 """Runs a flow's first step."""
 
@@ -284,6 +313,8 @@ def pushback_of(trailing_metadata: Any) -> float | None:
     """The server's word on when to retry, in seconds; -1.0 (never) when it can't be read (A6)."""
     for key, value in trailing_metadata or ():
         if key == PUSHBACK:
+            if len(value) > LONGEST_PUSHBACK:
+                return -1.0
             try:
                 milliseconds = int(value)
             except ValueError:
@@ -305,22 +336,13 @@ def failed(
     cancelled: bool = False,
 ) -> Outcome:
     """The outcome of an attempt that core ended with a status other than OK. ``final``: it can't be made again."""
-    details = details or ""
-    # Where core resolves and connects, it has tried every address itself: that is a failure like another.
-    never_sent = code == Code.UNAVAILABLE and details.startswith(NEVER_SENT_DETAILS) and not pool.core_waits
-    if never_sent:
-        pool.lost(address)
-    refused = code == Code.UNAVAILABLE and details.startswith(REFUSED_DETAILS)
-    if refused:
-        # A handler may pass an error on in its own words: whoever called it must not read core's there.
-        details = f"{address} refused it: {details}"
+    if code == Code.UNAVAILABLE:
+        pool.check(address)
     return Outcome(
         code,
-        details,
+        details or "",
         pushback=pushback_of(trailing),
         committed=final or bool(initial),
-        never_sent=never_sent,
-        refused=refused,
         cancelled=cancelled,
         result=result,
     )

@@ -6,6 +6,7 @@ Imported with the first one that is read: a channel whose policy doesn't go by r
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from mesh.channel.subchannels import Subchannel
 from mesh.policy.cluster import Cluster
 from mesh.server.load import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.tasks import keep_running
 
 _LOG = logging.getLogger("mesh.channel")
 
@@ -55,7 +57,13 @@ class OutOfBand:
         for address in self._watching.keys() - connected.keys():
             self._watching.pop(address).cancel()
         for address in connected.keys() - self._watching.keys():
-            self._watching[address] = asyncio.create_task(self._watch(connected[address]))
+            self._watching[address] = asyncio.create_task(
+                keep_running(
+                    f"load reports of {address}",
+                    functools.partial(self._watch, connected[address]),
+                    where=self._cluster.name,
+                )
+            )
 
     async def close(self) -> None:
         """Ask nobody any more."""

@@ -15,55 +15,52 @@ import abc
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
+from mesh import core
 from mesh.channel.causes import Causes
 from mesh.channel.events import Events
 from mesh.config import MethodPolicy, ServiceConfig
+from mesh.core import ChannelOptions
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster import Cluster
+from mesh.policy.connecting import Connects
 from mesh.policy.load import Node
 from mesh.policy.pick import Picker
+from mesh.tasks import keep_running
 
 if TYPE_CHECKING:
     from mesh.channel.reports import OutOfBand
 
 _LOG = logging.getLogger("mesh.channel")
 
-# gRPC's own, bound here: a program that puts the mesh's in their place (as instrumentation does with its own) must not
-# have the endpoints' channels made by the mesh, too.
-_insecure_channel, _secure_channel = grpc.insecure_channel, grpc.secure_channel
-_aio_insecure_channel, _aio_secure_channel = grpc.aio.insecure_channel, grpc.aio.secure_channel
-
-ChannelOptions = Sequence[tuple[str, Any]]
-
-BUSY_TICK = 0.005  # seconds between two looks at the states while connections are being made
-CALM_TICK = 0.1  # and while none is
-CONNECTING_AT_ONCE = 16  # connections that are being made at the same time: connects are paced
 RETIRE_AFTER = (
     1.0  # seconds an endpoint that is gone keeps its channel at the least, for calls that have just picked it
 )
 RETRY_IDLE = 60.0  # seconds after which the retries' channel is closed
 
-NEVER_SENT_DETAILS = ("connections to all backends failing", "failed to connect to all addresses", "empty address list")
-"""How core's round_robin and pick_first begin the details of a call that found no connection, so never left."""
-
 _READY = int(Connectivity.READY)
+_numbers = itertools.count()  # of core channels
 
 
 class Method:
-    """One method of a channel, as its multicallables share it: compared by identity, so a subchannel's lookup is
-    quick."""
+    """One method of a channel, as its multicallables share it.
 
-    __slots__ = ("deserializer", "kind", "path", "policy", "registered", "serializer")
+    ``calls``: core's multicallables, by the number of the core channel. They are kept here and not by the subchannel,
+    so that they live no longer than the multicallables that the program holds.
+    """
+
+    __slots__ = ("__weakref__", "calls", "deserializer", "kind", "path", "policy", "registered", "serializer")
 
     def __init__(
         self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool, policy: MethodPolicy
@@ -74,6 +71,7 @@ class Method:
         self.deserializer = deserializer
         self.registered = registered
         self.policy = policy
+        self.calls: dict[int, Any] = {}
 
     def __repr__(self) -> str:
         return f"<Method {self.path} {self.kind}>"
@@ -96,8 +94,8 @@ class Subchannel(abc.ABC):
         self._channel: Any = None
         self._retry_channel: Any = None
         self._retried = 0.0
-        self._calls: dict[Method, Any] = {}
-        self._retry_calls: dict[Method, Any] = {}
+        self._number, self._retry_number = next(_numbers), next(_numbers)
+        self._methods: weakref.WeakSet[Method] = weakref.WeakSet()  # those that have a call here
         self._lock = threading.Lock()
 
     @abc.abstractmethod
@@ -142,7 +140,7 @@ class Subchannel(abc.ABC):
         """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
         if previous:
             return self._retry_call(method)
-        return self._calls.get(method) or self._first_call(method)
+        return method.calls.get(self._number) or self._first_call(method)
 
     def core(self) -> Any:
         """The core channel, opened if it isn't yet."""
@@ -154,16 +152,18 @@ class Subchannel(abc.ABC):
     def _first_call(self, method: Method) -> Any:
         core = self.core()
         with self._lock:  # grpc: registering a method is not thread-safe
-            return self._calls.setdefault(method, _multicallable(core, method))
+            self._methods.add(method)
+            return method.calls.setdefault(self._number, _multicallable(core, method))
 
     def _retry_call(self, method: Method) -> Any:
         with self._lock:
             self._retried = time.monotonic()
             if self._retry_channel is None:
                 self._retry_channel = self._open(self._retry_options)
-            if method not in self._retry_calls:
-                self._retry_calls[method] = _multicallable(self._retry_channel, method)
-            return self._retry_calls[method]
+            if self._retry_number not in method.calls:
+                self._methods.add(method)
+                method.calls[self._retry_number] = _multicallable(self._retry_channel, method)
+            return method.calls[self._retry_number]
 
     async def close_idle_retries(self, now: float, *, in_flight: int) -> None:
         """Close the retries' channel when it was long unused."""
@@ -171,7 +171,7 @@ class Subchannel(abc.ABC):
             if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
                 return
             idle, self._retry_channel = self._retry_channel, None
-            self._retry_calls.clear()
+            self._forget_calls(self._retry_number)
         await self._close(idle)
 
     async def close(self) -> None:
@@ -180,6 +180,13 @@ class Subchannel(abc.ABC):
         for channel in (self._channel, self._retry_channel):
             if channel is not None:
                 await self._close(channel)
+        with self._lock:
+            self._forget_calls(self._number)
+            self._forget_calls(self._retry_number)
+
+    def _forget_calls(self, number: int) -> None:
+        for method in tuple(self._methods):
+            method.calls.pop(number, None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address} {self.state().name}>"
@@ -200,9 +207,7 @@ class SyncSubchannel(Subchannel):
         self._compression = compression
 
     def _open(self, options: ChannelOptions) -> grpc.Channel:
-        if self._credentials is None:
-            return _insecure_channel(self.address, options, self._compression)
-        return _secure_channel(self.address, self._credentials, options, self._compression)
+        return core.channel(self.address, options, self._credentials, self._compression)
 
     async def _close(self, channel: grpc.Channel) -> None:
         channel.close()
@@ -220,10 +225,7 @@ class SyncSubchannel(Subchannel):
         return _unwatched(self.address, self.options, self._credentials, self._compression)
 
     def check(self, connect: bool) -> int:
-        # grpc.Channel tells its state only to subscribers, each of which costs a thread; core answers at once.
-        # Private, and so only here; a test pins it.
-        state: int = self._channel._channel.check_connectivity_state(connect)  # noqa: SLF001
-        return state
+        return core.state(self._channel, connect)
 
 
 class AioSubchannel(Subchannel):
@@ -241,9 +243,7 @@ class AioSubchannel(Subchannel):
         self._compression = compression
 
     def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
-        if self._credentials is None:
-            return _aio_insecure_channel(self.address, options, self._compression)
-        return _aio_secure_channel(self.address, self._credentials, options, self._compression)
+        return core.aio_channel(self.address, options, self._credentials, self._compression)
 
     async def _close(self, channel: grpc.aio.Channel) -> None:
         await channel.close()
@@ -302,8 +302,8 @@ class Pool(abc.ABC):
         return self.cluster.state
 
     @abc.abstractmethod
-    def lost(self, address: str) -> None:
-        """A call to ``address`` found no connection: look at its state again."""
+    def check(self, address: str) -> None:
+        """A call to ``address`` ended as UNAVAILABLE: look at its connection's state again."""
 
     @abc.abstractmethod
     async def run(self) -> None:
@@ -337,9 +337,16 @@ class Pool(abc.ABC):
         with self._lock:
             self.closed = True
             waiting, self._waiting = self._waiting, set()
-        for callback in waiting:
-            callback()
+        _call(waiting)
         self._wake()
+
+    async def pause(self) -> None:
+        """End what runs over grpc.aio, until ``resume``. On the loop of ``run``, of a blocking channel."""
+        return
+
+    def resume(self) -> None:
+        """Begin again what ``pause`` ended."""
+        return
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Have the cluster take another config."""
@@ -353,11 +360,18 @@ class Pool(abc.ABC):
             change()
             if self.cluster.picker is not before:
                 waiting, self._waiting = self._waiting, waiting
-        for callback in waiting:
-            callback()
+        _call(waiting)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.cluster!r}>"
+
+
+def _call(callbacks: Iterable[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # the call that it belongs to has failed with it; the others go on
+            _LOG.exception("a call failed when its channel's endpoints changed")
 
 
 class OwnPool(Pool):
@@ -375,7 +389,7 @@ class OwnPool(Pool):
     def get(self, address: str) -> Subchannel:  # noqa: ARG002
         return self.subchannel
 
-    def lost(self, address: str) -> None:
+    def check(self, address: str) -> None:
         pass
 
     def wanted(self) -> None:
@@ -418,8 +432,12 @@ class ResolvedPool(Pool):
         # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
         # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
         self._resting: set[str] = set()
+        self._connects = Connects()
+        self._stalled = False
         cluster.alarm = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
+        self._resolving: asyncio.Task[None] | None = None
+        self._paused = False
         self._causes = Causes(lambda: self._wake())
         cluster.causes = self._causes.known
         self._events = Events(cluster)
@@ -435,7 +453,7 @@ class ResolvedPool(Pool):
             self._observe([(address, subchannel.state())])
         return None
 
-    def lost(self, address: str) -> None:
+    def check(self, address: str) -> None:
         subchannel = self._subchannels.get(address)
         if subchannel is not None:
             self._observe([(address, subchannel.state())])
@@ -449,39 +467,74 @@ class ResolvedPool(Pool):
         loop = asyncio.get_running_loop()
         wake = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
-        resolving = asyncio.create_task(self._resolve())
+        if not self._paused and self._resolving is None:
+            self._resolving = self._discover()
         try:
-            while not self.closed:
-                busy = self._tick()
-                await self._tidy(time.monotonic())
-                try:
-                    # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
-                    async with asyncio.timeout(BUSY_TICK if busy else CALM_TICK):
-                        await wake.wait()
-                except TimeoutError:
-                    pass
-                wake.clear()
+            await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=self.cluster.name)
         finally:
             self._wake = lambda: None
-            resolving.cancel()
-            if self._out_of_band is not None:
-                await self._out_of_band.close()
-            await self._causes.close()
+            await self.pause()
             with self._lock:
                 subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
                 self._subchannels.clear()
                 self._retired.clear()
             for subchannel in subchannels:
                 await subchannel.close()
+
+    async def pause(self) -> None:
+        self._paused = True
+        resolving, self._resolving = self._resolving, None
+        if resolving is not None:
+            resolving.cancel()
             await asyncio.wait([resolving])
+        if self._out_of_band is not None:
+            await self._out_of_band.close()
+            self._out_of_band = None
+        await self._causes.close()
+
+    def resume(self) -> None:
+        if self._paused and not self.closed:
+            self._paused = False
+            self._resolving = self._discover()
+            self._wake()
+
+    def _discover(self) -> asyncio.Task[None]:
+        work = keep_running("discovery", self._resolve, self._unresolved, where=self.cluster.name)
+        return asyncio.get_running_loop().create_task(work)
+
+    async def _watch(self, wake: asyncio.Event) -> None:
+        """Look at the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
+        while not self.closed:
+            pause = self._tick()
+            await self._tidy(time.monotonic())
+            if self._stalled:
+                self._stall("")
+            try:
+                # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
+                async with asyncio.timeout(pause):
+                    await wake.wait()
+            except TimeoutError:
+                pass
+            wake.clear()
+
+    def _stall(self, error: str) -> None:
+        self._stalled = bool(error)
+        self._change(lambda: self.cluster.stalled(error))
+
+    def _unresolved(self, error: str) -> None:
+        self._change(lambda: self.cluster.unresolved(error, final=True))
 
     async def _resolve(self) -> None:
+        heard = False
         async with contextlib.aclosing(self._resolver.updates()) as updates:
             async for update in updates:
                 self._events.resolved(update)
+                heard = True
                 if update.service_config is not None:
                     self._configured(update.service_config)
                 self._change(functools.partial(self._update, update))
+        if not heard:
+            raise RuntimeError("the resolver ended without an update")
 
     def _update(self, update: Update) -> None:
         if update.endpoints is None:
@@ -497,9 +550,9 @@ class ResolvedPool(Pool):
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
 
-    def _tick(self) -> bool:
-        """Do what time brings, look at every state, and connect what is idle and not at rest; returns whether
-        connections are being made."""
+    def _tick(self) -> float:
+        """Do what time brings, look at every state, and connect what is idle and not at rest; returns the seconds until
+        the next look."""
         now = time.monotonic()
         self._change(lambda: self.cluster.sweep(now))
         self._events.swept()
@@ -516,14 +569,20 @@ class ResolvedPool(Pool):
             self._events.observed(tuple(known.items()), self._causes.known)
         if failing:
             self._resolver.resolve_now()
-        connecting = sum(state == Connectivity.CONNECTING for _, state in states)
         resting = self._resting
-        idle = [address for address, state in states if state == Connectivity.IDLE and address not in resting]
-        for address in idle[: max(0, CONNECTING_AT_ONCE - connecting)]:
-            self._subchannels[address].connect()
-        if self.cluster.balancer.reports.out_of_band or self._out_of_band is not None:
+        awake = (entry for entry in states if entry[0] not in resting) if resting else states
+        begin, pause = self._connects.look(awake, now)
+        error: Exception | None = None
+        for address in begin:
+            try:
+                self._subchannels[address].connect()
+            except Exception as failure:  # the others connect nevertheless
+                error = failure
+        if not self._paused and (self.cluster.balancer.reports.out_of_band or self._out_of_band is not None):
             self._ask_for_load()
-        return bool(connecting or idle)
+        if error is not None:
+            raise error
+        return pause
 
     def _ask_for_load(self) -> None:
         """Have the endpoints that are READY asked for their load, if the balancing policy wants that."""

@@ -22,11 +22,13 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from mesh import context
-from mesh.channel import background
+from mesh.channel import background, forking
+from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
     CLOSED_DETAILS,
     CODES,
+    FORKED_DETAILS,
     NEVER_SENT,
     START,
     STATES,
@@ -40,6 +42,7 @@ from mesh.channel.drive import (
 from mesh.channel.instrumentation import channels_around, wrapped
 from mesh.channel.replay import Replay, Request
 from mesh.channel.subchannels import Method, OwnPool, Pool, SyncSubchannel
+from mesh.channel.worker import Worker
 from mesh.errors import CallError, RpcError, terminated
 from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Metadatum, Outcome, Verdict, Wake
 from mesh.observe import Explanation, explain
@@ -55,6 +58,8 @@ Metadata = Sequence[Metadatum] | None
 class Channel(grpc.Channel):
     """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
+    blocking = True
+
     def __init__(
         self,
         target: str,
@@ -68,6 +73,9 @@ class Channel(grpc.Channel):
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._calls: weakref.WeakSet[_Driver] = weakref.WeakSet()
+        # Two threads, if they are needed: callbacks that wait don't hold up the channel's other calls.
+        self.stepping = Worker("mesh-calls")
+        self.callbacks = Worker("mesh-callbacks")
         self._watch = _StateWatch(self)
 
     def start(self) -> None:
@@ -78,11 +86,28 @@ class Channel(grpc.Channel):
             if self.closed:
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
+                forking.check(aio=self.assembly.discovers_by_aio)
                 self.assembly.rng.seed()  # channels that forked apart must not move in step
                 background.spawn(self.assembly.run())
+                forking.register(self, self.assembly.pool)
                 # The multicallables hold the channel, so it lives as long as any stub.
-                self._stop = weakref.finalize(self, self.assembly.pool.close)
+                self._stop = weakref.finalize(self, background.call_from_finalizer, self.assembly.pool.close)
                 self._stop.atexit = False
+        self._watch.look()
+
+    def forked(self) -> object:
+        """In a forked child: begin anew, with connections of its own; returns what is the parent's."""
+        left = self.assembly, self._stop, list(self._calls)
+        if self._stop is not None:
+            self._stop.detach()
+        for driver in left[2]:
+            driver.forked()
+        self._lock, self._stop, self._calls = threading.Lock(), None, weakref.WeakSet()
+        self.stepping, self.callbacks = self.stepping.again(), self.callbacks.again()
+        if not self.closed:
+            self.assembly = self.assembly.again()
+            self._watch = self._watch.again()
+        return left
 
     def adopt(self, driver: _Driver) -> None:
         """Have the call cancelled when the channel closes."""
@@ -214,10 +239,16 @@ class _StateWatch:
         self._armed = False
         self._delivering = False
 
+    def again(self) -> _StateWatch:
+        """The same for a forked child, where nobody is told before the channel is used."""
+        again = _StateWatch(self._channel)
+        again._told = dict.fromkeys(self._told)
+        return again
+
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
             self._told[callback] = None
-        self._look()
+        self.look()
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
@@ -230,9 +261,9 @@ class _StateWatch:
     def _replaced(self) -> None:
         with self._lock:
             self._armed = False
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Watch for the next change, and deliver what the subscribers haven't been told."""
         with self._lock:
             if not self._told:
@@ -293,6 +324,8 @@ class _Multicallable:
     ) -> D:
         """A driver for a new call, not yet started."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         now = time.monotonic()
         call = channel.assembly.call(method, now, timeout, metadata, wait_for_ready)
@@ -388,6 +421,8 @@ class UnaryUnary(_Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[
     ) -> tuple[Any, Any]:
         """Make the call in this thread. Of the pair that is returned, the call is there only ``with_call``."""
         channel, method = self._channel, self._method
+        if credentials is not None or compression is not None:
+            check_call(credentials, compression)
         channel.start()
         assembly = channel.assembly
         pool = assembly.pool
@@ -507,6 +542,8 @@ class _Driver(LockedDriver):
     """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
     holds."""
 
+    _left: object = None  # in a forked child, what is the parent's
+
     def __init__(
         self,
         channel: Channel,
@@ -525,7 +562,7 @@ class _Driver(LockedDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._hedged = method.policy.hedge.max_attempts > 1
+        self._hedged = False  # known with the first attempt
         self._unary = method.kind.endswith("unary")
         self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._request = requests
@@ -536,7 +573,15 @@ class _Driver(LockedDriver):
         if self._scope is not None:
             self._scope.adopt(self, self.cancel)
 
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._lock, self._condition = threading.Lock(), threading.Condition()
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._left = dict(self.running), self.committed
+        self.running, self.committed, self._callbacks = {}, None, None
+
     def begin(self, attempt: Attempt) -> None:
+        self._hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
@@ -572,7 +617,7 @@ class _Driver(LockedDriver):
     def wake_at(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.elapsed)
+        self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
         if self.committed is not None and self._replay is not None:
@@ -586,7 +631,16 @@ class _Driver(LockedDriver):
             self._scope.release(self)
             self.channel.assembly.failed(self.call, self.verdict, self._scope)
         for callback in callbacks:
-            _run_callback(callback)
+            self.channel.callbacks.run(callback)
+
+    # What follows these may run the caller's serializer, and they come in any thread: the one of the timers, or of
+    # another call, that found out that an endpoint is lost.
+
+    def timer_fired(self) -> None:
+        self.channel.stepping.run(super().timer_fired)
+
+    def picker_replaced(self) -> None:
+        self.channel.stepping.run(super().picker_replaced)
 
     def add_callback(self, callback: Callable[[], object]) -> bool:
         """Have ``callback`` called when the call is over; False when it is."""
@@ -636,7 +690,7 @@ class _Driver(LockedDriver):
         else:
             # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
             # for on another.
-            background.call(functools.partial(self._failed, number, address, inner))
+            self.channel.stepping.run(functools.partial(self._failed, number, address, inner))
 
     def _failed(self, number: int, address: str, inner: Any) -> None:
         self.ended(number, _outcome(inner, self.pool, address, final=self._unrepeatable()))
@@ -681,6 +735,9 @@ class _BlockingDriver(_Driver):
 
     def _send(self, wake: Wake | None) -> None:
         self._mail.put(wake)
+
+    def picker_replaced(self) -> None:
+        self._send(Elapsed(time.monotonic()))
 
     def wake_at(self, until: float | None) -> None:
         self._due = until
@@ -785,7 +842,7 @@ class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa:
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
         if driver is not None and driver.verdict is None:
-            driver.cancel("Cancelled upon garbage collection!")
+            background.call_from_finalizer(functools.partial(driver.cancel, "Cancelled upon garbage collection!"))
 
     def __repr__(self) -> str:
         verdict = self._driver.verdict
@@ -875,7 +932,8 @@ def _outcome(error: Any, pool: Pool, address: str, *, final: bool = False) -> Ou
 def _debug_error_string(call: Any) -> str:
     # Asked for it, grpc waits for ever when the call was ended on this side: cancelled, or by a bad message. But it
     # prints what it has.
-    _, _, rest = str(call).partition('\tdebug_error_string = "')
+    # The details are the peer's, and may read like what follows them.
+    _, _, rest = str(call).partition(f'\tdetails = "{call.details()}"\n\tdebug_error_string = "')
     text = rest.removesuffix('"\n>')
     return "" if text == "None" else text
 
@@ -919,5 +977,11 @@ def secure_channel(
     compression: grpc.Compression | None = None,
 ) -> grpc.Channel:
     """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address."""
+    not an address.
+
+    Raises:
+        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        ValueError: as ``insecure_channel``.
+    """
+    check_channel_credentials(credentials)
     return Channel(target, options, credentials, compression)

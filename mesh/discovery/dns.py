@@ -9,11 +9,11 @@ stays for as long as two more answers take (``probation.py``).
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
+from mesh.addresses import Address, is_ip
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
@@ -70,8 +70,8 @@ class DnsResolver(Resolver):
         self._asked.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        if _is_address(self._host):
-            yield Update((Endpoint(join(self._host, self._port)),))
+        if is_ip(self._host):
+            yield Update((Endpoint(str(Address(self._host, self._port))),))
             await asyncio.get_running_loop().create_future()
         found = False
         last: Update | None = None
@@ -102,7 +102,7 @@ class DnsResolver(Resolver):
 
     async def _find(self) -> list[Endpoint]:
         """The endpoints that there are now. Raises OSError."""
-        return [Endpoint(join(address, self._port)) for address in await self._lookup(self._host, self._port)]
+        return [Endpoint(str(Address(address, self._port))) for address in await self._lookup(self._host, self._port)]
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -112,17 +112,4 @@ class DnsResolver(Resolver):
             pass
 
     def __repr__(self) -> str:
-        return f"<DnsResolver {join(self._host, self._port)}>"
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def join(host: str, port: int) -> str:
-    """An address, with IPv6 in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"<DnsResolver {Address(self._host, self._port)}>"

@@ -15,12 +15,14 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from mesh import core
 from mesh.discovery import absent
 from mesh.discovery.cache import Cache
 from mesh.discovery.probation import Probation
 from mesh.discovery.resolver import Resolver, Update
 from mesh.discovery.roster import HOLD, Roster
 from mesh.errors import in_short
+from mesh.tasks import keep_running
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -61,6 +63,8 @@ OPTIONS = [
 class RegistryResolver(Resolver):
     """Watches ``service`` at the registry that ``registry`` names: ``host:port``, or another target of gRPC's."""
 
+    configures = True
+
     def __init__(
         self,
         registry: str,
@@ -85,9 +89,9 @@ class RegistryResolver(Resolver):
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         last: Update | None = None
-        saving = asyncio.create_task(self._save())
+        saving = asyncio.create_task(keep_running("saving to the disk cache", self._save, where=repr(self)))
         try:
-            async with grpc.aio.insecure_channel(self._registry, options=OPTIONS) as channel:
+            async with core.aio_channel(self._registry, OPTIONS) as channel:
                 stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
                 backoff = MIN_BACKOFF
                 while True:
@@ -114,6 +118,7 @@ class RegistryResolver(Resolver):
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
         reading = asyncio.ensure_future(call.read())
         begun = _now()
+        refused = False
         try:
             while True:
                 # Not wait_for: a read that is cancelled ends the call.
@@ -140,6 +145,7 @@ class RegistryResolver(Resolver):
                     yield await self._known(stub)
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {in_short(error.details() or '')}"
+            refused = True
         finally:
             self._answered = False
             call.cancel()
@@ -147,7 +153,8 @@ class RegistryResolver(Resolver):
             await asyncio.gather(reading, return_exceptions=True)
         if self._recall():
             yield await self._known(stub)
-        yield Update(None, f"registry {self._registry}: {failure}")
+        # As in gRPC: a call without endpoints waits for an answer, and fails when asking for one does.
+        yield Update(None, f"registry {self._registry}: {failure}", final=refused)
 
     def _pause(self, begun: float) -> float | None:
         """How long a watch may go on as it is, if the registry says nothing more. Seconds; None: for ever."""

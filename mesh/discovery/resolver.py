@@ -15,8 +15,8 @@ class Update:
 
     ``endpoints``: all endpoints there are now; None when the resolver could not find out, and what was known holds.
     ``error``: why it could not find out, or why there are none.
-    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist) instead
-    of waiting for better news until their deadline (a registry that is away).
+    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist, a
+    registry that refuses connections) instead of waiting until their deadline (a registry that doesn't answer).
     ``service_config``: the JSON of the config that holds for the service, empty when there is none; None when this says
     nothing of it, and what was known holds.
     """
@@ -28,7 +28,12 @@ class Update:
 
 
 class Resolver(abc.ABC):
-    """Finds the endpoints of one target. Made without IO; everything happens in ``updates``."""
+    """Finds the endpoints of one target. Made without IO; everything happens in ``updates``.
+
+    ``configures``: its updates bring a service config, so calls wait for the first one that does.
+    """
+
+    configures = False
 
     @abc.abstractmethod
     def updates(self) -> AsyncGenerator[Update, None]:

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh.discovery.dns import FLOOR, PERIOD, PROBATION, DnsResolver, Lookup, join, lookup
+from mesh.addresses import Address
+from mesh.discovery.dns import FLOOR, PERIOD, PROBATION, DnsResolver, Lookup, lookup
 from mesh.model import Endpoint
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class SrvResolver(DnsResolver):
                 continue
             endpoints += [
                 Endpoint(
-                    join(address, record.port),
+                    str(Address(address, record.port)),
                     weight=max(record.weight, 1),  # 0 is "a very small chance", and for all alike: no preference
                     priority=priorities.index(record.priority),
                 )

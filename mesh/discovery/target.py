@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from mesh.addresses import FORMS, TARGET_SCHEMES, check_target, is_local, parse
 from mesh.discovery.cache import Cache
 from mesh.discovery.dns import DnsResolver
 from mesh.discovery.registry import RegistryResolver
@@ -27,12 +28,9 @@ DEFAULT_PORT = 443
 """gRPC's own default port."""
 
 OWN_SCHEMES = ("mesh", "static", "dns")
-GRPC_SCHEMES = ("dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p")
 
 _URI = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<authority>[^/]*)(/(?P<path>.*))?", re.ASCII)
-_HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s]+\]|[^\[\]:/,\s]+):(?P<port>\d+)", re.ASCII)
 _SRV = re.compile(r"_[A-Za-z0-9-]+\._[A-Za-z]+\.(?P<domain>\S+)", re.ASCII)
-_LOCAL = re.compile(r"(unix|unix-abstract|vsock):\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +72,15 @@ def resolver_for(text: str) -> tuple[Target, Resolver | None]:
         return Target(text, scheme, authority=srv["domain"]), _srv(text, path)
     if scheme == "dns" and not authority:
         return Target(text, scheme, authority=path), _dns(text, path)
-    if scheme in GRPC_SCHEMES:
+    if scheme in TARGET_SCHEMES:
         return Target(text), None
-    known = ", ".join(dict.fromkeys(OWN_SCHEMES + GRPC_SCHEMES))
+    known = ", ".join(dict.fromkeys(OWN_SCHEMES + TARGET_SCHEMES))
     raise ValueError(f"target {text!r}: unknown scheme {scheme!r}; known are {known}, and host:port")
 
 
 def _mesh(text: str, authority: str, service: str) -> Resolver:
+    if not service and authority and ":" not in authority:
+        raise ValueError(f"target {text!r}: write three slashes, mesh:///{authority}")
     if not service or "/" in service:
         raise ValueError(f"target {text!r}: name a service, as in mesh:///weft.user.v1.UserService")
     registry = authority or os.environ.get(REGISTRY_VARIABLE, "")
@@ -88,9 +88,13 @@ def _mesh(text: str, authority: str, service: str) -> Resolver:
         raise ValueError(
             f"target {text!r}: which registry? Set {REGISTRY_VARIABLE}=host:port, or write mesh://host:port/{service}"
         )
-    uri = _URI.fullmatch(registry)
-    if (authority and _split(authority) is None) or (uri and uri["scheme"] not in GRPC_SCHEMES):
-        raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}")
+    try:
+        if authority:
+            parse(authority)
+        else:
+            check_target(registry)
+    except ValueError as error:
+        raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}: {error}") from None
     return RegistryResolver(registry, service, cache=Cache.of_environment(registry, service))
 
 
@@ -101,18 +105,19 @@ def _static(text: str, authority: str, path: str) -> Resolver:
     if not addresses:
         raise ValueError(f"target {text!r}: names no address, as in static:///10.0.0.1:50051,10.0.0.2:50051")
     for address in addresses:
-        if not _LOCAL.fullmatch(address) and _split(address, least_port=0) is None:  # grpc takes port 0
-            raise ValueError(f"target {text!r}: {address!r} is not host:port, [ipv6]:port or unix:path")
+        try:
+            if not is_local(address):
+                parse(address, least_port=0)  # grpc takes port 0
+        except ValueError as error:
+            raise ValueError(f"target {text!r}: {address!r} is not {FORMS}: {error}") from None
     return StaticResolver(addresses)
 
 
 def _dns(text: str, path: str) -> Resolver:
-    # As gRPC: more than one colon without brackets is an IPv6 address.
-    name = f"[{path}]" if path.count(":") > 1 and not path.startswith("[") else path
-    split = _split(name) or _split(f"{name}:{DEFAULT_PORT}")
-    if split is None:
-        raise ValueError(f"target {text!r}: {path!r} is not host or host:port")
-    return DnsResolver(*split)
+    try:
+        return DnsResolver(*parse(path, port=DEFAULT_PORT))
+    except ValueError as error:
+        raise ValueError(f"target {text!r}: {path!r} is not host or host:port: {error}") from None
 
 
 def _srv(text: str, name: str) -> Resolver:
@@ -122,11 +127,3 @@ def _srv(text: str, name: str) -> Resolver:
         return SrvResolver(name)
     except ImportError:
         raise ValueError(f"target {text!r}: SRV records need dnspython; install weft[dns]") from None
-
-
-def _split(address: str, least_port: int = 1) -> tuple[str, int] | None:
-    """The host, without its brackets, and the port of ``host:port``; None when that isn't what it is."""
-    match = _HOST_PORT.fullmatch(address)
-    if match is None or not least_port <= int(match["port"]) <= 65535:
-        return None
-    return match["host"].strip("[]"), int(match["port"])

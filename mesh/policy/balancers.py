@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mesh.config import BalancerConfig
-from mesh.policy.load import Busier, Node, busier, fuller
-from mesh.policy.pick import Choices, Picker, PickFirst, PowerOfTwo, RoundRobin, WeightedRoundRobin
+from mesh.policy.load import Busier, Node, busier, far_busier, far_fuller, fuller
+from mesh.policy.pick import Choices, Picker, PickFirst, PowerOfTwo, RoundRobin, Weighted, WeightedRoundRobin
 from mesh.policy.ring import Ring
 
 
@@ -37,9 +37,11 @@ def _in_turn(given: Given) -> Picker:
     return (RoundRobin if _alike(given.nodes) else WeightedRoundRobin)(given.nodes, given.rng)
 
 
-def _by(compare: Busier) -> Callable[[Given], Picker]:
+def _by(compare: Busier, far: Busier) -> Callable[[Given], Picker]:
     def make(given: Given) -> Picker:
         config = given.config
+        if _configured(given.nodes):
+            return Weighted(given.nodes, given.rng, far)
         if config.choices == 2 and _alike(given.nodes):
             return PowerOfTwo(given.nodes, compare, config.starvation)
         return Choices(given.nodes, compare, config.starvation, config.choices)
@@ -62,14 +64,20 @@ def _on_a_ring(given: Given) -> Picker:
     )
 
 
+def _configured(nodes: Sequence[Node]) -> bool:
+    """Whether the weights that operators gave the endpoints differ."""
+    weight = nodes[0].endpoint.weight
+    return any(node.endpoint.weight != weight for node in nodes)
+
+
 def _alike(nodes: Sequence[Node]) -> bool:
     weight = nodes[0].weight
     return all(node.weight == weight for node in nodes)
 
 
 BALANCERS: dict[str, Callable[[Given], Picker]] = {
-    "least_request": _by(fuller),
-    "peak_ewma": _by(busier),
+    "least_request": _by(fuller, far_fuller),
+    "peak_ewma": _by(busier, far_busier),
     "pick_first": _first,
     "ring_hash": _on_a_ring,
     "round_robin": _in_turn,

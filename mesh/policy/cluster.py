@@ -37,6 +37,10 @@ AGGREGATION = (
 )
 
 
+METHODS = 1000
+"""Methods whose latencies are kept; past it the one that was first called longest ago is forgotten."""
+
+
 def _nobody() -> None:
     """Nobody is to be woken."""
 
@@ -81,6 +85,7 @@ class Cluster:
         self._new_lock = new_lock
         self._resolved = False
         self._refused = False
+        self._stalled = ""  # why connections aren't being made
         self._now = now  # of the last sweep, for what needs no more than that
         self._weigh_at = now
         self._subset = Subset()
@@ -89,7 +94,13 @@ class Cluster:
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
-        return self._latencies.get(method) or self._latencies.setdefault(method, Latencies(self._new_lock()))
+        known = self._latencies.get(method)
+        if known is None:
+            if len(self._latencies) >= METHODS:
+                oldest, *_ = tuple(self._latencies)  # a copy: any thread may be here
+                self._latencies.pop(oldest, None)
+            known = self._latencies.setdefault(method, Latencies(self._new_lock()))
+        return known
 
     @property
     def state(self) -> Connectivity:
@@ -174,6 +185,13 @@ class Cluster:
             self._refused = final
             self._swap()
 
+    def stalled(self, error: str) -> None:
+        """Connections aren't being made for now: calls that would wait for one fail with ``error``. Empty: they are
+        again."""
+        if error != self._stalled:
+            self._stalled = error
+            self._swap()
+
     def observe(self, states: Iterable[tuple[str, Connectivity]]) -> bool:
         """Take the endpoints' states as they are now; returns whether one of them changed."""
         changed = connected = False
@@ -233,6 +251,8 @@ class Cluster:
         place, ready = self._levels.serving(self.states, self._now)
         if ready:
             self.picker = self._serving(place, ready)
+        elif self._stalled:
+            self.picker = Picker(queue=False, error=f"{self.name}: {self._stalled}")
         elif not self.nodes:
             queue = not (self._resolved or self._refused)
             self.picker = Picker(queue=queue, error=f"{self.name}: {self.error}", unresolved=queue)
@@ -242,7 +262,7 @@ class Cluster:
 
     def why(self, picker: Picker, now: float, waited: float | None = None) -> str:
         """Why ``picker`` had no endpoint for a call that has ``waited`` so many seconds; empty when it had one."""
-        if picker.unresolved or not picker.error:
+        if picker.unresolved or not picker.error or self._stalled:
             return picker.error
         # Copied at once: the pool changes these meanwhile.
         states, since = dict(self.states), dict(self.since)

@@ -4,8 +4,8 @@
 for blocking calls, futures, streams and asyncio (``mesh/channel/drive.py``), and one in virtual time, for tests.
 
 Rule 1: one deadline holds over all attempts, backoffs and hedges; nothing waits past it.
-Rule 2: an attempt that never left costs nothing (A6's transparent retry): neither budget, nor an attempt of the
-policy's; nor does the first one that a server refused (REFUSED_STREAM).
+Rule 2: an attempt that the driver didn't start costs nothing: neither budget, nor an attempt of the policy's. What was
+started counts as sent; A6's transparent retries are core's own (docs/decisions/0013).
 Rule 3: once the server has begun to answer an attempt, that attempt is the call (A6's commit).
 Rule 4: what is in flight is given back exactly once, also when the driver closes the flow half-way.
 Rule 5: what the client itself refuses (``policy/overload.py``) is final, and reaches no endpoint's memory.
@@ -27,7 +27,10 @@ from mesh.policy.retry import Retries
 
 Flow = Generator[Step, Wake, Verdict]
 
-PAUSE = 0.01  # seconds; no endpoint could send it, though each is said to be READY: until that is found out
+# No endpoint could send it, though the picker says that each is READY: pauses in seconds, each twice as long as the one
+# before, and how many there are before that is a failure like another.
+PAUSE = 0.01
+MAX_PAUSES = 8
 
 
 def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) -> Flow:
@@ -44,11 +47,11 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     due = now  # when the next attempt is to start; inf: none is planned
     paid = True  # whether that attempt is paid for; the first is free
     last: Verdict | None = None  # the latest failure, in case nothing better comes
-    resent = False  # whether an attempt that a server refused was made again
+    pauses = 0  # how often every endpoint had been tried, and none could send it
     committed = False
     committing = 0  # the attempt to hand over next
     step: Step
-    call.started = now
+    call.started = call.started or now  # it may have waited for its policy before
     gate = cluster.gate
     if len(gate.out) >= gate.free:
         refused = gate.refuses(call, now, rng)
@@ -64,7 +67,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
                         due = inf
                         continue
-                    return last or _expired(call, cluster, now)
+                    return last or expired(call, cluster, now)
                 if not (paid or (hedges and hedges.withdraw(now))):
                     due = inf
                     continue
@@ -103,7 +106,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             elif due < deadline:
                 step = Wait(due)
             else:
-                return last or _expired(call, cluster, now)
+                return last or expired(call, cluster, now)
 
             # What came of it.
             wake = yield step
@@ -127,16 +130,15 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if outcome.cancelled:
                     _abandon(running, tried, CANCELLED, now)
                     return verdict
-                # A6's transparent retries: what never left goes again however often, what was refused goes once.
-                again = outcome.never_sent or (outcome.refused and not resent)
-                if again and not (committed or outcome.committed):
-                    resent |= outcome.refused
+                if outcome.never_sent:
                     sent -= 1
-                    due, paid = now, True
-                    nodes = cluster.picker.nodes
-                    if nodes and all(node in tried for node in nodes):
-                        due += PAUSE
-                    continue
+                    if pauses < MAX_PAUSES and not committed:
+                        due, paid = now, True
+                        nodes = cluster.picker.nodes
+                        if nodes and all(node in tried for node in nodes):
+                            due += PAUSE * 2**pauses
+                            pauses += 1
+                        continue
                 last = verdict
                 # An attempt that its own timeout ended left the call time for another.
                 timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout
@@ -167,7 +169,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
             gate.ended(call, now)
 
 
-def _expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
+def expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
     """The deadline came while nothing was running."""
     picker, waited = cluster.picker, now - call.started
     if picker.unresolved:

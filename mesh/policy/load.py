@@ -20,6 +20,14 @@ from mesh.policy.report import Report
 
 SLOW_CODES = FAILURE_CODES | {Code.RESOURCE_EXHAUSTED}
 
+# How much worse than another an endpoint must be before a call leaves the one that the weights give it to. Far enough
+# that chance does not decide it: with n calls in flight in all, an endpoint of share p has n p of them and a standard
+# deviation below sqrt(n p), and four times an endpoint's mean and 8 more is above 5 of them for any n p.
+FAR_IN_FLIGHT = 4.0
+FAR_SLACK = 8.0
+FAR_COST = 10.0
+FAR_FLOOR = 0.05  # seconds, added to both latencies; a failure counts as the penalty, which is far above
+
 # Latencies closer than this are noise to the peak EWMA: a difference of one in flight then decides, and else chance
 # does.
 NOISE_FACTOR = 2.0
@@ -178,3 +186,22 @@ def busier(a: Node, b: Node) -> bool:
 def fuller(a: Node, b: Node) -> bool:
     """Whether ``a`` has more in flight than ``b``, for each unit of weight (A48; Envoy's weighted least request)."""
     return a.in_flight * b.weight > b.in_flight * a.weight
+
+
+def far_fuller(a: Node, b: Node) -> bool:
+    """Whether ``a`` has far more in flight than its weight gives it, by what ``b`` has."""
+    return (a.in_flight - FAR_SLACK) * b.weight > FAR_IN_FLIGHT * (b.in_flight + 1) * a.weight
+
+
+def far_busier(a: Node, b: Node) -> bool:
+    """Whether ``a`` is so much slower than ``b``, or fails, or has so much more in flight, that its weight no longer
+    counts."""
+    cost_a, cost_b = _costs(a, b)
+    return cost_a > FAR_COST * (cost_b + FAR_FLOOR) or far_fuller(a, b)
+
+
+def _costs(a: Node, b: Node) -> tuple[float, float]:
+    """Both averages at one instant: the older is decayed to the instant of the younger, which under load is now."""
+    if a.stamp < b.stamp:
+        return a.cost * exp((a.stamp - b.stamp) / a.decay), b.cost
+    return a.cost, b.cost * exp((b.stamp - a.stamp) / b.decay)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from mesh.config import BalancerConfig, SlowStartConfig
 from mesh.policy.load import Node
 
-UNWEIGHTED = frozenset({"round_robin", "pick_first"})
-"""Policies to which endpoints' weights mean nothing, as in gRPC. Slow start still does."""
+UNWEIGHTED = "pick_first"
+"""The policy to which endpoints' weights mean nothing. Slow start still does."""
 
 NOTHING = 1e-12
 """Weights up to this are for endpoints that get nothing while there is another. They aren't 0, so that among
@@ -49,7 +49,7 @@ def weigh(
 
 
 def _given(nodes: Sequence[Node], balancer: BalancerConfig) -> list[float]:
-    if balancer.name in UNWEIGHTED:
+    if balancer.name == UNWEIGHTED:
         return [1.0] * len(nodes)
     return [node.endpoint.weight if node.endpoint.weight > 0 else _NONE for node in nodes]
 

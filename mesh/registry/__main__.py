@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import logging
 import os
-import re
 import signal
-import socket
 import sys
 import uuid
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import variables
+from mesh.addresses import is_local, parse
+from mesh.files import InUseError
+from mesh.listening import bind
 from mesh.registry.book import Book
 from mesh.registry.service import SERVICE_NAME, RegistryService
+from mesh.registry.state import VARIABLE, State
 from weft.mesh.v1 import registry_pb2_grpc
 
 try:
@@ -59,12 +61,18 @@ def main() -> int:
         default=os.environ.get("MESH_REGISTRY_LISTEN") or DEFAULT_LISTEN,
         help=f"where to listen; default: MESH_REGISTRY_LISTEN, or {DEFAULT_LISTEN}",
     )
-    listen = parser.parse_args().listen
+    parser.add_argument(
+        "--state",
+        metavar="DIR",
+        default=os.environ.get(VARIABLE) or "",
+        help=f"where service configs are kept across restarts; default: {VARIABLE}, or nowhere",
+    )
+    given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     variables.warn_once()
     try:
-        check(listen)
-        asyncio.run(serve(listen))
+        check(given.listen)
+        asyncio.run(serve(given.listen, given.state))
     except SettingError as error:
         print(f"mesh.registry: {error}", file=sys.stderr)
         return 2
@@ -72,37 +80,40 @@ def main() -> int:
 
 
 def check(listen: str) -> None:
-    """Raise SettingError unless ``listen`` is an address that can be listened on now.
-
-    gRPC would say only that it failed, with lines of its own on stderr; the system says why.
-    """
-    match = re.fullmatch(r"\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>\d{1,5})", listen)
-    if match is None or int(match["port"]) > 65535:
-        raise SettingError(f"MESH_REGISTRY_LISTEN or --listen must be HOST:PORT, not {listen!r}")
+    """Raise SettingError unless ``listen`` is an address."""
     try:
-        addresses = socket.getaddrinfo(match["host"], int(match["port"]), type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise SettingError(f"cannot listen on {listen}: {error.strerror}") from error
-    errors = []
-    for family, type_, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, type_, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            errors.append(error)
-    # A name may also have addresses of a family that this host lacks: gRPC listens on the others, and so may we.
-    if errors and (len(errors) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in errors)):
-        raise SettingError(f"cannot listen on {listen}: {errors[0].strerror}")
+        if not is_local(listen):
+            parse(listen, least_port=0)
+    except ValueError as error:
+        raise SettingError(f"MESH_REGISTRY_LISTEN or --listen must be HOST:PORT, not {listen!r}: {error}") from None
 
 
-async def serve(listen: str) -> None:
-    """Serve a new, empty registry on ``listen`` until SIGTERM or SIGINT."""
+def restore(book: Book, folder: str) -> State | None:
+    """Have the book know the configs that are kept in ``folder``. Raises SettingError when it can't be used."""
+    if not folder:
+        _log.info("service configs are kept in memory only: set %s=DIR to keep them across restarts", VARIABLE)
+        return None
+    try:
+        state = State(Path(folder))
+        configs = state.load()
+    except InUseError as error:
+        raise SettingError(f"{error}: a registry needs a folder of its own in {VARIABLE} or --state") from None
+    except OSError as error:
+        raise SettingError(f"cannot use {folder} ({VARIABLE} or --state): {error.strerror}") from error
+    for service, text in configs.items():
+        book.configure(service, text)
+    _log.info("service configs are kept in %s; %d restored", folder, len(configs))
+    return state
+
+
+async def serve(listen: str, folder: str = "") -> None:
+    """Serve a new registry on ``listen`` until SIGTERM or SIGINT. It begins with the configs kept in ``folder``."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
-    service = RegistryService(Book(epoch=uuid.uuid4().hex))
+    book = Book(epoch=uuid.uuid4().hex)
+    service = RegistryService(book)
     checks = health.aio.HealthServicer()
     server = grpc.aio.server(options=OPTIONS)
     registry_pb2_grpc.add_RegistryServicer_to_server(service, server)
@@ -110,19 +121,25 @@ async def serve(listen: str) -> None:
     if reflection is not None:
         reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise SettingError(f"cannot listen on {listen}: {error}") from error
+        listener = bind(server, listen)
+    except OSError as error:
+        raise SettingError(str(error.strerror)) from error
+    # After the address is had: a registry that finds another one there leaves its files alone.
+    service.state = restore(book, folder)
     await server.start()
     for name in ("", SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    _log.info("serving on %s:%d", listen.rpartition(":")[0], port)
+    at = listen if is_local(listen) else parse(listen, least_port=0)._replace(port=listener.port)
+    _log.info("serving on %s", at)
 
     await stop.wait()
     _log.info("stopping")
     await checks.enter_graceful_shutdown()
     service.close()
     await server.stop(GRACE)
+    listener.close()
+    if service.state is not None:
+        service.state.close()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from weft.mesh.v1 import registry_pb2 as pb
 LOG_SIZE = 10_000
 """Changes that the log remembers, over all services."""
 
+RENEWALS = 3
+"""Keep-alives that a client sends in a lease's time to live."""
+
 _CONFIG = ""  # stands in the log for the service's config, where instances have their ids, which are never empty
 
 
@@ -43,6 +46,7 @@ class _Lease:
     instance: pb.Instance
     ttl: float
     expires_at: float
+    spared: bool = False  # has had its one period more since it was last renewed
 
 
 @dataclass(slots=True)
@@ -106,12 +110,14 @@ class Book:
                 unknown.append(lease_id)
             else:
                 lease.expires_at = now + lease.ttl
+                lease.spared = False
         return unknown
 
     def renew_all(self, now: float) -> None:
         """Begin the time to live of every lease anew: the registry itself was away, and heard nobody."""
         for lease in self._leases.values():
             lease.expires_at = now + lease.ttl
+            lease.spared = False
 
     def deregister(self, lease_id: str) -> pb.Instance | None:
         """End a lease and return its instance; None when the lease isn't known."""
@@ -121,8 +127,11 @@ class Book:
         self._end(lease)
         return lease.instance
 
-    def expire(self, now: float) -> list[pb.Instance]:
+    def expire(self, now: float, *, doubtful: bool = False) -> list[pb.Instance]:
         """End the leases whose time is over and return their instances.
+
+        ``doubtful``: perhaps the registry itself did not run for a while, and their keep-alives wait to be read. Each
+        lease then stays for one period of them more, once until it is renewed.
 
         O(k log n) for the k leases that expired, or were renewed and come up for the first time since.
         """
@@ -131,6 +140,9 @@ class Book:
             lease = self._leases.get(heapq.heappop(self._queue)[1])
             if lease is None:
                 continue
+            if doubtful and lease.expires_at <= now and not lease.spared:
+                lease.spared = True
+                lease.expires_at = now + lease.ttl / RENEWALS
             if lease.expires_at > now:
                 heapq.heappush(self._queue, (lease.expires_at, lease.id))
             else:
@@ -159,15 +171,19 @@ class Book:
 
     def configure(self, service: str, config: str) -> None:
         """Set a service's config, as JSON that whoever calls has validated; empty to take it back."""
-        known = self._service(service)
-        if known.config != config:
-            known.config = config
-            self._record(service, _CONFIG)
+        if config == self.config(service):
+            return
+        self._service(service).config = config
+        self._record(service, _CONFIG)
 
     def config(self, service: str) -> str:
         """The config that is set for a service; empty when there is none."""
         known = self._services.get(service)
         return known.config if known else ""
+
+    def configs(self) -> dict[str, str]:
+        """The services' configs, of those that have one."""
+        return {name: service.config for name, service in self._services.items() if service.config}
 
     def changes(self, service: str, since: int) -> Delta | None:
         """What changed in a service after revision ``since``, each instance once, as it is now.

@@ -20,8 +20,10 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import config, lines
+from mesh.addresses import is_local, parse
 from mesh.descriptors import unknown_names
 from mesh.registry.book import Book, Delta
+from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
@@ -45,6 +47,10 @@ EXPIRY_PERIOD = 0.1
 STALL = 1.0
 """An expiry that comes this late means that the process was stopped or starved, and heard no keep-alives. Seconds."""
 
+QUIET = 0.5
+"""After so long without any keep-alive the process may have been stopped, in any part of that time. A shorter stop lets
+no lease end, as keep-alives come every third of a time to live. Seconds."""
+
 MAX_TEXT = 1024
 """Characters in any text of an instance."""
 
@@ -55,8 +61,6 @@ MAX_CONFIG = 256 * 1024
 """Characters in a service config."""
 
 _FULL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(%\w+)?\]|[^\s:/,\[\]]+):(?P<port>\d{1,5})", re.ASCII)
-_WILDCARDS = frozenset({"0.0.0.0", "[::]"})
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Violations = list[tuple[str, str]]
@@ -65,13 +69,20 @@ _log = logging.getLogger(__name__)
 
 
 class RegistryService(pb_grpc.RegistryServicer):
-    """The registry's servicer. It belongs to the event loop that its server runs on."""
+    """The registry's servicer. It belongs to the event loop that its server runs on.
+
+    ``state``: where service configs are kept across restarts, if anywhere.
+    """
 
     def __init__(self, book: Book) -> None:
         self._book = book
+        self.state: State | None = None
+        self._configuring = asyncio.Lock()
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._streams: set[asyncio.Task[Any]] = set()
         self._expiry: asyncio.TimerHandle | None = None
+        self._heard = -QUIET  # when the last keep-alive came
+        self._quiet_until = -QUIET  # when the last quiet time ended
         self._closed = False
 
     async def Register(self, request: pb.RegisterRequest, context: _Context) -> pb.RegisterResponse:
@@ -102,7 +113,10 @@ class RegistryService(pb_grpc.RegistryServicer):
     async def KeepAlive(self, _: object, context: _Context) -> AsyncIterator[pb.KeepAliveResponse]:
         async with self._stream(context):
             while (request := await context.read()) is not grpc.aio.EOF:
-                unknown = self._book.renew(request.lease_ids, _now())
+                now = _now()
+                self._note(now)
+                self._heard = now
+                unknown = self._book.renew(request.lease_ids, now)
                 yield pb.KeepAliveResponse(unknown_lease_ids=unknown)
 
     async def Deregister(self, request: pb.DeregisterRequest, _: _Context) -> pb.DeregisterResponse:
@@ -143,13 +157,30 @@ class RegistryService(pb_grpc.RegistryServicer):
     ) -> pb.SetServiceConfigResponse:
         violations = _service_violations("service", request.service) + _config_violations(request.service_config)
         await _refuse(context, violations)
-        self._book.configure(request.service, request.service_config)
-        self._tell(request.service)
+        # A caller that leaves meanwhile must not leave behind a config that is on disk and not in the book.
+        try:
+            await asyncio.shield(self._configure(request.service, request.service_config))
+        except OSError as error:
+            _log.error("%s: the config can't be kept in %r: %s", request.service, self.state, error)
+            await context.abort(
+                grpc.StatusCode.INTERNAL,
+                f"the registry can't keep the config on disk ({error.strerror}); the one before still holds",
+            )
         warnings = _config_warnings(request.service, request.service_config)
         what = "set" if request.service_config else "removed"
         ignored = f"; ignored in it: {'; '.join(warnings[:3])}" if warnings else ""
         lines.info(_log, "config", "%s: service config %s%s", request.service, what, ignored)
         return pb.SetServiceConfigResponse(warnings=warnings)
+
+    async def _configure(self, service: str, text: str) -> None:
+        async with self._configuring:
+            if self.state is not None:
+                configs = self._book.configs()
+                configs[service] = text
+                kept = {name: each for name, each in configs.items() if each}
+                await asyncio.to_thread(self.state.save, kept)
+            self._book.configure(service, text)
+            self._tell(service)
 
     async def GetServiceConfig(self, request: pb.GetServiceConfigRequest, _: _Context) -> pb.GetServiceConfigResponse:
         return pb.GetServiceConfigResponse(service_config=self._book.config(request.service))
@@ -227,13 +258,20 @@ class RegistryService(pb_grpc.RegistryServicer):
             self._expiry.cancel()
         self._expiry = asyncio.get_running_loop().call_at(due, self._expire, due)
 
+    def _note(self, now: float) -> None:
+        """See whether a quiet time ends here. (A clock of its own, ticking, would wake an idle registry.)"""
+        if now - self._heard > QUIET:
+            self._quiet_until = now
+
     def _expire(self, due: float) -> None:
         self._expiry = None
         now = _now()
+        self._note(now)
         if now - due > STALL:
             _log.warning("this process was stopped or starved for %.1f s; all leases are extended", now - due)
             self._book.renew_all(now)
-        for instance in self._book.expire(now):
+        # Right after a quiet time, keep-alives that came meanwhile may still wait to be read.
+        for instance in self._book.expire(now, doubtful=now - self._quiet_until < QUIET):
             _log.info("%s: lease of instance %s at %s expired", instance.service, instance.id, instance.address)
             self._tell(instance.service)
         self._schedule()
@@ -308,11 +346,12 @@ def _config_warnings(service: str, text: str) -> tuple[str, ...]:
 
 
 def _address_violations(path: str, address: str) -> _Violations:
-    if re.fullmatch(r"unix(-abstract)?:\S+", address):
+    if is_local(address):
         return []
-    parts = _HOST_PORT.fullmatch(address)
-    if parts is None or not 1 <= int(parts["port"]) <= 65535:
-        return [(path, 'must be "host:port" or "unix:path"')]
-    if parts["host"] in _WILDCARDS:
+    try:
+        parsed = parse(address)
+    except ValueError as error:
+        return [(path, f'must be "host:port", "[ipv6]:port" or "unix:path": {error}')]
+    if parsed.is_wildcard:
         return [(path, "must be an address that others can reach, not the wildcard that the server listens on")]
     return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import signal
 import sys
@@ -16,6 +17,8 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import lines, variables
+from mesh.channel import forking
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -26,8 +29,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
     listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
@@ -37,6 +40,7 @@ from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -62,6 +66,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.aio.Server | None = None
         self._health = AioHealth()
         self._ended = asyncio.Event()
@@ -74,8 +79,10 @@ class Server:
     async def start(self) -> None:
         """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
-        Raises OSError when it can't listen there.
+        Raises OSError when it can't listen there, RuntimeError in a forked child where no server can work
+        (docs/forking.md).
         """
+        forking.check(aio=True)
         settings = self.settings
         readiness = Readiness(settings.ready)
         server = grpc.aio.server(
@@ -92,7 +99,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_server(self.gate.load, server, self._ended)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
@@ -101,7 +109,9 @@ class Server:
         await server.start()
         self._server = server
         if readiness.given:
-            self._starting = asyncio.get_running_loop().create_task(self._when_ready(readiness))
+            self._starting = asyncio.get_running_loop().create_task(
+                keep_running("starting to serve", functools.partial(self._when_ready, readiness))
+            )
         else:
             await self._serve()
 
@@ -160,6 +170,7 @@ class Server:
         await asyncio.wait([stopping], timeout=grace - for_streams + _AT_ONCE)
         stopping.cancel()
         await asyncio.wait([stopping])
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def kill(self) -> None:

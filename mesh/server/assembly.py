@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
 
+from mesh.addresses import Address, is_local, parse
+from mesh.listening import Listener, bind
 from mesh.observe import ServerObserver
 from mesh.server.deadlines import LOG, Handler, Wrapped
 from mesh.server.settings import ServerSettings
@@ -22,8 +21,6 @@ Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
 
 Arrived = Callable[[grpc.HandlerCallDetails], None]
 """Told of each call that comes in, before its request is read."""
-
-WILDCARDS = ("0.0.0.0", "[::]")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What ends a server: the first in good order, the second at once."""
@@ -117,75 +114,38 @@ def add_channelz(server: Any, settings: ServerSettings) -> None:
     channelz.add_channelz_servicer(server)
 
 
-def bind(server: Any, listen: str) -> int:
-    """Bind ``server`` to ``listen``; the port (0 for a unix socket).
-
-    Raises OSError, saying what is in the way.
-    """
-    try:
-        _probe(listen)
-        return int(server.add_insecure_port(listen))
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OSError(getattr(error, "errno", None) or errno.EINVAL, f"can't listen on {listen}: {reason}") from error
-
-
-def _probe(listen: str) -> None:
-    """Raise OSError when ``listen`` can't be had.
-
-    gRPC's core says what is wrong only in lines of its own on stderr, and takes "localhost" when one of its addresses
-    is free.
-    """
-    if listen.startswith(("unix:", "unix-abstract:")):
-        folder = Path(listen.removeprefix("unix:").removeprefix("//")).parent
-        if listen.startswith("unix:") and not os.access(folder, os.W_OK):
-            raise OSError(errno.EACCES, f"{folder} isn't a folder that can be written to")
-        return
-    host, _, port = listen.rpartition(":")
-    addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    refused = []
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            refused.append(error)
-    # A name may have an address of a family that this host lacks: gRPC listens on the others, and so do we.
-    if refused and (len(refused) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in refused)):
-        raise refused[0]
+def listen(server: Any, settings: ServerSettings) -> Listener:
+    """Have ``server`` listen where the settings say. Raises OSError, saying what is in the way."""
+    return bind(server, settings.listen, share=bool(dict(settings.server_options()).get("grpc.so_reuseport")))
 
 
 def advertised(settings: ServerSettings, port: int) -> str:
     """The address that clients are given for a server that listens on ``port``."""
     told = settings.advertise or settings.listen
-    if told.startswith(("unix:", "unix-abstract:")):
+    if is_local(told):
         return told
-    host, _, told_port = told.rpartition(":") if ":" in told else (told, "", str(port))
+    address = parse(told, port=0, least_port=0)
     if settings.advertise:
-        return f"{host}:{told_port if int(told_port) else port}"
-    return f"{_own_address(settings.registry) if host in WILDCARDS else host}:{port}"
+        return str(address._replace(port=address.port or port))
+    return str(Address(_own_host(settings.registry) if address.is_wildcard else address.host, port))
 
 
 def listening(listen: str, port: int, address: str) -> str:
     """Where a server listens, for people: its address, and the one that clients are given where that is another."""
-    bound = listen if listen.startswith(("unix:", "unix-abstract:")) else f"{listen.rpartition(':')[0]}:{port}"
+    bound = listen if is_local(listen) else str(parse(listen, least_port=0)._replace(port=port))
     return bound if bound == address else f"{bound}, advertised as {address}"
 
 
-def _own_address(registry: str) -> str:
+def _own_host(registry: str) -> str:
     """This machine's address on the way to ``registry``: what a UDP socket gets that is connected and sends nothing."""
-    host, _, port = registry.rpartition(":")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host.strip("[]") or socket.gethostname(), int(port or 9), type=socket.SOCK_DGRAM
-        )[0]
+        there = parse(registry) if registry else Address(socket.gethostname(), 9)
+        family, kind, protocol, _, address = socket.getaddrinfo(*there, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as route:
             route.connect(address)
-            own = str(route.getsockname()[0])
+            return str(route.getsockname()[0])
     except (OSError, ValueError):
         return socket.gethostname()
-    return f"[{own}]" if ":" in own else own
 
 
 def instances(services: Iterable[str], settings: ServerSettings, address: str) -> list[pb.Instance]:

@@ -346,6 +346,10 @@ def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
     return _rebuilt(handler, observed, lambda parse: parse)
 
 
+METHODS = 1000
+"""Methods whose wrapped handlers are kept; past it the first is forgotten, and wrapped again when it is called."""
+
+
 class Wrapped:
     """Handlers by method, each wrapped when first seen: one for a method at most, however handlers come and go.
     ``observer`` is told of their calls."""
@@ -365,6 +369,9 @@ class Wrapped:
             wrapped = self._wrap(handler)
             if self._observer is not None:
                 wrapped = observe(wrapped, method, self._observer)
+            if method not in self._known and len(self._known) >= METHODS:  # a generic handler takes whatever is called
+                oldest, *_ = tuple(self._known)
+                self._known.pop(oldest, None)
             known = self._known[method] = (handler, wrapped)
         return known[1]
 

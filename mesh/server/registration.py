@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from mesh import lines
+from mesh import core, lines
 from mesh.config import RetryPolicy
 from mesh.errors import in_short
 from mesh.policy.backoff import Backoff
@@ -117,7 +117,7 @@ class Registration:
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._channel = grpc.aio.insecure_channel(self._registry, _CHANNEL_OPTIONS)
+        self._channel = core.aio_channel(self._registry, _CHANNEL_OPTIONS)
         self._task = asyncio.get_running_loop().create_task(self._run(pb_grpc.RegistryStub(self._channel)))
 
     async def close(self, within: float) -> None:
@@ -189,6 +189,7 @@ class Registration:
     async def _renew(self, stub: Any) -> None:
         """Renew what has a lease, on one stream, until that fails."""
         stream = stub.KeepAlive()
+        ending = asyncio.ensure_future(stream.code())
         try:
             while True:
                 # At once on a new stream: after an outage a lease may be near its end.
@@ -207,10 +208,16 @@ class Registration:
                     )
                     self.leases.lost(answer.unknown_lease_ids)
                     await self._register(stub)
-                await asyncio.sleep(self.leases.renew_in(self._rng))
+                # A stream that ends meanwhile is found out at once, and not by writing to it.
+                await asyncio.wait([ending], timeout=self.leases.renew_in(self._rng))
+                if ending.done():
+                    raise _Silent(f"{ending.result().name}: {await stream.details()}")
         except TimeoutError:
             raise _Silent(f"no answer in {TIMEOUT:g} s") from None
+        except asyncio.InvalidStateError:  # it ended before the message could be written
+            raise _Silent(f"{(await stream.code()).name}: {await stream.details()}") from None
         finally:
+            ending.cancel()
             stream.cancel()
 
 
@@ -242,8 +249,10 @@ class RegistrationThread:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        self._registration.start()
-        self._started.set()
+        try:
+            self._registration.start()
+        finally:
+            self._started.set()
         await self._closing.wait()
         await self._registration.close(self._timeout)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh.addresses import FORMS, check_target, is_local, parse
 from mesh.observe import ServerObserver
 from mesh.policy.admission import AdmissionConfig, Mode
 from mesh.server.threads import SPARE
@@ -28,21 +29,32 @@ def _text(value: str) -> str:
 
 
 def _address(value: str) -> str:
-    if value.startswith(("unix:", "unix-abstract:")):
-        return value
-    host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isdecimal() and int(port) < 65536):
-        raise _RefusedError("host:port, or unix:path")
+    if not is_local(value):
+        try:
+            parse(value, least_port=0)
+        except ValueError as error:
+            raise _RefusedError(f"{FORMS}: {error}") from None
     return value
 
 
 def _advertised(value: str) -> str:
-    if ":" not in value:
-        return value
+    if not is_local(value):
+        try:
+            address = parse(value, port=0, least_port=0)
+        except ValueError as error:
+            accepted = "host:port, or a host alone (the port is then the one listened on), or unix:path"
+            raise _RefusedError(f"{accepted}: {error}") from None
+        if address.is_wildcard:
+            raise _RefusedError("an address that clients can call, not the wildcard that the server listens on")
+    return value
+
+
+def _registry(value: str) -> str:
     try:
-        return _address(value)
-    except _RefusedError:
-        raise _RefusedError("host:port, or a host alone (the port is then the one listened on), or unix:path") from None
+        check_target(value)
+    except ValueError as error:
+        raise _RefusedError(f"host:port, or another target that gRPC takes: {error}") from None
+    return value
 
 
 def _number(parse: Callable[[str], Any], low: float, high: float, accepted: str) -> Callable[[str], Any]:
@@ -135,7 +147,7 @@ class ServerSettings:
 
     listen: str = _setting("127.0.0.1:50051", "MESH_LISTEN", _address)
     advertise: str = _setting("", "MESH_ADVERTISE", _advertised)
-    registry: str = _setting("", "MESH_REGISTRY", _address)
+    registry: str = _setting("", "MESH_REGISTRY", _registry)
     instance_id: str = _setting("", "MESH_INSTANCE_ID", _text)
     region: str = _setting("", "MESH_REGION", _text)
     zone: str = _setting("", "MESH_ZONE", _text)
@@ -171,6 +183,10 @@ class ServerSettings:
     observer: ServerObserver | None = None
     interceptors: Sequence[Any] = ()
     options: Sequence[Option] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("interceptors", "options"):  # may be iterators, and each server reads them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServerSettings:
@@ -215,7 +231,7 @@ class ServerSettings:
             ("grpc.max_connection_age_grace_ms", round(self.connection_age_grace * 1000)),
         ]
         timeout = round(self.keepalive_timeout * 1000)
-        return [
+        ours: list[Option] = [
             # Without it two processes may share a port, and each gets half of the other's calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self.max_receive_bytes),
@@ -236,5 +252,6 @@ class ServerSettings:
             # Clients watch their connections in the same way, also while they have no call.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", round(self.min_ping_interval * 1000)),
-            *self.options,
         ]
+        # Each name once: of two with one name core takes the first.
+        return list({**dict(ours), **dict(self.options)}.items())

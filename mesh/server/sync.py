@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import random
 import signal
@@ -18,6 +19,8 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import lines, variables
+from mesh.channel import forking
+from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
 from mesh.server.assembly import (
@@ -28,8 +31,8 @@ from mesh.server.assembly import (
     add_channelz,
     add_reflection,
     advertised,
-    bind,
     instances,
+    listen,
     listening,
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
@@ -39,6 +42,7 @@ from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import SPARE, ThreadPool
+from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
 """Seconds that a server gets to end when it is ended at once, or when its grace is over."""
@@ -64,6 +68,7 @@ class Server:
         self.port = 0
         self.address = ""
         self._servicers = servicers
+        self._listener = Listener()
         self._server: grpc.Server | None = None
         # Streams of ours that hold a thread each, because an interceptor stands around them.
         self._held = threading.BoundedSemaphore(SPARE // 2)
@@ -82,8 +87,10 @@ class Server:
     def start(self) -> None:
         """Listen, and serve and register when it is ready: at once, or when ``settings.ready`` says so.
 
-        Raises OSError when it can't listen there.
+        Raises OSError when it can't listen there, RuntimeError in a forked child where no server can work
+        (docs/forking.md).
         """
+        forking.check(aio=bool(self.settings.registry))  # the registration's leases are kept over grpc.aio
         settings = self.settings
         readiness = Readiness(settings.ready)
         server = grpc.server(
@@ -98,7 +105,8 @@ class Server:
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
         load.add_to_threaded_server(self.gate.load, server, self._held)
-        self.port = bind(server, settings.listen)
+        self._listener = listen(server, settings)
+        self.port = self._listener.port
         self.address = advertised(settings, self.port)
         lines.info(LOG, "listening", "listening on %s", listening(settings.listen, self.port, self.address))
         if readiness.given:
@@ -112,8 +120,12 @@ class Server:
             self._serve()
 
     def _when_ready(self, readiness: Readiness) -> None:
+        asyncio.run(keep_running("starting to serve", functools.partial(self._serve_when_ready, readiness)))
+
+    async def _serve_when_ready(self, readiness: Readiness) -> None:
+        """On a loop of its own, where nothing else runs, so that it may block."""
         rng = random.Random()
-        while not asyncio.run(readiness.ask()):
+        while not await readiness.ask():
             if self._ending.wait(readiness.pace.delay(rng)):
                 return
         self._serve()
@@ -168,6 +180,7 @@ class Server:
                     self._server.stop(0.0)
                     break
             stopped.wait(max(0.0, end - time.monotonic()) + _AT_ONCE)
+        self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:

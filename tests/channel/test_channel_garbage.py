@@ -6,6 +6,7 @@ gRPC's own never would.
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import threading
@@ -294,33 +295,82 @@ async def test_an_aio_call_fails_and_the_channel_lives(name: str, serve: Serve) 
         assert all(node.in_flight == 0 for node in channel.assembly.cluster.nodes.values())
 
 
-# -- what may be sent again without asking anybody
+# -- what was refused
+
+
+def retrying(address: str) -> tuple[str, list[tuple[str, str]]]:
+    """A target, and options with a retry policy for every method."""
+    policy = {
+        "maxAttempts": 3,
+        "initialBackoff": "0.001s",
+        "maxBackoff": "0.001s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    config = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
+    return f"static:///{address}", [("grpc.service_config", config)]
 
 
 @pytest.mark.parametrize("future", [False, True])
-def test_a_stream_that_was_refused_is_tried_again(future: bool, serve: Serve) -> None:
+def test_a_stream_that_was_refused_is_tried_again_as_the_policy_says(future: bool, serve: Serve) -> None:
     server = serve(lambda stream: reset(stream, REFUSED_STREAM), good)
-    channel: Any = mesh.insecure_channel(f"static:///{server.address}")
+    channel: Any = mesh.insecure_channel(*retrying(server.address))
     with channel:
         unary = channel.unary_unary(UNARY)
         assert (unary.future(b"ok", timeout=5).result() if future else unary(b"ok", timeout=5)) == b"ok"
         assert server.requests == 2
 
 
-async def test_a_stream_that_was_refused_is_tried_again_in_asyncio(serve: Serve) -> None:
+async def test_a_stream_that_was_refused_is_tried_again_in_asyncio_as_the_policy_says(serve: Serve) -> None:
     server = serve(lambda stream: reset(stream, REFUSED_STREAM), good)
-    channel: Any = mesh.aio.insecure_channel(f"static:///{server.address}")
+    channel: Any = mesh.aio.insecure_channel(*retrying(server.address))
     async with channel:
         assert await channel.unary_unary(UNARY)(b"ok", timeout=5) == b"ok"
         assert server.requests == 2
 
 
-def test_a_call_that_goaway_leaves_out_goes_over_a_new_connection(serve: Serve) -> None:
-    server = serve(lambda stream: goaway(0), good)
-    channel: Any = mesh.insecure_channel(f"static:///{server.address}")
+@pytest.mark.parametrize("library", ["grpc", "mesh"])
+def test_a_stream_that_was_refused_fails_a_call_that_may_not_be_retried(library: str, serve: Serve) -> None:
+    # Only its text says that it was refused, and a handler could write the same.
+    server = serve(lambda stream: reset(stream, REFUSED_STREAM), good)
+    channel: Any = (
+        mesh.insecure_channel(f"static:///{server.address}")
+        if library == "mesh"
+        else grpc.insecure_channel(server.address)
+    )
     with channel:
-        assert channel.unary_unary(UNARY)(b"ok", timeout=5, wait_for_ready=True) == b"ok"
+        with pytest.raises(Failure) as caught:
+            channel.unary_unary(UNARY)(b"ok", timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.requests == 1
+
+
+# -- what core sends again by itself (A6's transparent retries), whatever the policy
+
+
+@pytest.mark.parametrize("library", ["grpc", "mesh"])
+def test_a_call_that_goaway_leaves_out_goes_over_a_new_connection(library: str, serve: Serve) -> None:
+    server = serve(lambda stream: goaway(0), good)
+    channel: Any = (
+        mesh.insecure_channel(f"static:///{server.address}")
+        if library == "mesh"
+        else grpc.insecure_channel(server.address)
+    )
+    with channel:
+        response, call = channel.unary_unary(UNARY).with_call(b"ok", timeout=5, wait_for_ready=True)
+        assert response == b"ok"
         assert server.requests == 2
+        assert library == "grpc" or len(call.explain().attempts) == 1
+
+
+async def test_an_asyncio_call_that_goaway_leaves_out_goes_over_a_new_connection(serve: Serve) -> None:
+    server = serve(lambda stream: goaway(0), good)
+    channel: Any = mesh.aio.insecure_channel(f"static:///{server.address}")
+    async with channel:
+        call = channel.unary_unary(UNARY)(b"ok", timeout=5)
+        assert await call == b"ok"
+        assert server.requests == 2
+        assert len(call.explain().attempts) == 1
 
 
 def test_a_call_in_flight_outlives_goaway(serve: Serve) -> None:
@@ -333,14 +383,14 @@ def test_a_call_in_flight_outlives_goaway(serve: Serve) -> None:
         assert server.requests == 2
 
 
-def test_a_stream_that_is_refused_again_and_again_fails(serve: Serve) -> None:
+def test_a_stream_that_is_refused_again_and_again_is_tried_as_often_as_the_policy_says(serve: Serve) -> None:
     server = serve(lambda stream: reset(stream, REFUSED_STREAM))
-    channel: Any = mesh.insecure_channel(f"static:///{server.address}")
+    channel: Any = mesh.insecure_channel(*retrying(server.address))
     with channel:
         with pytest.raises(Failure) as caught:
             channel.unary_unary(UNARY)(b"ok", timeout=5)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.requests == 2  # once more, no more (A6)
+        assert server.requests == 3
 
 
 # -- what core takes for an answer

@@ -136,6 +136,7 @@ HEARD = 0.1  # seconds in which a client hears of headers: when the end comes wi
 
 ACCEPTED_SILENTLY = "core takes a hedging policy and makes one attempt"
 NO_ATTEMPT_TIMEOUT = "core doesn't know the key"
+RECEIVES_SOON = config({"retryPolicy": {**policy(), "perAttemptRecvTimeout": "0.05s"}})
 NO_BUDGET = "core has the throttle, and no budget"
 SLEEPS = "core waits although the deadline comes first"
 
@@ -710,6 +711,32 @@ DEADLINES = [
         Expect("OK", 2, cancelled=1),
         core=Expect("OK", 1, cancelled=0),
         why=NO_ATTEMPT_TIMEOUT,
+    ),
+    Case(
+        "an attempt without a response for perAttemptRecvTimeout is followed by another",
+        "gRPC core, retry_service_config",
+        RECEIVES_SOON,
+        [LATE, "OK"],
+        Expect("OK", 2, cancelled=1),
+        core=Expect("OK", 1, cancelled=0),
+        why="core ignores perAttemptRecvTimeout unless its experiment is on",
+    ),
+    Case(
+        "of attemptTimeout and perAttemptRecvTimeout the shorter holds",
+        "gRPC core, retry_service_config; Envoy, per_try_timeout",
+        config({"retryPolicy": {**policy(), "perAttemptRecvTimeout": "0.05s"}, "attemptTimeout": "5s"}),
+        [LATE, "OK"],
+        Expect("OK", 2, cancelled=1),
+        core=Expect("OK", 1, cancelled=0),
+        why="core ignores perAttemptRecvTimeout unless its experiment is on",
+    ),
+    Case(
+        "a stream of responses is not cut by perAttemptRecvTimeout",
+        "gRPC core, retry_service_config",
+        RECEIVES_SOON,
+        [LATE],
+        Expect("OK", 1, messages=1),
+        kind="unary_stream",
     ),
     Case(
         "an attempt's timeout leaves a call without retries DEADLINE_EXCEEDED",

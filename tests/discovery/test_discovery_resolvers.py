@@ -215,7 +215,7 @@ async def test_a_registry_that_is_away_is_named_and_found_when_it_comes(free_por
         update = await updates.next()
         assert update.endpoints is None
         assert update.error.startswith(f"registry 127.0.0.1:{port}: UNAVAILABLE: ")
-        assert not update.final, "calls wait for it until their deadline"
+        assert update.final, "calls fail rather than wait for it, unless they wait for ready"
         async with serving(port) as registry:
             await registry.register(user("a"))
             await updates.until("a")
@@ -326,7 +326,9 @@ async def test_a_registry_that_answers_nothing_is_not_waited_for_without_end() -
         await asyncio.get_running_loop().create_future()
 
     async with odd_registry(watch) as address, watching(eager(address, patience=0.05)) as updates:
-        assert (await updates.next()).error == f"registry {address}: no answer for 0.05 s"
+        update = await updates.next()
+        assert update.error == f"registry {address}: no answer for 0.05 s"
+        assert not update.final, "calls wait for it until their deadline"
 
 
 async def test_a_server_that_is_no_registry_says_so() -> None:

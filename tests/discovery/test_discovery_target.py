@@ -115,6 +115,8 @@ def test_every_other_target_is_grpcs_own(target: str) -> None:
         (f"mesh:///{SERVICE}", r"Set MESH_REGISTRY=host:port, or write mesh://host:port/weft\.user\.v1\.UserService"),
         ("mesh:///", "name a service"),
         ("mesh://registry:50050", "name a service"),
+        (f"mesh://{SERVICE}", f"write three slashes, mesh:///{SERVICE}"),
+        (f"mesh://{SERVICE}/", f"write three slashes, mesh:///{SERVICE}"),
         ("mesh://registry:50050/a/b", "name a service"),
         (f"mesh://registry/{SERVICE}", "must be host:port, not 'registry'"),
         (f"mesh://registry:0/{SERVICE}", "must be host:port, not 'registry:0'"),

@@ -41,14 +41,14 @@ async def get_async(target: str, seconds: float) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("get", [get, lambda *call: asyncio.run(get_async(*call))], ids=["sync", "aio"])
-def test_a_registry_that_is_down_is_waited_for_until_the_deadline_and_named(
+def test_a_registry_that_refuses_connections_fails_calls_and_is_named(
     get: Callable[[str, float], Any], free_port: Callable[[], int]
 ) -> None:
     registry = f"{HOST}:{free_port()}"
-    error = get(f"mesh://{registry}/weft.user.v1.UserService", 0.5)
+    error = get(f"mesh://{registry}/weft.user.v1.UserService", 10)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert f"registry {registry}: UNAVAILABLE" in error.details()
-    assert error.explain().seconds >= 0.5
+    assert error.explain().seconds < 5, "and not at the deadline, as with gRPC"
     assert not error.explain().attempts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -176,6 +177,7 @@ class TestWhatItPrints:
 def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: signal.Signals) -> None:
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
+    assert f"service configs are kept in {mesh.data}/registry" in (mesh.data / "logs/registry.log").read_text()
     pids = mesh.pids()
     assert len(pids) == 5
     assert mesh.process.end(number, within=40) == 0
@@ -218,6 +220,20 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
         assert process.wait() == 2
     assert process.said.count("\n") == 1
     assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use" in process.said
+
+
+def test_a_folder_in_use_is_one_line_that_names_another_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
+    """Two shops on one folder would have two brokers on one store."""
+    data = tmp_path / "data"
+    mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
+    mesh.process.wait_for("Starting")
+    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", data)
+    assert second.wait() == 2
+    assert second.said.startswith(
+        f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}): make run-mesh DATA={data}-2 PORT="
+    )
+    assert second.said.count("\n") == 1
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 
 @pytest.mark.parametrize(
@@ -265,5 +281,10 @@ def test_no_process_outlives_a_killed_supervisor(spawn: Spawn, tmp_path: Path) -
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
     pids = mesh.pids()
+    os.kill(pids["nats"], signal.SIGSTOP)
     assert mesh.process.end(signal.SIGKILL) == -signal.SIGKILL
+    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", mesh.data)
+    assert second.wait() == 2, "while the broker lives, no other has its store"
+    assert "is in use by another mesh" in second.said
+    os.kill(pids["nats"], signal.SIGCONT)
     eventually(lambda: all(gone(pid) for pid in pids.values()), within=30, what="its processes had ended")

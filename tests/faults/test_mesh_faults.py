@@ -166,6 +166,7 @@ def test_no_call_fails_when_all_replicas_are_restarted_one_by_one(shop: Mesh, th
 
 def test_no_stream_fails_when_all_replicas_are_restarted_one_by_one(shop: Mesh) -> None:
     replicas = [shop.recorder() for _ in range(3)]
+    eventually(lambda: shop.registered() == set(replicas), 20, "all have registered")
     ids = itertools.count()
     with Load(
         shop.target(RECORDER),
@@ -211,6 +212,7 @@ def test_of_calls_that_may_not_be_retried_only_those_with_the_killed_replica_fai
     shop: Mesh,
 ) -> None:
     replicas = victim, *others = [shop.recorder() for _ in range(3)]
+    eventually(lambda: shop.registered() == set(replicas), 20, "all have registered")
     ids = itertools.count()
     with (
         Load(

@@ -15,8 +15,6 @@ from typing import Any
 
 import grpc
 
-from tests.instrumentation import own_channels
-
 # As a program without the mesh would: instrumentation needs nothing of it.
 from tests.instrumentation.calls import BOUND, CONFIG, aio_calls, sync_calls
 from tests.instrumentation.frameworks import FRAMEWORKS
@@ -35,7 +33,6 @@ def main(name: str, world: str, order: str) -> None:
     from mesh.server.settings import ServerSettings
     from tests.instrumentation.echo import add_aio, add_sync
 
-    own_channels.use()
     if order == "after":
         framework = FRAMEWORKS[name]()
     settings = ServerSettings(

@@ -9,6 +9,7 @@ import pytest
 
 from mesh.config import BudgetConfig, HedgingPolicy, RetryPolicy, ServiceConfig, ThrottleConfig
 from mesh.model import Code, Connectivity, Outcome
+from mesh.policy.cluster import METHODS
 from mesh.policy.hedge import ENOUGH, MINIMUM, Latencies
 from tests.policy.driving import METHOD, Driven, cluster_of, set_states
 
@@ -261,6 +262,17 @@ def test_methods_learn_apart() -> None:
     cluster = cluster_of()
     assert cluster.latencies("/a") is cluster.latencies("/a")
     assert cluster.latencies("/a") is not cluster.latencies("/b")
+
+
+def test_no_more_methods_are_remembered_than_a_program_has() -> None:
+    cluster = cluster_of()
+    first = cluster.latencies("/0")
+    for number in range(1, METHODS):
+        cluster.latencies(f"/{number}")
+    assert cluster.latencies("/0") is first
+    cluster.latencies("/one more")
+    assert cluster.latencies("/0") is not first
+    assert len(cluster._latencies) == METHODS
 
 
 def test_a_hedge_that_wins_teaches_how_slow_the_first_attempt_was() -> None:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.config import BudgetConfig, RetryPolicy, ServiceConfig, ThrottleConfig
-from mesh.model import Code, Connectivity, Outcome
+from mesh.model import Code, Connectivity, Outcome, Wait
 from mesh.policy.backoff import Backoff
-from mesh.policy.flow import PAUSE
+from mesh.policy.flow import MAX_PAUSES, PAUSE
 from tests.policy.driving import Driven, cluster_of, set_states
 
 THREE = RetryPolicy(3)
@@ -364,6 +364,30 @@ def test_what_no_endpoint_can_send_is_tried_again_after_a_pause_and_does_not_spi
     call.sends(3, previous=0)
     call.never_sends(3, at=0.995)
     call.ends(Code.DEADLINE_EXCEEDED)
+
+
+def test_what_no_endpoint_can_send_fails_in_the_end_also_without_a_deadline() -> None:
+    call = Driven(cluster=cluster_of(2), wait_for_ready=True)
+    call.never_sends(1)
+    number = 2
+    while call.verdict is None:
+        call.never_sends(number)
+        if isinstance(call.step, Wait):
+            call.elapses()
+        number += 1
+    verdict = call.ends(Code.UNAVAILABLE, "no connection", of=MAX_PAUSES + 2)
+    assert verdict.outcome.never_sent
+    assert call.now == pytest.approx(PAUSE * (2**MAX_PAUSES - 1))
+
+
+def test_what_no_endpoint_can_send_is_retried_in_the_end_as_the_policy_says() -> None:
+    call = Driven(retry=RetryPolicy(2), cluster=cluster_of(1))
+    for number in range(1, MAX_PAUSES + 2):
+        call.never_sends(number)
+        call.elapses()
+    call.sends(MAX_PAUSES + 2, previous=0)
+    call.never_sends(MAX_PAUSES + 2)
+    call.ends(Code.UNAVAILABLE, of=MAX_PAUSES + 2)
 
 
 def test_what_was_never_sent_waits_for_an_endpoint_when_all_are_lost() -> None:

@@ -18,6 +18,14 @@ def instance(id: str = "a", service: str = USER, address: str = "10.0.0.1:50051"
     return pb.Instance(id=id, service=service, address=address)
 
 
+def test_a_config_that_is_taken_back_from_a_service_that_has_none_leaves_nothing() -> None:
+    book = Book("e")
+    for number in range(3):
+        book.configure(f"weft.Unknown{number}", "")
+    assert not book._services
+    assert book.revision == 0
+
+
 def test_a_registered_instance_is_known_until_its_time_is_over() -> None:
     book = Book("e")
     book.register(instance(), ttl=10, now=100)

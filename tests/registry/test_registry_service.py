@@ -222,7 +222,9 @@ async def test_a_lease_says_how_long_it_was_granted_for(
     assert answer.ttl.seconds + answer.ttl.nanos / 1e9 == granted
 
 
-ADDRESS = 'must be "host:port" or "unix:path"'
+ADDRESS = 'must be "host:port", "[ipv6]:port" or "unix:path": '
+PORT = "the port must be a number from 1 to 65535"
+BRACKETS = "an IPv6 address with a port is written [::1]:50051"
 SERVICE = 'must be a service\'s full name, such as "weft.user.v1.UserService"'
 WILDCARD = "must be an address that others can reach, not the wildcard that the server listens on"
 
@@ -232,18 +234,25 @@ WILDCARD = "must be an address that others can reach, not the wildcard that the 
     [
         (
             pb.Instance(),
-            {"instance.service": SERVICE, "instance.id": "must be set", "instance.address": ADDRESS},
+            {
+                "instance.service": SERVICE,
+                "instance.id": "must be set",
+                "instance.address": ADDRESS + "'' is not a host name",
+            },
         ),
         (instance("a", service="weft user"), {"instance.service": SERVICE}),
         (instance("a", service="/weft.User"), {"instance.service": SERVICE}),
         (instance("a", service="x" * (MAX_TEXT + 1)), {"instance.service": SERVICE}),
-        (instance("a", address="10.0.0.1"), {"instance.address": ADDRESS}),
-        (instance("a", address="10.0.0.1:0"), {"instance.address": ADDRESS}),
-        (instance("a", address="10.0.0.1:65536"), {"instance.address": ADDRESS}),
-        (instance("a", address="::1:50051"), {"instance.address": ADDRESS}),
-        (instance("a", address="http://users:80"), {"instance.address": ADDRESS}),
-        (instance("a", address="a:1,b:2"), {"instance.address": ADDRESS}),
-        (instance("a", address="unix:"), {"instance.address": ADDRESS}),
+        (instance("a", address="10.0.0.1"), {"instance.address": ADDRESS + "the port is missing"}),
+        (instance("a", address="10.0.0.1:0"), {"instance.address": ADDRESS + PORT}),
+        (instance("a", address="10.0.0.1:65536"), {"instance.address": ADDRESS + PORT}),
+        (instance("a", address="::1:50051"), {"instance.address": ADDRESS + BRACKETS}),
+        (
+            instance("a", address="http://users:80"),
+            {"instance.address": ADDRESS + "'http://users:80' is not an IPv6 address"},
+        ),
+        (instance("a", address="a:1,b:2"), {"instance.address": ADDRESS + "'a:1,b:2' is not an IPv6 address"}),
+        (instance("a", address="unix:"), {"instance.address": ADDRESS + PORT}),
         (instance("a", address="0.0.0.0:50051"), {"instance.address": WILDCARD}),
         (instance("a", address="[::]:50051"), {"instance.address": WILDCARD}),
         (instance("x" * (MAX_TEXT + 1)), {"instance.id": f"is longer than {MAX_TEXT}"}),

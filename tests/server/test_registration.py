@@ -182,6 +182,28 @@ class TestRegistration:
         assert registry.service.streams == 1
         await registration.close(1)
 
+    async def test_the_end_of_the_registry_is_one_line_and_no_traceback(
+        self, registry: TheRegistry, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Renewed every 10 s: the registry ends between two keep-alives.
+        registrations = [Registration(registry.address, [an_instance(f"test.S{number}")], 30) for number in range(6)]
+        for registration in registrations:
+            registration.start()
+        await registry.knows(*(f"test.S{number}" for number in range(6)))
+        async with asyncio.timeout(15):
+            while registry.service.streams < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            await registry.go()
+            while len(said := [each for each in caplog.records if "failed; retrying" in each.message]) < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            await registry.come()
+            # At once, and not when the next keep-alive is due.
+            await registry.knows(*(f"test.S{number}" for number in range(6)))
+        assert {record.levelname for record in said} == {"WARNING"}
+        assert not [record for record in caplog.records if record.exc_info]
+        for registration in registrations:
+            await registration.close(1)
+
     async def test_it_may_be_closed_before_it_was_started(self) -> None:
         await Registration("127.0.0.1:1", [], 1).close(1)
 

@@ -125,8 +125,8 @@ class RegistryServicer:
     def SetServiceConfig(self, request, context):
         """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
         whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-        answer. Whoever sets configs sets them again when the registry was restarted: like the instances they are kept in
-        memory.
+        answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
+        (MESH_REGISTRY_STATE).
 
         Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
         """

@@ -59,8 +59,8 @@ class RegistryStub:
     SetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]
     """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
     whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-    answer. Whoever sets configs sets them again when the registry was restarted: like the instances they are kept in
-    memory.
+    answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
+    (MESH_REGISTRY_STATE).
 
     Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
     """
@@ -98,8 +98,8 @@ class RegistryAsyncStub(RegistryStub):
     SetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]  # type: ignore[assignment]
     """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
     whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-    answer. Whoever sets configs sets them again when the registry was restarted: like the instances they are kept in
-    memory.
+    answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
+    (MESH_REGISTRY_STATE).
 
     Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
     """
@@ -170,8 +170,8 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_registry_pb2.SetServiceConfigResponse, _abc.Awaitable[_registry_pb2.SetServiceConfigResponse]]:
         """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
         whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-        answer. Whoever sets configs sets them again when the registry was restarted: like the instances they are kept in
-        memory.
+        answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
+        (MESH_REGISTRY_STATE).
 
         Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config.
         """

@@ -147,7 +147,7 @@ class LoadBalancingConfig(_message.Message):
     OUTLIER_DETECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
-        """Each endpoint in turn, from a random start.
+        """Each endpoint in turn, or as often as its weight gives it, from a random start.
 
         Default: not used.
         Source: gRPC.
@@ -1277,6 +1277,7 @@ class RetryPolicy(_message.Message):
     MAX_BACKOFF_FIELD_NUMBER: _builtins.int
     BACKOFF_MULTIPLIER_FIELD_NUMBER: _builtins.int
     RETRYABLE_STATUS_CODES_FIELD_NUMBER: _builtins.int
+    PER_ATTEMPT_RECV_TIMEOUT_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
     """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
 
@@ -1313,9 +1314,20 @@ class RetryPolicy(_message.Message):
     def retryable_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
         """After which status codes a call is tried again: names in any case, or numbers.
 
-        Default: required, at least one.
+        Default: required, at least one; may be left out beside perAttemptRecvTimeout.
         Source: gRFC A6.
         Change: to what the service promises to be safe to try again.
+        """
+
+    @_builtins.property
+    def per_attempt_recv_timeout(self) -> _duration_pb2.Duration:
+        """The longest that one attempt may take to give its response; then the call is tried again, whatever the codes above.
+        As attemptTimeout, of which the shorter holds; a method with a stream of responses has attemptTimeout alone. gRPC core
+        ignores this key unless an experiment is on, and lets the last attempt go on.
+
+        Default: what is left of the call's deadline.
+        Source: gRPC core's key.
+        Change: when an endpoint may hang and another would answer in time.
         """
 
     def __init__(
@@ -1326,10 +1338,11 @@ class RetryPolicy(_message.Message):
         max_backoff: _duration_pb2.Duration | None = ...,
         backoff_multiplier: _builtins.float = ...,
         retryable_status_codes: _abc.Iterable[_struct_pb2.Value] | None = ...,
+        per_attempt_recv_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_backoff", b"initial_backoff", "max_backoff", b"max_backoff"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_backoff", b"initial_backoff", "max_backoff", b"max_backoff", "per_attempt_recv_timeout", b"per_attempt_recv_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backoff_multiplier", b"backoff_multiplier", "initial_backoff", b"initial_backoff", "max_attempts", b"max_attempts", "max_backoff", b"max_backoff", "retryable_status_codes", b"retryable_status_codes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backoff_multiplier", b"backoff_multiplier", "initial_backoff", b"initial_backoff", "max_attempts", b"max_attempts", "max_backoff", b"max_backoff", "per_attempt_recv_timeout", b"per_attempt_recv_timeout", "retryable_status_codes", b"retryable_status_codes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

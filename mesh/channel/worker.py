@@ -1,0 +1,63 @@
+"""A thread for the code of users: their callbacks, and whatever else of theirs an event sets off.
+
+The background thread (``background.py``) serves all sync channels and so never runs it: code that blocks there would
+stop discovery, timers and every other channel.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+_LOG = logging.getLogger("mesh.channel")
+
+IDLE = 1.0
+"""Seconds without work after which the thread ends."""
+
+
+class Worker:
+    """Runs what it is given, in order, on one daemon thread, which starts with the first and ends when idle.
+
+    Safe from any thread, but not from a finalizer: ``run`` takes a lock.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: deque[Callable[[], object]] = deque()
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Have ``work`` run soon. What it raises is logged."""
+        with self._condition:
+            self._work.append(work)
+            if self._thread is not None and self._thread.is_alive():
+                self._condition.notify()
+                return
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter ends; the next work tries again
+                self._thread = None
+
+    def again(self) -> Worker:
+        """A worker without work, for a forked child: the lock may be held by a thread that isn't there."""
+        return Worker(self._name)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                if not self._condition.wait_for(lambda: self._work, IDLE):
+                    self._thread = None
+                    return
+                work = self._work.popleft()
+            try:
+                work()
+            except BaseException:  # SystemExit, too: the thread serves other calls
+                _LOG.exception("Exception in callback %r", work)
+            del work  # not kept alive while idle
+
+    def __repr__(self) -> str:
+        return f"<Worker {self._name} {len(self._work)} waiting>"

@@ -1,0 +1,241 @@
+"""What a registry keeps across its restarts: service configs, in the folder that MESH_REGISTRY_STATE names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mesh import files
+from mesh.registry.state import FILE, VARIABLE, State
+from tests.processes import Process, Spawn
+from tests.registry.serving import BOUND, USER, instance, serving
+from weft.mesh.v1 import registry_pb2 as pb
+from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
+
+CONFIG = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+OTHER = '{"loadBalancingConfig": [{"least_request": {}}]}'
+
+
+def kept(folder: Path) -> dict[str, str]:
+    state = State(folder)
+    try:
+        return state.load()
+    finally:
+        state.close()
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (folder, *folder.iterdir())}
+
+
+# -- the file
+
+
+def test_what_was_saved_last_is_what_the_next_registry_begins_with(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "state"
+    state = State(folder)
+    assert state.load() == {}
+    state.save({USER: CONFIG})
+    state.save({USER: OTHER, "a.B": CONFIG})
+    state.close()
+    assert kept(folder) == {USER: OTHER, "a.B": CONFIG}
+    assert modes(folder) == {"state": "0o700", FILE: "0o600", files.LOCK: "0o600"}
+    assert repr(state) == f"<State {folder / FILE}>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b'{"version": 1, "configs": {"weft.user.v1.UserService"',
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b'{"configs": []}',
+        b'{"configs": {"": "{}"}}',
+        b'{"configs": {"a.B": 3}}',
+        b'{"configs": {"a.B": "{\\"methodConfig\\": 3}"}}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_corrupt_file_is_set_aside_and_named(text: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILE).write_bytes(text)
+    assert kept(tmp_path) == {}
+    (aside,) = tmp_path.glob(f"{FILE}.corrupt-*")
+    assert aside.read_bytes() == text
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert str(aside) in record.message
+    assert "starting without service configs" in record.message
+    # And the next ones are kept beside it.
+    state = State(tmp_path)
+    state.save({USER: CONFIG})
+    state.close()
+    assert kept(tmp_path) == {USER: CONFIG}
+    (tmp_path / FILE).write_bytes(b"again")
+    assert kept(tmp_path) == {}
+    assert sorted(path.name for path in tmp_path.glob("*corrupt*")) == [f"{FILE}.corrupt-1", f"{FILE}.corrupt-2"]
+    assert aside.read_bytes() == text
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.replace(tmp_path / "file", b"old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_the_data_is_on_disk_before_its_name_and_the_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting_fsync(number: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def noting_replace(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr("os.fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    files.replace(tmp_path / "file", b"new")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_folder_is_for_one_registry(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    with pytest.raises(files.InUseError, match=r"is in use by another process \(pid \d+\)"):
+        State(tmp_path)
+    state.close()
+    State(tmp_path).close()
+
+
+# -- the service
+
+
+async def test_a_config_that_cannot_be_kept_is_refused_and_the_one_before_holds(tmp_path: Path) -> None:
+    async with serving() as registry:
+        registry.service.state = State(tmp_path / "state")
+        await registry.stub.SetServiceConfig(
+            pb.SetServiceConfigRequest(service=USER, service_config=CONFIG), timeout=BOUND
+        )
+        (tmp_path / "state").rename(tmp_path / "gone")
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await registry.stub.SetServiceConfig(
+                pb.SetServiceConfigRequest(service=USER, service_config=OTHER), timeout=BOUND
+            )
+        assert raised.value.code() is grpc.StatusCode.INTERNAL
+        assert raised.value.details() == (
+            "the registry can't keep the config on disk (No such file or directory); the one before still holds"
+        )
+        assert registry.book.config(USER) == CONFIG
+        registry.service.state.close()
+
+
+async def test_configs_set_at_once_are_all_kept(tmp_path: Path) -> None:
+    async with serving() as registry:
+        state = registry.service.state = State(tmp_path)
+        names = [f"a.S{number}" for number in range(20)]
+        await asyncio.gather(
+            *(
+                registry.stub.SetServiceConfig(
+                    pb.SetServiceConfigRequest(service=name, service_config=CONFIG), timeout=BOUND
+                )
+                for name in names
+            )
+        )
+        await registry.stub.SetServiceConfig(pb.SetServiceConfigRequest(service=names[0]), timeout=BOUND)
+        state.close()
+        assert kept(tmp_path) == dict.fromkeys(names[1:], CONFIG), "one that was taken back isn't"
+
+
+# -- the process
+
+
+def started(spawn: Spawn, address: str, folder: Path | None) -> Process:
+    environment = {VARIABLE: str(folder)} if folder else {}
+    registry = spawn.python("-m", "mesh.registry", "--listen", address, environment=environment)
+    registry.wait_for("serving on")
+    return registry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_configs_outlast_a_restart_however_it_ended(
+    spawn: Spawn, free_port: Callable[[], int], tmp_path: Path, number: signal.Signals
+) -> None:
+    address, folder = f"127.0.0.1:{free_port()}", tmp_path / "state"
+    registry = started(spawn, address, folder)
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.RegistryStub(channel)
+        stub.Register(pb.RegisterRequest(instance=instance("a")), timeout=BOUND)
+        stub.SetServiceConfig(pb.SetServiceConfigRequest(service=USER, service_config=CONFIG), timeout=BOUND)
+        registry.end(number)
+        registry = started(spawn, address, folder)
+        assert f"service configs are kept in {folder}; 1 restored" in registry.said
+        answer = stub.GetServiceConfig(pb.GetServiceConfigRequest(service=USER), timeout=BOUND, wait_for_ready=True)
+        assert answer.service_config == CONFIG
+        # A watcher gets it with the first answer, though no instance has registered yet.
+        snapshot = next(stub.Watch(pb.WatchRequest(service=USER), timeout=BOUND)).snapshot
+        assert (list(snapshot.instances), snapshot.service_config) == ([], CONFIG)
+    assert registry.end() == 0
+
+
+@pytest.mark.slow
+def test_without_the_variable_there_is_no_file_and_one_line(
+    spawn: Spawn, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    registry = started(spawn, f"127.0.0.1:{free_port()}", None)
+    assert registry.said.count(VARIABLE) == 1
+    assert f"INFO service configs are kept in memory only: set {VARIABLE}=DIR" in registry.said
+    assert registry.end() == 0
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_used_is_one_line_and_exit_code_2(
+    spawn: Spawn, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    registry = spawn.python(
+        "-m", "mesh.registry", "--listen", f"127.0.0.1:{free_port()}", "--state", tmp_path / "file" / "state"
+    )
+    assert registry.wait() == 2
+    assert registry.said.endswith(
+        f"mesh.registry: cannot use {tmp_path}/file/state ({VARIABLE} or --state): Not a directory\n"
+    )
+    assert "Traceback" not in registry.said
+
+    first = started(spawn, f"127.0.0.1:{free_port()}", tmp_path / "state")
+    second = spawn.python("-m", "mesh.registry", "--listen", f"127.0.0.1:{free_port()}", "--state", tmp_path / "state")
+    assert second.wait() == 2
+    assert f"{tmp_path}/state is in use by another process (pid {first.pid})" in second.said
+    assert "Traceback" not in second.said
+
+
+@pytest.mark.slow
+def test_a_corrupt_file_does_not_keep_a_registry_from_starting(
+    spawn: Spawn, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    (tmp_path / FILE).write_text(json.dumps({"configs": {USER: "not JSON"}}))
+    registry = started(spawn, f"127.0.0.1:{free_port()}", tmp_path)
+    assert "ERROR" in registry.said
+    assert registry.end() == 0
