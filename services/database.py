@@ -145,7 +145,7 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._readers, _perform, self._for_reads, work)
 
     def read_blocking(self, work: Callable[[sa.Connection], Result]) -> Result:
-        """Run ``work``, which only reads, in this thread: for what happens before there is a loop. Raises as ``read``."""
+        """Run ``work``, which only reads, in this thread: for what happens before there is a loop."""
         return _perform(self.engine, work)
 
     async def write(self, work: Callable[[sa.Connection], Result]) -> Result:

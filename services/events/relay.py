@@ -62,6 +62,7 @@ class Relay:
             ...
 
     ``name``: this replica's; no other has it at the same time. ``lease``: seconds, the same for all replicas.
+    ``retry``: seconds before the second attempt for an event that failed by its own fault, doubled with each.
     Leaving the block publishes what waits, if that can be done now, and gives the lease back.
     """
 
@@ -73,6 +74,7 @@ class Relay:
         name: str,
         *,
         lease: float = LEASE,
+        retry: float = RETRY,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], dt.datetime] = _wall,
     ) -> None:
@@ -87,6 +89,7 @@ class Relay:
         self._publisher = publisher
         self._name = name
         self._term = lease
+        self._retry = retry
         self._now = now
         self._wall = wall
         self._held: Lease | None = None
@@ -231,7 +234,7 @@ class Relay:
 
         await self._database.write(work)
         for row in others:
-            self._held_until[row.subject] = self._now() + RETRY * 2.0**row.attempts
+            self._held_until[row.subject] = self._now() + self._retry * 2.0**row.attempts
         for row in hopeless:
             self.set_aside += 1
             log.error(
