@@ -97,7 +97,7 @@ _NO_MESSAGE = frozenset({"404", "408"})
 """The broker's answers to a request for an event when there is none."""
 
 _MOST_HEADERS = 32 * 1024
-"""Bytes of an event's headers that a dead letter keeps, at the most. JetStream takes 64 KiB, our own headers included."""
+"""Bytes of an event's headers that a dead letter keeps. JetStream takes 64 KiB of headers, some of which are ours."""
 
 _SPARE = 1024
 """Bytes of a message that are kept free for what the client adds."""

@@ -140,7 +140,6 @@ async def test_a_dead_letter_keeps_the_original_subject_and_its_place_in_the_str
     assert letter.headers["weft-sequence"] == "2"
 
 
-@pytest.mark.faults
 async def test_1300_events_with_4000_character_subjects_stop_no_notification(broker: Broker, bus: NatsBus) -> None:
     seen = Seen()
     after = event("after")
