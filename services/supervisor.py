@@ -63,6 +63,7 @@ CANNOT_RUN = 2
 """The exit code of a process that would fail again in the same way."""
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
+_LAST_WORDS = 64 * 1024  # bytes of a log in which the last line is looked for
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
 
 
@@ -177,7 +178,7 @@ class Replica:
     def last_words(self) -> str:
         """The last line that the process of now wrote."""
         with self.log.open("rb") as log:
-            log.seek(self._begins_at)
+            log.seek(max(self._begins_at, log.seek(0, os.SEEK_END) - _LAST_WORDS))
             lines = log.read().decode(errors="replace").strip().splitlines()
         if not lines:
             return "it logged nothing"

@@ -269,6 +269,7 @@ class NatsBus:
 
     async def _work(self, consumer: str, types: str, handler: Handler, stop: asyncio.Event) -> None:
         """Act on one event after the other."""
+        complaint = ""
         while not stop.is_set():
             try:
                 client = self._connected()
@@ -299,8 +300,11 @@ class NatsBus:
                 finally:
                     with contextlib.suppress(*_AWAY):
                         await subscription.unsubscribe()
-            except (BusAwayError, *_AWAY):
-                # Whatever is the matter: the connection's own log says what it is.
+            except (BusAwayError, *_AWAY) as error:
+                # While there is no connection, the connection's own log says why.
+                if self.connected and str(error) != complaint:
+                    complaint = str(error)
+                    log.warning("broker gives no events; retrying", consumer=consumer, error=complaint)
                 await _pause(stop)
             except Exception:
                 log.exception("consumer failed; retrying", consumer=consumer)

@@ -72,11 +72,11 @@ def _turn(database: Database) -> Iterator[None]:
     if database.file is None:
         yield
         return
-    _create_private(database.file)  # SQLite gives its other files the same mode
     lock_file = database.file.with_name(f"{database.file.name}.lock")
     _create_private(lock_file)
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _create_private(database.file)  # SQLite gives its other files the same mode
         database.use_wal()
         yield
 

@@ -86,6 +86,13 @@ _COMPARED = {
 _MOST_REMEMBERED = 100_000  # users, at 100 bytes each
 _MOST_AT_A_TIME = 1_000  # ids in a query; SQLite takes 32,766
 
+MOST_ITEMS = 5_000
+"""Items of a page's orders from which on the page ends: 1,000 orders of 100 items are more than a client takes (4 MiB),
+and would hold others up."""
+
+_ORDERS_AT_A_TIME = 50
+"""Orders whose items are read at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -156,7 +163,8 @@ class OrderStore:
         return await self._database.read(lambda connection: _get(connection, order_id))
 
     async def list(self, size: int, after: int = 0, listing: Listing = Listing()) -> Page[Order]:
-        """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``.
+        """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``. Fewer when
+        they have MOST_ITEMS items or more.
 
         Raises InvalidFieldError when ``listing`` can't be read.
         """
@@ -167,8 +175,11 @@ class OrderStore:
 
         def work(connection: sa.Connection) -> Page[Order]:
             rows = connection.execute(query).all()
-            whole = _with_items(connection, rows)
-            return Page.cut([(row.sequence, order) for row, order in zip(rows, whole, strict=True)], size)
+            whole: list[Order] = []
+            while len(whole) < min(len(rows), size) and sum(len(order.items) for order in whole) < MOST_ITEMS:
+                whole += _with_items(connection, rows[len(whole) : min(len(whole) + _ORDERS_AT_A_TIME, size)])
+            last = rows[len(whole) - 1].sequence if whole else 0
+            return Page(whole, last, more=len(rows) > len(whole))
 
         return await self._database.read(work)
 

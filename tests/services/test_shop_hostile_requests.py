@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
 import hmac
 import json
@@ -197,6 +198,34 @@ async def test_a_trace_that_is_too_long_is_not_kept_and_the_order_is_taken(open_
         (row,) = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 9))
         assert not isinstance(row.event, Exception)
         assert row.event.trace == {"traceparent": "00-1-2-01"}
+
+
+@pytest.mark.slow
+async def test_a_page_of_orders_with_100_items_each_is_never_more_than_a_client_takes(open_sqlite: Open) -> None:
+    database = open_sqlite("order", order_store.VERSIONS)
+    ids = [str(uuid.UUID(int=n)) for n in range(1, 501)]
+    now = dt.datetime.now(dt.UTC)
+    order = {"user_id": NOBODY, "create_time": now, "update_time": now}
+    item = {"sku": "x" * 64, "quantity": 10**6, "currency": "EUR", "units": 10**9, "nanos": 1}
+
+    def fill(connection: Any) -> None:
+        connection.execute(order_store.orders.insert(), [{"id": each, **order} for each in ids])
+        items = [{"order_id": each, "position": position, **item} for each in ids for position in range(100)]
+        connection.execute(order_store.items.insert(), items)
+
+    await database.write(fill)
+    seen: list[str] = []
+    async with shop(open_sqlite) as channel:
+        orders = order_pb2_grpc.OrderServiceStub(channel)
+        request = order_pb2.ListOrdersRequest(page_size=1_000)
+        while True:
+            page = await orders.ListOrders(request, timeout=30)
+            seen += [each.id for each in page.orders]
+            assert 0 < page.ByteSize() < 2 * 2**20
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                break
+    assert seen == ids
 
 
 EMAIL = "ada.lovelace@example.com"
