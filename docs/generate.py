@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2
-from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "weft/mesh/v1/service_config.proto"
@@ -63,22 +63,10 @@ def _cells(comment: str) -> Iterator[str]:
 
 
 def _described() -> descriptor_pb2.FileDescriptorProto:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "described"
-        failed = protoc.main(
-            [
-                "protoc",
-                f"-I{ROOT / 'protos'}",
-                f"-I{Path(protoc.__file__).parent / '_proto'}",
-                "--include_source_info",
-                f"--descriptor_set_out={out}",
-                SOURCE,
-            ]
-        )
-        if failed:
-            raise SystemExit(failed)
-        files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
-    return files.file[0]
+    buf = Path(sys.executable).with_name("buf")
+    built = subprocess.run([buf, "build", "protos", "-o", "-"], cwd=ROOT, capture_output=True, check=True)
+    files = descriptor_pb2.FileDescriptorSet.FromString(built.stdout).file
+    return next(file for file in files if file.name == SOURCE)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ class Channel(grpc.aio.Channel):
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=grace)
         for call in (*intercepted, *self.calls):
             call.cancel()
+        if self._stop is not None:
+            self._stop.detach()  # what it would call later keeps the pool
         self.assembly.pool.close()
         if self._running is not None and not self._running.done():
             await asyncio.wait([self._running])
@@ -660,7 +662,7 @@ class _Driver(EventDriver):
 
     def over(self, number: int, address: str, inner: Any) -> None:
         """Core's call of attempt ``number`` has ended."""
-        code = _ready(inner.code())
+        code = _code(inner)
         if code is grpc.StatusCode.OK:
             if self.pool.cluster.reads_reports:
                 self.pool.answered(address, _ready(inner.trailing_metadata()))
@@ -737,6 +739,15 @@ def _write_failed(inner: Any) -> bool:
     """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
     begin with a status code, whatever a peer writes."""
     return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
+
+
+def _code(inner: Any) -> grpc.StatusCode:
+    """A finished call's status; UNKNOWN for a number that is none, on which an old grpc.aio raises."""
+    try:
+        code: grpc.StatusCode = _ready(inner.code())
+    except KeyError:
+        return grpc.StatusCode.UNKNOWN
+    return code
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:

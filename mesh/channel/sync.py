@@ -188,6 +188,8 @@ class Channel(grpc.Channel):
         for driver in list(self._calls):
             driver.cancel(CLOSED_DETAILS)
         self._watch.close()
+        if self._stop is not None:
+            self._stop.detach()  # what it would call later keeps the pool
         self.assembly.pool.close()
 
     def __enter__(self) -> Channel:

@@ -384,12 +384,15 @@ class ServerInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(self, gate: ThreadGate | None = None) -> None:
+        self._gate = gate
         self._gated = Wrapped(lambda handler: wrap_sync(handler, gate))
         self._ungated = Wrapped(wrap_sync)
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
         mesh_context.enter(arriving(handler_call_details.invocation_metadata))
+        if self._gate is not None:
+            self._gate.arrivals += 1
         wrapped = self._ungated if method.startswith(UNGATED) else self._gated
         return wrapped(method, continuation(handler_call_details))
 

@@ -110,14 +110,15 @@ class Load:
         span = now - self._stamp
         if span > 0:
             cpu, ended, failed = time.process_time(), self._admission.ended, self._admission.failed
-            busy = (self._admission.in_flight + self._admission.waiting) / max(1, self._admission.limit)
+            used = (cpu - self._cpu) / span
             # After a quiet time the past says nothing.
             weight = max(SMOOTHING, min(1.0, span))
             for field, value in (
-                ("cpu_utilization", (cpu - self._cpu) / span),
+                ("cpu_utilization", used),
                 ("rps_fractional", (ended - self._ended) / span),
                 ("eps", (failed - self._failed) / span),
-                ("application_utilization", busy),
+                # Permits alone say little where there is no limit: then the process is as busy as its CPU.
+                ("application_utilization", max(used, self._admission.utilization)),
             ):
                 before = getattr(self._report, field)
                 setattr(self._report, field, round(before + (value - before) * weight, 4))

@@ -20,6 +20,7 @@ from mesh.channel import instrumentation
 from mesh.channel.aio import Channel as AioChannel
 from mesh.channel.sync import Channel as SyncChannel
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
+from tests.processes import eventually
 
 Seen = list[tuple[str, str]]
 
@@ -242,7 +243,7 @@ def test_a_channel_is_not_kept_by_what_stands_around_its_calls(
     pool = channel.assembly.pool  # type: ignore[attr-defined]
     del channel
     gc.collect()
-    assert pool.closed
+    eventually(lambda: pool.closed)
 
 
 async def test_interceptors_that_are_put_into_an_asyncio_channels_lists_intercept(server: Server, seen: Seen) -> None:
