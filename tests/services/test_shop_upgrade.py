@@ -105,12 +105,12 @@ async def test_events_that_waited_in_the_outbox_of_revision_2_are_published(old:
     kind = "TIMESTAMPTZ" if database.file is None else "TEXT"
     add = sa.text(
         "INSERT INTO outbox (id, type, subject, time, data, trace) "
-        f"VALUES (:id, 'weft.test.v1.Happened', :id, CAST('2026-01-02 00:00:00.000000' AS {kind}), :data, '{{}}')"
+        f"VALUES (:id, 'weft.test.v1.Happened', :subject, CAST('2026-01-02 00:00:00.000000' AS {kind}), :data, '{{}}')"
     )
     before, after = (str(uuid.uuid4()) for _ in range(2))
-    await database.write(lambda connection: connection.execute(add, {"id": before, "data": b""}))
+    await database.write(lambda connection: connection.execute(add, {"id": before, "subject": before, "data": b""}))
     migrate(database, VERSIONS["order"])
-    await database.write(lambda connection: connection.execute(add, {"id": after, "data": b""}))
+    await database.write(lambda connection: connection.execute(add, {"id": after, "subject": after, "data": b""}))
     bus = MemoryBus()
     async with Relay(database, order_store.outbox, bus, "new"), asyncio.timeout(10):
         while len(bus.kept) < 2:  # noqa: ASYNC110 - the bus has no event for it
