@@ -147,7 +147,7 @@ class Outbox:
             return Row(sequence, subject, attempts, error)
 
     def _row(self, row: sa.Row[Any]) -> Row:
-        event = Event(row.id, self.source, row.type, row.subject, row.time, row.data, dict(row.trace))
+        event = Event(row.id, self.source, row.type, row.subject, row.time, bytes(row.data), dict(row.trace))
         return Row(row.sequence, row.subject, row.attempts, event)
 
     def count(self, connection: sa.Connection) -> int:
