@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 TYPES = "weft.test.v1"
 SUBJECT = f"{TYPES}.Happened".encode()
-LONGEST = f"{TYPES}.".encode() + b"x" * (4_000 - len(TYPES) - 1)
-"""A subject of 4,000 characters; the broker takes lines of 4,096."""
+LONGEST = f"{TYPES}.".encode() + b"x" * 4_000
+"""A subject that the broker takes; with the 25 characters of a dead letter's before it, it would not."""
 
 
 @pytest.fixture
