@@ -211,13 +211,22 @@ async def _abort(
         "request failed",
         method=method,
         code=code.name,
-        error=status.message,
+        error=_for_log(status),
         seconds=round(time.monotonic() - started, 4),
         peer=context.peer(),
         **trace(context),
         **{name: value for name in NAMED if _UUID.fullmatch(value := getattr(request, name, ""))},
     )
     await context.abort_with_status(rpc_status.to_status(status))
+
+
+def _for_log(status: status_pb2.Status) -> str:
+    """What is wrong, without what the caller wrote: of an invalid request, the fields and the rules that they break."""
+    for detail in status.details:
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            return "; ".join(f"{violation.field}: {violation.reason}" for violation in bad.field_violations)
+    return str(status.message)
 
 
 def masked(mask: FieldMask, message: Message, fields: Collection[str], ignored: Collection[str]) -> set[str]:

@@ -301,8 +301,8 @@ class NatsBus:
                     with contextlib.suppress(*_AWAY):
                         await subscription.unsubscribe()
             except (BusAwayError, *_AWAY) as error:
-                # While there is no connection, the connection's own log says why.
-                if self.connected and str(error) != complaint:
+                # While there is no connection, the connection's own log says why; after that, requests time out once.
+                if self.connected and not isinstance(error, TimeoutError) and str(error) != complaint:
                     complaint = str(error)
                     log.warning("broker gives no events; retrying", consumer=consumer, error=complaint)
                 await _pause(stop)

@@ -231,7 +231,7 @@ async def test_a_page_of_orders_with_100_items_each_is_never_more_than_a_client_
 EMAIL = "ada.lovelace@example.com"
 
 
-@pytest.mark.parametrize("failing", ["taken", "as an id", "database"])
+@pytest.mark.parametrize("failing", ["taken", "as an id", "in a filter", "in a mask", "database"])
 async def test_no_line_of_a_log_has_an_email(
     open_database: Open, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
@@ -248,6 +248,13 @@ async def test_no_line_of_a_log_has_an_email(
             elif failing == "as an id":
                 error = await failure(users.GetUser(user_pb2.GetUserRequest(id=EMAIL)))
                 assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            elif failing == "in a filter":
+                error = await failure(users.ListUsers(user_pb2.ListUsersRequest(filter=f'create_time > "{EMAIL}"')))
+                assert EMAIL in str(error.details())
+            elif failing == "in a mask":
+                mask = FieldMask(paths=[EMAIL])
+                request = user_pb2.UpdateUserRequest(user=user_pb2.User(id=NOBODY), update_mask=mask)
+                assert violations(await failure(users.UpdateUser(request))) == {"update_mask": "UNKNOWN_FIELD"}
             else:
                 await database.write(lambda c: c.exec_driver_sql("ALTER TABLE users RENAME COLUMN name TO other"))
                 error = await failure(users.CreateUser(ada))
