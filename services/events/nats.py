@@ -335,7 +335,7 @@ class NatsBus:
         data, reason = message.data, reason[:MAX_REASON]
         if _size(original) > _MOST_HEADERS:
             original, reason = {}, f"{reason} (headers dropped: too large)"
-        if len(data) > events.MAX_DATA:
+        if len(data) > min(events.MAX_DATA, self._connected().max_payload // 2):
             data, reason = b"", f"{reason} (data dropped: {len(data)} bytes)"
         await self._publish(
             f"dead-letter.{consumer}.event",
