@@ -22,6 +22,9 @@ SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
 FILE = "MESH_CONFIG"
 """The variable that names the file."""
 
+LARGEST_FILE = 1024 * 1024
+"""Bytes of the file, at the most."""
+
 _PREFIXES = ("MESH_", "OTEL_", "GRPC_")
 _WIDTH = 28
 
@@ -77,9 +80,18 @@ def read_file() -> None:
     if not name:
         return
     try:
-        found = tomllib.loads(Path(name).read_text("utf-8"))
+        file = Path(name)
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{FILE}={name!r}: should be a regular file")
+        if file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"{FILE}={name!r}: has {file.stat().st_size} bytes, and {LARGEST_FILE} are allowed")
+        text = file.read_text("utf-8")
     except OSError as error:
         raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
+    try:
+        found = tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
     for key, value in found.items():
@@ -89,7 +101,10 @@ def read_file() -> None:
             value = int(value)
         if not isinstance(value, str | int | float):
             raise ValueError(f"{FILE}={name!r}: {key} should be a string, a number, true or false")
-        os.environ.setdefault(key, str(value))
+        try:
+            os.environ.setdefault(key, str(value))
+        except ValueError as error:  # U+0000, or a number of more digits than Python writes
+            raise ValueError(f"{FILE}={name!r}: {key} can't be a variable: {error}") from None
 
 
 def server_settings() -> ServerSettings:
