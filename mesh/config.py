@@ -175,7 +175,7 @@ class EjectionConfig:
     failure_percentage: FailurePercentageConfig | None = FailurePercentageConfig()
     consecutive: int = 5
     gateway: int = 0
-    timeouts: int = 0
+    timeouts: int = 3
     panic: float = 50.0
     dry_run: bool = False
 

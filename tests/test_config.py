@@ -82,7 +82,7 @@ OUTLIERS: dict[str, Any] = {
     "failurePercentageEjection": PERCENTAGE,
     "consecutiveFailures": 7,
     "consecutiveGatewayErrors": 4,
-    "consecutiveTimeouts": 3,
+    "consecutiveTimeouts": 4,
     "panicThreshold": 30,
     "dryRun": True,
 }
@@ -173,7 +173,7 @@ def test_a_config_is_read_whole() -> None:
             FailurePercentageConfig(60.0, 50.0, 3, 10),
             consecutive=7,
             gateway=4,
-            timeouts=3,
+            timeouts=4,
             panic=30.0,
             dry_run=True,
         ),

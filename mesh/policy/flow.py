@@ -118,7 +118,10 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 attempt = running.pop(number)
                 attempt.ended = now
                 attempt.outcome = outcome
-                tried[number - 1].end(now, attempt.started, outcome)
+                if committed and outcome.code == Code.DEADLINE_EXCEEDED:
+                    tried[number - 1].ignore(attempt.started)  # a stream under way: how long it lasts is the caller's
+                else:
+                    tried[number - 1].end(now, attempt.started, outcome)
                 verdict = Verdict(outcome, attempt)
                 if outcome.code == 0:
                     cluster.throttle.succeeded()
