@@ -403,6 +403,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 MAX_WARNINGS = 20
+"""Warnings about unknown keys and names in one service config."""
 
 
 class _Read:

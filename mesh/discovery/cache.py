@@ -25,13 +25,13 @@ VARIABLE = "MESH_CACHE"
 """The environment variable that names the folder. It is made when it is needed, for this user alone."""
 
 MAX_AGE = 24 * 3600.0
-"""What the registry confirmed longer ago is not used: addresses are given to others in time. Seconds."""
+"""How long ago the registry may have confirmed what is used: addresses are given to others in time. Seconds."""
 
 MAX_SIZE = 16 * 1024 * 1024
-"""The largest file, in bytes: ten thousand instances and more."""
+"""The largest file of the disk cache: ten thousand instances and more. Bytes."""
 
 MAX_SKEW = 60.0
-"""A file may be so much newer than the clock, as clocks of two machines differ. Seconds."""
+"""How much newer than the clock a file of the disk cache may be: clocks of two machines differ. Seconds."""
 
 _LOG = logging.getLogger("mesh.discovery")
 

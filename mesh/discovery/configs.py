@@ -27,7 +27,7 @@ PERIOD = 1.0
 """Between two looks at the file. Seconds."""
 
 MAX_FILE = 1024 * 1024
-"""The file with service configs, in bytes; a ConfigMap of Kubernetes has the same limit."""
+"""The file with service configs. A ConfigMap of Kubernetes has the same limit. Bytes."""
 
 _LOG = logging.getLogger("mesh.config")
 
