@@ -14,6 +14,7 @@ import pydantic
 import sqlalchemy as sa
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mesh import files
 from mesh.server.settings import ServerSettings
 
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
@@ -21,6 +22,9 @@ SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
 
 FILE = "MESH_CONFIG"
 """The variable that names the file."""
+
+MAX_FILE = 1024 * 1024
+"""The file that ``MESH_CONFIG`` names. Bytes."""
 
 _PREFIXES = ("MESH_", "OTEL_", "GRPC_")
 _WIDTH = 28
@@ -77,7 +81,7 @@ def read_file() -> None:
     if not name:
         return
     try:
-        found = tomllib.loads(Path(name).read_text("utf-8"))
+        found = tomllib.loads(files.read(Path(name), MAX_FILE)[0].decode())
     except OSError as error:
         raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
     except ValueError as error:

@@ -85,6 +85,7 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
     ("file", "line"),
     [
         (None, "MESH_CONFIG='{file}': can't be read: No such file or directory"),
+        ("#" * (1024 * 1024 + 1), "MESH_CONFIG='{file}': can't be read: 1048577 bytes; the limit is 1048576"),
         ("MESH_LOG_LEVEL = loud", "MESH_CONFIG='{file}': should be TOML: Invalid value (at line 1, column 18)"),
         ("log_level = 'info'", "MESH_CONFIG='{file}': log_level is no variable: these begin with MESH_, OTEL_, GRPC_"),
         ("MESH_LISTEN = ['a']", "MESH_CONFIG='{file}': MESH_LISTEN should be a string, a number, true or false"),
@@ -94,7 +95,7 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
         ("MESH_REGISTRY = ''", "MESH_USER_SERVICE='mesh:///weft.user.v1.UserService': "),
         ("MESH_DATABASE_URL = 'mysql://host/name'", "a database is SQLite or PostgreSQL"),
     ],
-    ids=["none", "no TOML", "name", "type", "value", "choice", "range", "registry", "database"],
+    ids=["none", "large", "no TOML", "name", "type", "value", "choice", "range", "registry", "database"],
 )
 def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Path, file: str | None, line: str) -> None:
     path = tmp_path / "order.toml"
