@@ -79,16 +79,21 @@ def read(path: Path, most: int, *, private: bool = False) -> tuple[bytes, float]
     It does not wait: a FIFO without a writer would hold its reader forever. Raises RefusedError, or another OSError.
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with os.fdopen(number, "rb") as file:
+    try:
         facts = os.fstat(number)
         if not stat.S_ISREG(facts.st_mode):
             raise RefusedError("not a regular file")
         if private:
             check_private(facts)
-        data = b"" if facts.st_size > most else file.read(most + 1)
-        if len(data) > most or facts.st_size > most:
-            raise RefusedError(f"{max(facts.st_size, len(data))} bytes; the limit is {most}")
+        if facts.st_size > most:
+            raise RefusedError(f"{facts.st_size} bytes; the limit is {most}")
+        with open(number, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+        if len(data) > most:  # it grows, or the system doesn't say how large it is
+            raise RefusedError(f"more than {most} bytes, which is the limit")
         return data, facts.st_mtime
+    finally:
+        os.close(number)
 
 
 def check_private(facts: os.stat_result) -> None:

@@ -54,10 +54,18 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     assert told == f"{fifo}: not a regular file\n"
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/dev", "/proc/self/mem"])
-def test_what_is_no_file_of_text_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(path)}: "):
-        ConfigFile(path, "any").news()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/dev/zero", "not a regular file"),
+        ("/dev", "not a regular file"),
+        ("/proc/self/mem", "Input/output error"),
+    ],
+)
+def test_what_is_no_file_of_text_is_refused(path: str, why: str) -> None:
+    told, _ = limited.run("from mesh.discovery.configs import ConfigFile", LOOK, path, more=32 * MEBIBYTE, within=10)
+    assert told == f"{path}: {why}\n"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,16 @@ def test_text_that_readers_would_read_differently_is_refused_with_its_path(
     with pytest.raises(ValueError, match="^" + re.escape(f"{file}: ")) as caught:
         ConfigFile(str(file), "any").news()
     assert why.replace(".*", '."*"') in str(caught.value)
+
+
+def test_a_file_that_is_refused_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(b" " * (MAX_FILE + 1))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for path in (str(file), "/dev"):
+        with pytest.raises(ValueError, match=r"the limit is|not a regular file"):
+            ConfigFile(path, "any").news()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_link_to_a_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
