@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 import mesh
 import mesh.aio
 
-METHOD = "/test.Hanging/Unary"
+METHOD, WATCH = "/test.Hanging/Unary", "/test.Hanging/Watch"
 TIMEOUT = 0.2  # seconds
 RETRIES = {
     "maxAttempts": 3,
@@ -41,7 +42,15 @@ class Replica(grpc.GenericRpcHandler):
         self.server.start()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if handler_call_details.method == WATCH:
+            return grpc.unary_stream_rpc_method_handler(self._watch)
         return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    def _watch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        yield request
+        over = threading.Event()
+        if context.add_callback(over.set):
+            over.wait(10)
 
     def _answer(self, request: bytes, _: grpc.ServicerContext) -> bytes:
         with self.lock:
@@ -114,3 +123,34 @@ def test_with_an_attempt_timeout_and_retries_no_call_fails(world: str, target: s
     waited = [took for _, took in ended if took >= TIMEOUT]
     assert len(waited) == 3
     assert max(waited) < 10 * TIMEOUT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["sync", "aio"])
+def test_watches_that_last_to_their_deadline_eject_nobody(world: str, target: str) -> None:
+    async def in_asyncio() -> Any:
+        async with mesh.aio.insecure_channel(target, config()) as channel:
+            watch: Any = channel.unary_stream(WATCH)
+            for _ in range(12):
+                call = watch(b"x", timeout=0.05, wait_for_ready=True)
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in call:
+                        pass
+                assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            opened: Any = channel
+            return opened.assembly.cluster
+
+    if world == "aio":
+        cluster = asyncio.run(in_asyncio())
+    else:
+        with mesh.insecure_channel(target, config()) as channel:
+            watch: Any = channel.unary_stream(WATCH)
+            for _ in range(12):
+                call = watch(b"x", timeout=0.05, wait_for_ready=True)
+                with contextlib.suppress(grpc.RpcError):
+                    list(call)
+                assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            opened: Any = channel
+            cluster = opened.assembly.cluster
+    assert dict(cluster.ejections.counts) == {}
+    assert [node.failures for node in cluster.nodes.values()] == [0, 0, 0]
