@@ -14,6 +14,7 @@ import pydantic
 import sqlalchemy as sa
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mesh import files
 from mesh.server.settings import ServerSettings
 
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
@@ -22,8 +23,8 @@ SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
 FILE = "MESH_CONFIG"
 """The variable that names the file."""
 
-LARGEST_FILE = 1024 * 1024
-"""Bytes of the file, at the most."""
+MAX_FILE = 1024 * 1024
+"""The file that ``MESH_CONFIG`` names. Bytes."""
 
 _PREFIXES = ("MESH_", "OTEL_", "GRPC_")
 _WIDTH = 28
@@ -80,12 +81,7 @@ def read_file() -> None:
     if not name:
         return
     try:
-        file = Path(name)
-        if file.exists() and not file.is_file():
-            raise ValueError(f"{FILE}={name!r}: should be a regular file")
-        if file.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{FILE}={name!r}: has {file.stat().st_size} bytes, and {LARGEST_FILE} are allowed")
-        text = file.read_text("utf-8")
+        text = files.read(Path(name), MAX_FILE)[0].decode()
     except OSError as error:
         raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
-LIMIT = 256 * 1024  # bytes, as gRPC core's buffer for one RPC
+LIMIT = 256 * 1024
+"""What is kept of a streaming call's requests, as in gRPC core's buffer for one RPC; and of a unary request. Bytes."""
 
 
 class Request:

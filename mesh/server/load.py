@@ -30,6 +30,9 @@ PERIOD = 0.1
 LEAST_INTERVAL = 0.1
 """Seconds between two reports of the out-of-band service, however few are asked for; ORCA's default is a minute."""
 
+MAX_INTERVAL = 3600.0
+"""Seconds between two reports of the out-of-band service, at most."""
+
 SMOOTHING = 0.3
 """The share of a new period in what is reported."""
 
@@ -130,7 +133,8 @@ class Load:
 
 
 def _interval(request: Any) -> float:
-    return max(LEAST_INTERVAL, request.report_interval.ToTimedelta().total_seconds() or 60.0)
+    interval = request.report_interval  # may be out of a Duration's range: it is whatever the client sent
+    return min(max(LEAST_INTERVAL, (interval.seconds + interval.nanos / 1e9) or 60.0), MAX_INTERVAL)
 
 
 def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:

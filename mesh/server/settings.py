@@ -19,6 +19,9 @@ from mesh.server.threads import SPARE
 
 Option = tuple[str, str | int]
 
+LONGEST_NUMBER = 40
+"""Characters of a variable that is a number."""
+
 
 class _RefusedError(Exception):
     """What a value should have been."""
@@ -59,6 +62,8 @@ def _registry(value: str) -> str:
 
 def _number(parse: Callable[[str], Any], low: float, high: float, accepted: str) -> Callable[[str], Any]:
     def parsed(value: str) -> Any:
+        if len(value) > LONGEST_NUMBER:
+            raise _RefusedError(accepted)
         try:
             number = parse(value)
         except ValueError:
@@ -76,6 +81,10 @@ def _seconds(low: float, high: float) -> Callable[[str], Any]:
 
 def _whole(low: int, high: int) -> Callable[[str], Any]:
     return _number(int, low, high, f"a whole number from {low} to {high}")
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 200 else value[:197] + "..."
 
 
 def _switch(value: str) -> bool:
@@ -211,7 +220,7 @@ class ServerSettings:
             try:
                 told[setting.name] = setting.metadata["parse"](value)
             except _RefusedError as accepted:
-                raise ValueError(f"{variable}={value!r}: expected {accepted}") from None
+                raise ValueError(f"{variable}={_short(value)!r}: expected {accepted}") from None
         return cls(**told)
 
     def admission(self, threads: int | None = None) -> AdmissionConfig:

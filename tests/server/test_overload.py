@@ -395,6 +395,18 @@ class TestLoad:
                 assert (await reports.read()).cpu_utilization >= 0
             reports.cancel()
 
+    @pytest.mark.parametrize("seconds", [2**63 - 1, -(2**63), 10**12])
+    async def test_an_interval_beyond_all_bounds_is_as_good_as_another(self, serve: Serve, seconds: int) -> None:
+        async with serve() as client:
+            stream: Any = client.channel.unary_stream(
+                f"/{SERVICE}/StreamCoreMetrics", OrcaLoadReportRequest.SerializeToString, OrcaLoadReport.FromString
+            )
+            request = OrcaLoadReportRequest()
+            request.report_interval.seconds = seconds
+            reports = stream(request, timeout=0.2)
+            assert (await reports.read()).cpu_utilization >= 0
+            assert await reports.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
     def test_the_report_is_orca_s_own_on_the_wire(self) -> None:
         report = OrcaLoadReport(cpu_utilization=0.5, rps_fractional=2.0, eps=3.0, application_utilization=4.0)
         expected = b"".join(
