@@ -151,6 +151,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.registry.service", "MAX_CONFIG", "characters", "The config is refused, INVALID_ARGUMENT."),
         Limit("mesh.registry.service", "MIN_TTL", "seconds", "Shorter ones are taken as this."),
         Limit("mesh.registry.service", "MAX_TTL", "seconds", "Longer ones are taken as this."),
+        Limit("mesh.registry.state", "MAX_FILE", "bytes", "The registry doesn't start; the error names the file."),
         Limit("mesh.registry.book", "LOG_SIZE", "changes", "Who is further behind gets a new snapshot."),
     ),
     "The shop": (
