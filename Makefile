@@ -3,15 +3,19 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 PYTHON ?= python3
+# Installs faster than pip, where it is there. Without it: make UV=
+UV ?= $(shell uv --version >/dev/null 2>&1 && command -v uv)
 VENV := .venv
 BIN := $(VENV)/bin
+# What is set up: the shop's packages, this checkout beside them, what checks and tests need.
 LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
-# google.type is read, and not generated: its stubs come with googleapis-common-protos.
-PROTOS = $(shell find protos third_party/buf -name '*.proto' | sort)
-PROTOC = $(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
-	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc -Iprotos -Ithird_party
+DEV := $(VENV)/.dev
+# The oldest packages that are supported. A Python that they have wheels for: make OLDEST_PYTHON=python3.11
+OLDEST := $(VENV)/oldest
+OLDEST_PYTHON ?= $(PYTHON)
 FRESH := $(VENV)/generated
+LOCKS := requirements.lock requirements-dev.lock requirements-oldest.lock
 USERS ?= 3
 ORDERS ?= 2
 NOTIFICATIONS ?= 2
@@ -38,10 +42,10 @@ load: $(READY) ## a realistic mix of calls against a running shop, with live fig
 
 # -- tests ------------------------------------------------------------------------------------------------------------
 .PHONY: test
-test: lint types check-generated floors coverage unit ## everything below but the faults: lint, types, floors, tests
+test: lint types check-generated floors coverage unit ## lint, types, generated code, floors and tests
 
 .PHONY: lint
-lint: $(READY) ## ruff and buf: rules and layout
+lint: $(READY) $(DEV) ## ruff and buf: rules and layout
 	@echo '== lint'
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Run: $(BIN)/ruff format"; exit 1; }
@@ -49,110 +53,162 @@ lint: $(READY) ## ruff and buf: rules and layout
 	@$(BIN)/buf format --diff --exit-code protos
 
 .PHONY: types
-types: $(READY) ## mypy, strict
+types: $(READY) $(DEV) ## mypy, strict
 	@echo '== types'
 	@$(BIN)/mypy
 
 .PHONY: check-generated
-check-generated: $(READY) ## generated/ is what the protos give
+check-generated: $(READY) $(DEV) ## generated/ is what the protos give
 	@echo '== generated code'
+	@if $(has_oldest); then $(MAKE) -s same-generated; \
+		else echo "skipped: needs a Python before 3.14, see make OLDEST_PYTHON=python3.11"; fi
+
+.PHONY: same-generated
+same-generated: $(READY) $(DEV) $(OLDEST)/.ready
 	@rm -rf $(FRESH) && mkdir -p $(FRESH)
-	@$(call protoc,$(FRESH))
+	@$(BIN)/python protos/generate.py $(FRESH) --protoc $(OLDEST)/bin/python
 	@diff -r -x __pycache__ generated $(FRESH) || { echo "generated/ is not what protos/ give: make generate"; exit 1; }
 	@rm -rf $(FRESH)
 
 .PHONY: floors
-floors: $(READY) ## a file imports only from floors below its own
+floors: $(READY) $(DEV) ## a file imports only from floors below its own
 	@echo '== floors'
 	@$(BIN)/lint-imports --no-logo
 
 # Without the tests of the rest: only what tests/policy reaches counts. (`unit` leaves out what ran here.)
 .PHONY: coverage
-coverage: $(READY) ## every branch of mesh/policy is tested
+coverage: $(READY) $(DEV) ## every branch of mesh/policy is tested
 	@echo '== coverage of mesh/policy'
 	@$(BIN)/pytest -q -n 2 tests/policy --cov=mesh.policy --cov-branch --cov-report=term-missing:skip-covered \
 		--cov-fail-under=100
 
 .PHONY: unit
-unit: $(READY) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
+unit: $(READY) $(DEV) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
 	@echo '== tests'
 	@$(BIN)/pytest -n 2 --dist=loadscope -m 'not faults' $(or $(ARGS),--ignore=tests/policy)
 
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/.ready ## the mesh's tests on the oldest grpcio and protobuf that are supported
+	@echo '== tests on the oldest packages'
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadscope -m 'not faults' \
+		$(or $(ARGS),tests/channel tests/server tests/registry tests/discovery tests/test_config.py tests/test_context.py)
+
 .PHONY: test-faults
-test-faults: $(READY) ## the long tests, with real processes that are killed, stopped and brought back
+test-faults: $(READY) $(DEV) ## the long tests, with real processes that are killed, stopped and brought back
 	@echo '== faults'
 	@$(BIN)/pytest -v -m faults $(ARGS)
 
 .PHONY: bench-call
-bench-call: $(READY) ## the CPU of one call: the mesh, gRPC core's round_robin, a bare channel
+bench-call: $(READY) $(DEV) ## the CPU of one call: the mesh, gRPC core's round_robin, a bare channel
 	@$(BIN)/python -m benchmarks.call
 
 .PHONY: bench-cluster
-bench-cluster: $(READY) ## what balancing, ejection and updates are worth and cost, beside gRPC core's (about 3 minutes)
+bench-cluster: $(READY) $(DEV) ## what balancing, ejection and updates are worth and cost, beside gRPC core's (about 3 minutes)
 	@$(BIN)/python -m benchmarks.cluster
 
 .PHONY: bench-server
-bench-server: $(READY) ## a server's cost, twice its capacity, rolling restarts, the registry (about 3 minutes)
+bench-server: $(READY) $(DEV) ## a server's cost, twice its capacity, rolling restarts, the registry (about 3 minutes)
 	@$(BIN)/python -m benchmarks.server
 
 .PHONY: bench-events
-bench-events: $(READY) ## from what happens to an order until its user is told, at 100 orders a second
+bench-events: $(READY) $(DEV) ## from what happens to an order until its user is told, at 100 orders a second
 	@$(BIN)/python -m benchmarks.events
 
 .PHONY: bench-shop
-bench-shop: $(READY) ## CreateOrder through the mesh against the raw rate of SQLite and of PostgreSQL
+bench-shop: $(READY) $(DEV) ## CreateOrder through the mesh against the raw rate of SQLite and of PostgreSQL
 	@$(BIN)/python -m benchmarks.shop
 
 # -- upkeep -----------------------------------------------------------------------------------------------------------
 .PHONY: setup
-setup: $(READY) ## the virtual environment with the locked dependencies (the other targets do this themselves)
+setup: $(READY) $(DEV) ## the virtual environment with the locked dependencies (the other targets do this themselves)
 
-$(LOCKED): requirements.lock
+# Packages are installed as locked and never resolved: pip before 23.3 resolves extras anew even with --require-hashes,
+# and fails once something newer is out. No sdists: building one fetches packages that no lock names.
+EXACTLY := --no-deps --require-hashes --only-binary :all:
+
+# $(call install,FOLDER,LOCK): what the lock says, into the environment in FOLDER.
+define install
+	@$(if $(UV),$(UV) pip install -q --python $(1)/bin/python $(EXACTLY) -r $(2), \
+	{ $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off $(EXACTLY) \
+		-r $(2) || touch $(1)/.failed; } | awk -v all="$$(grep -c == $(2))" \
+		'/^Collecting/ && ++n % 10 == 0 { print "  " n " of " all " packages"; fflush() } \
+		/^Installing/ { print "  installing"; fflush() }' && ! rm $(1)/.failed 2>/dev/null)
+endef
+
+# $(call checkout,FOLDER): this checkout beside them, editable; then all fit together.
+define checkout
+	@$(if $(UV),$(UV) pip install -q --python $(1)/bin/python --no-deps --no-build-isolation -e ., \
+		$(1)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .)
+	$(call check,$(1))
+endef
+
+define check
+	@$(if $(UV),$(UV) pip check -q --python $(1)/bin/python, \
+		$(1)/bin/python -m pip --disable-pip-version-check check >$(1)/.check || { cat $(1)/.check; exit 1; })
+endef
+
+# $(call environment,PYTHON,FOLDER): an environment with nothing in it.
+define environment
+	@rm -rf $(2)
+	@$(if $(UV),$(UV) venv -q --no-project --python "$$(command -v $(1))" $(2),$(1) -m venv $(2))
+endef
+
+# grpcio 1.72.1 has wheels for Python 3.11 to 3.13.
+has_oldest = $(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 14))'
+
+# A new lock is a new environment: what it no longer names is gone.
+$(LOCKED): $(LOCKS)
 	@command -v $(PYTHON) >/dev/null || { echo "weft needs Python 3.11 or later; $(PYTHON) is not here"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "weft needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
 		"With another one: make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	@$(if $(UV),:,$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null) || \
 		{ echo "$(PYTHON) has no venv module here; on Debian or Ubuntu: apt-get install python3-venv"; exit 2; }
-	@echo "Setting up $(VENV) (once, about a minute)"
-	@$(PYTHON) -m venv $(VENV)
-	@{ $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --require-hashes \
-		-r requirements.lock || touch $(VENV)/.failed; } | awk -v all="$$(grep -c == requirements.lock)" \
-		'/^(Collecting|Processing)/ && ++n % 10 == 0 { print "  " n " of " all " packages"; fflush() } \
-		/^Installing/ { print "  installing"; fflush() }'
-	@! rm $(VENV)/.failed 2>/dev/null
+	@echo "Setting up $(VENV) (once, about half a minute)"
+	$(call environment,$(PYTHON),$(VENV))
+	$(call install,$(VENV),requirements.lock)
 	@touch $@
 
 $(READY): $(LOCKED) pyproject.toml
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(call checkout,$(VENV))
+	@touch $@
+
+$(DEV): $(LOCKED) | $(READY)
+	@echo "Adding what checks and tests need (once, about half a minute)"
+	$(call install,$(VENV),requirements-dev.lock)
+	$(call check,$(VENV))
+	@touch $@
+
+$(OLDEST)/.ready: $(LOCKED)
+	@$(has_oldest) || { echo "grpcio 1.72.1 has no wheel for $(OLDEST_PYTHON); with another Python:" \
+		"make OLDEST_PYTHON=python3.11"; exit 2; }
+	@echo "Setting up $(OLDEST) (once, about 20 seconds)"
+	$(call environment,$(OLDEST_PYTHON),$(OLDEST))
+	$(call install,$(OLDEST),requirements-oldest.lock)
+	$(call checkout,$(OLDEST))
 	@touch $@
 
 .PHONY: generate
-generate: $(READY) ## generated/ anew from protos/
+generate: $(READY) $(DEV) $(OLDEST)/.ready ## generated/ anew from protos/
 	@rm -rf generated && mkdir -p generated
-	@$(call protoc,generated)
+	@$(BIN)/python protos/generate.py generated --protoc $(OLDEST)/bin/python
 
 .PHONY: docs
-docs: $(READY) ## the pages in docs/ that are written from sources
+docs: $(READY) $(DEV) ## the pages in docs/ that are written from sources
 	@$(BIN)/python docs/generate.py
 
-# py.typed tells type checkers of an installed wheel that the stubs beside it count (PEP 561). weft.order says what it
-# needs when that is missing.
-define protoc
-$(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS) && touch $(1)/weft/py.typed \
-	&& cp protos/weft/order/__init__.py $(1)/weft/order/
-endef
-
 .PHONY: format
-format: $(READY) ## lay out the Python and proto files
+format: $(READY) $(DEV) ## lay out the Python and proto files
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/buf format --write protos
 
+COMPILE := uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
 .PHONY: lock
-lock: ## requirements.lock anew from pyproject.toml (needs uv)
-	uv export -q --all-extras --all-groups --no-emit-project --no-header --no-annotate \
-		--format requirements-txt -o requirements.lock
-	rm -f uv.lock
+lock: ## the locks anew, with the newest releases (needs uv)
+	$(COMPILE) pyproject.toml --all-extras --group dev -o requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra services --group shop -c requirements-dev.lock -o requirements.lock
+	$(COMPILE) pyproject.toml requirements-oldest.in --extra dns --group test -o requirements-oldest.lock
 
 .PHONY: clean
 clean: ## forget the virtual environment, caches and built things (data/ stays)

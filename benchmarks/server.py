@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,6 +29,7 @@ import grpc
 import grpc.aio
 
 import mesh.aio
+import mesh.server.sync
 from mesh.policy.admission import Mode
 from mesh.server.aio import Server
 from mesh.server.settings import ServerSettings
@@ -38,6 +40,9 @@ NAME = "bench.Work"
 REQUEST = b"x" * 64
 SLOTS, SERVICE_TIME = 8, 0.05
 """What a worker's calls share: so many at once, each for so many seconds, whatever is asked of it."""
+
+CPU_TIME = 0.01
+"""CPU seconds of a call of a handler that computes."""
 
 DEADLINE = 0.5
 
@@ -89,6 +94,9 @@ async def serve(kind: str) -> None:
             await asyncio.sleep(SERVICE_TIME)
         return request
 
+    async def compute(request: bytes, _: Any) -> bytes:
+        return spin(request)
+
     if kind == "replica":
         sys.exit(await mesh.aio.serve([(add(echo), None)]))
     if kind == "bare":
@@ -98,11 +106,39 @@ async def serve(kind: str) -> None:
         await server.start()
         await server.wait_for_termination()
         return
-    settings = ServerSettings(listen="127.0.0.1:0", overload=Mode.OFF if kind == "unlimited" else Mode.ON)
-    served = Server([(add(echo if kind == "mesh" else work), None)], settings)
+    kind, _, mode = kind.partition("-")
+    settings = ServerSettings(listen="127.0.0.1:0", overload=Mode.OFF if mode else Mode.ON)
+    behavior = {"mesh": echo, "work": work, "compute": compute}[kind]
+    served = Server([(add(behavior), None)], settings)
     await served.start()
     print(served.port, flush=True)
     await served.wait()
+
+
+def spin(request: bytes) -> bytes:
+    """Compute for ``CPU_TIME``."""
+    end = time.thread_time() + CPU_TIME
+    while time.thread_time() < end:
+        pass
+    return request
+
+
+def serve_with_threads(kind: str) -> None:
+    """Serve as ``kind`` of threaded server, after its port is printed."""
+    slots = threading.Semaphore(SLOTS)
+
+    def work(request: bytes, _: Any) -> bytes:
+        with slots:
+            time.sleep(SERVICE_TIME)
+        return request
+
+    kind, _, mode = kind.removeprefix("threads-").partition("-")
+    settings = ServerSettings(listen="127.0.0.1:0", overload=Mode.OFF if mode else Mode.ON)
+    behavior = work if kind == "work" else lambda request, _: spin(request)
+    served = mesh.server.sync.Server([(add(behavior), None)], settings)
+    served.start()
+    print(served.port, flush=True)
+    served.wait()
 
 
 @contextlib.contextmanager
@@ -242,26 +278,35 @@ async def cost() -> list[Row]:
 
 
 async def overload() -> list[Row]:
-    """Twice the capacity, with the limit and without."""
-    seconds = 30.0
-    with serving("work") as (_, port):
-        limited = await overloaded(port, seconds)
-    with serving("unlimited") as (_, port):
+    """Twice the capacity, with overload protection and without."""
+    seconds = 20.0
+    rows = []
+    kinds = {
+        "work": "asyncio, bound by a downstream",
+        "compute": "asyncio, bound by CPU",
+        "threads-work": "threads, bound by a downstream",
+        "threads-compute": "threads, bound by CPU",
+    }
+    limited: dict[str, Overload] = {}
+    for kind, what in kinds.items():
+        with serving(kind) as (_, port):
+            limited[kind] = await overloaded(port, seconds)
+        with serving(kind + "-off") as (_, port):
+            unlimited = await overloaded(port, 5.0)
+        rows += [
+            Row(f"twice the capacity, {what}: goodput against capacity", limited[kind].goodput, 0.95, at_least=True),
+            Row("  the same without overload protection", unlimited.goodput),
+        ]
+    with serving("work-off") as (_, port):
         unlimited = await overloaded(port, 10.0)
-    critical, sheddable = limited.critical, limited.sheddable
+    critical, sheddable = limited["work"].critical, limited["work"].sheddable
     return [
-        Row(
-            f"offered load at twice capacity for {seconds:g} s: goodput against capacity",
-            limited.goodput,
-            0.9,
-            at_least=True,
-        ),
-        Row("  the same without the limit", unlimited.goodput),
+        *rows,
         Row("the same, CRITICAL that succeeds while SHEDDABLE is shed", critical.success, 0.99, at_least=True),
         Row("  the same without the limit", unlimited.critical.success),
         Row("  SHEDDABLE that succeeds, with the limit", sheddable.success),
         Row("  p99 of CRITICAL that succeeds, with the limit", critical.quantile(0.99) * 1e3, unit=" ms"),
-        Row("recovery after the overload ends, to 1.5 of the normal p99", limited.recovery, 2.0, " s"),
+        Row("recovery after the overload ends, to 1.5 of the normal p99", limited["work"].recovery, 2.0, " s"),
         Row("  the same without the limit", unlimited.recovery, unit=" s"),
     ]
 
@@ -460,7 +505,10 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
     if arguments.serve:
-        asyncio.run(serve(arguments.serve))
+        if arguments.serve.startswith("threads-"):
+            serve_with_threads(arguments.serve)
+        else:
+            asyncio.run(serve(arguments.serve))
         return
     print(f"\n{'what':<86} {'measured':>10} {'reach':>10}")
     for name, part in PARTS.items():

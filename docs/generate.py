@@ -1,18 +1,25 @@
-"""Writes docs/service-config.md from the comments of service_config.proto: ``make docs``."""
+"""Writes docs/service-config.md, from the comments of service_config.proto, and docs/limits.md, from the constants that
+LIMITS names and their docstrings: ``make docs``."""
 
 from __future__ import annotations
 
-import tempfile
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from google.protobuf import descriptor_pb2
-from grpc_tools import protoc
+
+from mesh import variables
+from mesh.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "weft/mesh/v1/service_config.proto"
-PAGE = ROOT / "docs" / "service-config.md"
-
 HEAD = """\
 <!-- Written by docs/generate.py from {source}. -->
 # The service config, key by key
@@ -31,8 +38,8 @@ mesh.insecure_channel("mesh:///weft.user.v1.UserService", options=[("grpc.servic
 """
 
 
-def page() -> str:
-    """The page's text."""
+def service_config_page() -> str:
+    """The text of docs/service-config.md."""
     file = _described()
     comments = {tuple(at.path): at.leading_comments for at in file.source_code_info.location}
     lines = []
@@ -63,23 +70,185 @@ def _cells(comment: str) -> Iterator[str]:
 
 
 def _described() -> descriptor_pb2.FileDescriptorProto:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "described"
-        failed = protoc.main(
-            [
-                "protoc",
-                f"-I{ROOT / 'protos'}",
-                f"-I{Path(protoc.__file__).parent / '_proto'}",
-                "--include_source_info",
-                f"--descriptor_set_out={out}",
-                SOURCE,
-            ]
-        )
-        if failed:
-            raise SystemExit(failed)
-        files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
-    return files.file[0]
+    buf = Path(sys.executable).with_name("buf")
+    built = subprocess.run([buf, "build", "protos", "-o", "-"], cwd=ROOT, capture_output=True, check=True)
+    files = descriptor_pb2.FileDescriptorSet.FromString(built.stdout).file
+    return next(file for file in files if file.name == SOURCE)
 
+
+class Limit(NamedTuple):
+    """A line of docs/limits.md: a constant of a module, with a docstring, or a field of ServerSettings (which has its
+    variable's description). ``beyond``: what happens beyond it. ``change``: the setting that changes it, if any."""
+
+    module: str
+    name: str
+    unit: str
+    beyond: str
+    change: str = ""
+
+
+SETTINGS = "mesh.server.settings.ServerSettings"
+
+# A constant is a line here. Those named MAX_... or MIN_... must have one: a test holds that.
+LIMITS: dict[str, tuple[Limit, ...]] = {
+    "Service configs": (
+        Limit("mesh.config", "MAX_SIZE", "bytes", "The config is rejected; the previous one stays."),
+        Limit("mesh.config", "MAX_DEPTH", "levels", "The config is rejected."),
+        Limit("mesh.config", "MAX_NUMBER", "characters", "The config is rejected."),
+        Limit("mesh.config", "MIN_TIMEOUT", "seconds", "Below it the config is rejected."),
+        Limit("mesh.config", "MIN_PERIOD", "seconds", "Below it the config is rejected."),
+        Limit("mesh.config", "MAX_ATTEMPTS", "attempts", "More are taken as this many.", "`maxAttempts`, to lower it"),
+        Limit("mesh.config", "MAX_RING", "points", "More are taken as this many.", "`maxRingSize`, to lower it"),
+        Limit("mesh.config", "MAX_WARNINGS", "warnings", "The last one says how many there are more."),
+        Limit("mesh.discovery.configs", "MAX_FILE", "bytes", "The file is rejected; the previous configs stay."),
+    ),
+    "Calls": (
+        Limit("mesh.policy.overload", "LIMIT", "calls", "The call fails, UNAVAILABLE.", "`overload.maxOutstanding`"),
+        Limit("mesh.channel.replay", "LIMIT", "bytes", "The call isn't retried or hedged any more."),
+        Limit("mesh.channel.drive", "LONGEST_PUSHBACK", "characters", "The call isn't retried."),
+        Limit("mesh.policy.flow", "MAX_PAUSES", "pauses", "The call fails, UNAVAILABLE."),
+        Limit("mesh.policy.weigh", "MOST", "times", "The weight is taken as this."),
+        Limit(
+            "mesh.policy.connecting", "AT_ONCE", "endpoints", "Others wait for their turn, 0.25 s at most for each 16."
+        ),
+        Limit("mesh.policy.cluster", "METHODS", "methods", "The oldest is forgotten."),
+    ),
+    "Discovery": (
+        Limit("mesh.discovery.cache", "MAX_SIZE", "bytes", "The file is neither used nor written; one warning."),
+        Limit("mesh.discovery.cache", "MAX_AGE", "seconds", "The file isn't used."),
+        Limit("mesh.discovery.cache", "MAX_SKEW", "seconds", "The file isn't used; one warning."),
+        Limit("mesh.discovery.dns", "FLOOR", "seconds", "A lookup that is asked for sooner waits."),
+        Limit("mesh.discovery.srv", "PATIENCE", "seconds", "The lookup has failed; the previous answer stays."),
+        Limit("mesh.discovery.registry", "MIN_BACKOFF", "seconds", "Pauses begin with this."),
+        Limit("mesh.discovery.registry", "MAX_BACKOFF", "seconds", "Pauses don't get longer."),
+    ),
+    "Servers": (
+        Limit(SETTINGS, "max_concurrency", "calls", "Calls wait for their turn."),
+        Limit(SETTINGS, "queue_size", "calls", "The call is refused, RESOURCE_EXHAUSTED."),
+        Limit(SETTINGS, "max_streams", "streams", "The stream is refused, RESOURCE_EXHAUSTED."),
+        Limit(SETTINGS, "max_connection_streams", "streams", "Further calls wait in their client."),
+        Limit(SETTINGS, "max_workers", "threads", "Handlers wait for a thread."),
+        Limit(SETTINGS, "max_receive_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
+        Limit(SETTINGS, "max_send_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
+        Limit(SETTINGS, "max_metadata_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
+        Limit(SETTINGS, "connection_age", "seconds", "The connection takes no new calls; clients make another."),
+        Limit(SETTINGS, "connection_age_grace", "seconds", "The calls on it end, UNAVAILABLE."),
+        Limit(SETTINGS, "keepalive_timeout", "seconds", "The client counts as gone; its calls are cancelled."),
+        Limit(SETTINGS, "min_ping_interval", "seconds", "Clients that ping more often lose their connection."),
+        Limit(SETTINGS, "grace", "seconds", "In a drain: the calls that are left are cancelled."),
+        Limit(SETTINGS, "stream_grace", "seconds", "In a drain: the streams that are left end, UNAVAILABLE."),
+        Limit(SETTINGS, "deregister_timeout", "seconds", "The drain goes on without it."),
+        Limit("mesh.server.threads", "SPARE", "threads", "Further calls wait for a thread."),
+        Limit("mesh.server.deadlines", "MAX_DIGITS", "digits", "The metadata is ignored."),
+        Limit("mesh.server.deadlines", "METHODS", "methods", "The oldest is forgotten."),
+        Limit("mesh.server.load", "LEAST_INTERVAL", "seconds", "Shorter ones are taken as this."),
+        Limit("mesh.server.load", "MAX_INTERVAL", "seconds", "Longer ones are taken as this."),
+        Limit("mesh.server.settings", "LONGEST_NUMBER", "characters", "The server doesn't start; the error names it."),
+    ),
+    "The registry": (
+        Limit(
+            "mesh.model",
+            "MAX_WEIGHT",
+            "times",
+            "The registration fails, INVALID_ARGUMENT; a client takes more as this.",
+        ),
+        Limit("mesh.registry.limits", "MAX_TEXT", "characters", "The registration fails, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_METADATA", "labels", "The registration fails, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_INSTANCE_BYTES", "bytes", "The registration fails, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_SERVICE_BYTES", "bytes", "The registration fails, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_INSTANCES", "instances", "The registration fails, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_TOTAL_BYTES", "bytes", "The registration fails, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_CONFIG", "bytes", "The config is refused, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_CONFIGS", "services", "The config is refused, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_CONFIGS_BYTES", "bytes", "The config is refused, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_SETTING", "configs", "The config is refused, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "STEP_BYTES", "bytes", "The rest comes in further messages."),
+        Limit("mesh.registry.limits", "STALLED", "seconds", "The watch ends, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_PARTS", "parts", "They are made anew."),
+        Limit("mesh.registry.limits", "MAX_MESSAGE_BYTES", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_LEASE_IDS", "ids", "The stream ends, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_STREAMS", "streams", "Further calls wait in their client."),
+        Limit("mesh.registry.limits", "HANDSHAKE_TIMEOUT", "seconds", "The connection is closed."),
+        Limit("mesh.registry.limits", "MAX_PAGE", "instances", "The rest is on further pages."),
+        Limit("mesh.registry.limits", "PAGE_BYTES", "bytes", "The rest is on further pages."),
+        Limit("mesh.registry.paging", "MAX_TOKEN", "characters", "The call fails, INVALID_ARGUMENT."),
+        Limit("mesh.discovery.roster", "MAX_KNOWN", "instances", "A client ignores the rest; one warning."),
+        Limit("mesh.registry.service", "MIN_TTL", "seconds", "Shorter ones are taken as this."),
+        Limit("mesh.registry.service", "MAX_TTL", "seconds", "Longer ones are taken as this."),
+        Limit("mesh.registry.state", "MAX_FILE", "bytes", "The registry doesn't start; the error names the file."),
+        Limit("mesh.registry.book", "LOG_SIZE", "changes", "Who is further behind gets a new snapshot."),
+    ),
+    "The shop": (
+        Limit("services.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
+        Limit("services.user.domain", "LONGEST_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
+        Limit("services.events", "MAX_ATTEMPTS", "attempts", "The event goes to the dead letters."),
+    ),
+}
+
+LIMITS_HEAD = """\
+<!-- Written by docs/generate.py from the constants and settings that it lists. -->
+# Limits
+
+What one peer, file or variable can ask for is bounded, and this page lists by how much. A limit whose last column is
+empty is fixed.
+"""
+
+
+def limits_page() -> str:
+    """The text of docs/limits.md."""
+    lines = [LIMITS_HEAD.rstrip()]
+    for title, limits in LIMITS.items():
+        lines.append(f"\n## {title}\n\n| name | limit | what it is | beyond it | change it |\n|---|---|---|---|---|")
+        lines.extend(_row(limit) for limit in limits)
+    return "\n".join(lines) + "\n"
+
+
+def _row(limit: Limit) -> str:
+    if limit.module == SETTINGS:
+        field = next(each for each in dataclasses.fields(ServerSettings) if each.name == limit.name)
+        variable = field.metadata["variable"]
+        name, value, about = f"ServerSettings.{limit.name}", field.default, variables.SERVERS[variable]
+        about = f"{about[0].upper()}{about[1:].partition(', in seconds')[0]}."
+        change = f"`{variable}`"
+    else:
+        module = importlib.import_module(limit.module)
+        name, value, change = f"{limit.module}.{limit.name}", getattr(module, limit.name), limit.change
+        about = _docstrings(inspect.getsource(module)).get(limit.name, "")
+        if not about:
+            raise ValueError(f"{name} has no docstring")
+        about = about.removesuffix(f" {limit.unit.capitalize()}.").replace("``", "`")
+    return f"| `{name}` | {_amount(value, limit.unit)} | {about} | {limit.beyond} | {change} |"
+
+
+def _docstrings(source: str) -> dict[str, str]:
+    """The docstrings of a module's constants: the string after one, or after several in a row."""
+    found, run = {}, list[str]()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            run += [target.id for target in targets if isinstance(target, ast.Name)]
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found.update(dict.fromkeys(run, " ".join(node.value.value.split())))
+        run.clear()
+    return found
+
+
+def _amount(value: float, unit: str) -> str:
+    if value in (-1, 0):
+        return "none" if value == -1 or unit != "seconds" else "0 s"
+    if unit == "bytes":
+        for size, name in ((2**20, "MiB"), (2**10, "KiB")):
+            if value % size == 0:
+                return f"{value // size:,.0f} {name}"
+    return f"{value:,.10g} {'s' if unit == 'seconds' else unit}"
+
+
+PAGES = {
+    ROOT / "docs" / "service-config.md": service_config_page,
+    ROOT / "docs" / "limits.md": limits_page,
+}
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for path, page in PAGES.items():
+        path.write_text(page())

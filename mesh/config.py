@@ -14,13 +14,33 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mesh.model import Code, Idempotency
 
 T = TypeVar("T")
 
-MAX_ATTEMPTS = 5  # "Clients MUST treat values greater than 5 as 5" - A6
+MAX_ATTEMPTS = 5
+"""Attempts of a call. "Clients MUST treat values greater than 5 as 5" - A6."""
+
+MAX_SIZE = 256 * 1024
+"""The JSON of a service config, in UTF-8. Each channel reads it on the thread that its calls need."""
+
+MAX_DEPTH = 64
+"""Objects and lists inside each other in a service config."""
+
+MIN_TIMEOUT = 0.001
+"""Timeouts and backoffs in a service config. Shorter ones are slips of the unit: every call would fail, or be retried
+without a pause."""
+
+MIN_PERIOD = 0.01
+"""Periods in a service config: between reports, between comparisons of endpoints."""
+
+MAX_NUMBER = 40
+"""Characters of a number that a service config writes as a string."""
+
+MAX_RING = 4096
+"""Points on a hash ring. "A cap on the ring size", gRPC's own - A42."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +175,7 @@ class EjectionConfig:
     failure_percentage: FailurePercentageConfig | None = FailurePercentageConfig()
     consecutive: int = 5
     gateway: int = 0
-    timeouts: int = 0
+    timeouts: int = 3
     panic: float = 50.0
     dry_run: bool = False
 
@@ -278,11 +298,94 @@ def for_core(text: str) -> str:
 
 
 def _read(text: str) -> _Object:
+    if not isinstance(text, str):
+        raise ValueError(f"service config: not JSON: expected text, got {type(text).__name__}")
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_SIZE:
+        raise ValueError(f"service config: {size} bytes; the limit is {MAX_SIZE}")
     try:
-        value = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"service config: not JSON: {error}") from None
+        value = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"service config: {error}") from None
     return _Field("", value, _Read()).object()
+
+
+class _Repeating(dict[str, object]):
+    """An object of which JSON has one key more than once: ``repeated``."""
+
+    repeated = ""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    items = dict(pairs)
+    if len(items) == len(pairs):
+        return items
+    found = _Repeating(items)
+    seen: set[str] = set()
+    found.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return found
+
+
+def _whole(text: str) -> float:
+    return int(text) if len(text) <= MAX_NUMBER else float(text)
+
+
+def read_json(text: str) -> object:
+    """JSON's value, without what different readers read differently: keys given twice, and text that isn't UTF-8.
+
+    Raises:
+        ValueError: says what is wrong, and the path of it: "methodConfig[0].timeout: given twice".
+    """
+    try:
+        root: object = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+    except RecursionError:
+        raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    _check(root, None)
+    level: list[tuple[object, _Link]] = [(root, None)]
+    for _ in range(MAX_DEPTH):
+        below: list[tuple[object, _Link]] = []
+        for value, link in level:
+            if isinstance(value, _Repeating):
+                raise ValueError(f"{_path((link, value.repeated))}: given twice")
+            if isinstance(value, dict):
+                for key in value:
+                    _check(key, link)
+            for key, item in value.items() if isinstance(value, dict) else enumerate(_list(value)):
+                if isinstance(item, str):
+                    _check(item, (link, key))
+                elif isinstance(item, dict | list):
+                    below.append((item, (link, key)))
+        if not below:
+            return root
+        level = below
+    raise ValueError(f"{_path(level[0][1])[:200]}: more than {MAX_DEPTH} objects and lists inside each other")
+
+
+_Link = tuple[Any, str | int] | None
+"""Where a value stands: its parent's link, and its key there. Paths are made of it only where they are needed."""
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _check(value: object, link: _Link) -> None:
+    """Raise ValueError when ``value`` is text that UTF-8 can't express."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{_path(link)}: not valid UTF-8 text, got {_short(value)}") from None
+
+
+def _path(link: _Link) -> str:
+    keys: list[str] = []
+    while link is not None:
+        link, key = link
+        keys.append(f"[{key}]" if isinstance(key, int) else f".{_key(key)}")
+    return "".join(reversed(keys)).lstrip(".") or "the whole"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -300,6 +403,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 MAX_WARNINGS = 20
+"""Warnings about unknown keys and names in one service config."""
 
 
 class _Read:
@@ -364,7 +468,7 @@ class _Field:
     def number(self) -> float:
         # JSON as Python reads it also has NaN and Infinity; proto3 JSON lets numbers be strings.
         value = self.value
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
+        if isinstance(value, str) and len(value) <= MAX_NUMBER and _NUMBER.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_as_float(value)):
             raise self.fail("expected a number")
@@ -410,10 +514,16 @@ class _Field:
             raise self.fail("expected a duration of 0 or more")
         return seconds
 
-    def positive_duration(self) -> float:
+    def timeout(self) -> float:
+        return self._at_least(MIN_TIMEOUT)
+
+    def period(self) -> float:
+        return self._at_least(MIN_PERIOD)
+
+    def _at_least(self, least: float) -> float:
         seconds = self.duration()
-        if seconds == 0:
-            raise self.fail("expected a duration above 0")
+        if seconds < least:
+            raise self.fail(f"expected a duration of {least:g}s or more")
         return seconds
 
     def whole(self) -> int:
@@ -523,9 +633,9 @@ def _method(config: _Object) -> MethodPolicy:
     if retry and hedge:
         raise config.field("hedgingPolicy").fail("excludes retryPolicy")
     return MethodPolicy(
-        timeout=config.get_or("timeout", _Field.duration, math.inf),
-        default_timeout=config.get_or("defaultTimeout", _Field.duration, math.inf),
-        attempt_timeout=config.get_or("attemptTimeout", _Field.positive_duration, math.inf),
+        timeout=config.get_or("timeout", _Field.timeout, math.inf),
+        default_timeout=config.get_or("defaultTimeout", _Field.timeout, math.inf),
+        attempt_timeout=config.get_or("attemptTimeout", _Field.timeout, math.inf),
         wait_for_ready=config.get("waitForReady", _Field.boolean),
         retry=retry,
         hedge=hedge or NEVER_HEDGE,
@@ -534,7 +644,7 @@ def _method(config: _Object) -> MethodPolicy:
 
 def _retry(field: _Field) -> RetryPolicy:
     retry = field.object()
-    receive_timeout = retry.get_or("perAttemptRecvTimeout", _Field.positive_duration, math.inf)
+    receive_timeout = retry.get_or("perAttemptRecvTimeout", _Field.timeout, math.inf)
     if receive_timeout < math.inf:  # then a timeout is reason enough, as in core
         codes: frozenset[int] = retry.get_or("retryableStatusCodes", _Field.codes, frozenset())
     else:
@@ -544,8 +654,8 @@ def _retry(field: _Field) -> RetryPolicy:
     return RetryPolicy(
         receive_timeout=receive_timeout,
         max_attempts=retry.need("maxAttempts", _Field.attempts),
-        initial_backoff=retry.need("initialBackoff", _Field.positive_duration),
-        max_backoff=retry.need("maxBackoff", _Field.positive_duration),
+        initial_backoff=retry.need("initialBackoff", _Field.timeout),
+        max_backoff=retry.need("maxBackoff", _Field.timeout),
         multiplier=retry.need("backoffMultiplier", _Field.positive),
         codes=codes,
     )
@@ -616,8 +726,8 @@ def _least_request(settings: _Object) -> _Balancing:
 def _peak_ewma(settings: _Object) -> _Balancing:
     return BalancerConfig(
         "peak_ewma",
-        decay_time=settings.get_or("decayTime", _Field.positive_duration, 1.0),
-        failure_penalty=settings.get_or("failurePenalty", _Field.positive_duration, 5.0),
+        decay_time=settings.get_or("decayTime", _Field.timeout, 1.0),
+        failure_penalty=settings.get_or("failurePenalty", _Field.timeout, 5.0),
         starvation=settings.get_or("starvationGuard", _Field.duration, 10.0) or math.inf,
         reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),
     ), None
@@ -634,8 +744,8 @@ def _ring_hash(settings: _Object) -> _Balancing:
     return BalancerConfig(
         "ring_hash",
         hash_header=settings.get_or("requestHashHeader", _Field.string, "").lower(),
-        min_ring=min(least, _RING_CAP),
-        max_ring=min(most, _RING_CAP),
+        min_ring=min(least, MAX_RING),
+        max_ring=min(most, MAX_RING),
         load_factor=factor,
         subset=0,  # every client must see the same ring
     ), None
@@ -663,9 +773,9 @@ def _outlier_detection(settings: _Object) -> _Balancing:
     balancer, _ = _child(settings)
     default = EjectionConfig()
     return balancer, EjectionConfig(
-        interval=settings.get_or("interval", _Field.positive_duration, default.interval),
-        base_time=settings.get_or("baseEjectionTime", _Field.positive_duration, default.base_time),
-        max_time=settings.get_or("maxEjectionTime", _Field.positive_duration, default.max_time),
+        interval=settings.get_or("interval", _Field.period, default.interval),
+        base_time=settings.get_or("baseEjectionTime", _Field.period, default.base_time),
+        max_time=settings.get_or("maxEjectionTime", _Field.period, default.max_time),
         max_percent=settings.get_or("maxEjectionPercent", _Field.percentage, default.max_percent),
         success_rate=settings.get("successRateEjection", _success_rate),
         failure_percentage=settings.get("failurePercentageEjection", _failure_percentage),
@@ -700,18 +810,16 @@ def _failure_percentage(field: _Field) -> FailurePercentageConfig:
 def _reports(settings: _Object) -> ReportsConfig:
     default = ReportsConfig()
     out_of_band = settings.get_or("enableOobLoadReport", _Field.boolean, False)
-    period = settings.get_or("oobReportingPeriod", _Field.positive_duration, 10.0)
+    period = settings.get_or("oobReportingPeriod", _Field.period, 10.0)
     return ReportsConfig(
         enabled=True,
         out_of_band=period if out_of_band else 0.0,
         blackout=settings.get_or("blackoutPeriod", _Field.duration, default.blackout),
-        expiration=settings.get_or("weightExpirationPeriod", _Field.positive_duration, default.expiration),
+        expiration=settings.get_or("weightExpirationPeriod", _Field.timeout, default.expiration),
         update_period=max(0.1, settings.get_or("weightUpdatePeriod", _Field.duration, default.update_period)),
         error_penalty=settings.get_or("errorUtilizationPenalty", _Field.not_negative, default.error_penalty),
     )
 
-
-_RING_CAP = 4096  # "a cap on the ring size", gRPC's own - A42
 
 # A policy is a line here, one in policy/balancers.py, and one in the proto.
 _POLICIES: dict[str, Callable[[_Object], _Balancing]] = {
@@ -761,7 +869,7 @@ def _adaptive(field: _Field) -> AdaptiveConfig:
         raise settings.field("k").fail("expected a number of 1 or more")
     return AdaptiveConfig(
         k=k,
-        window=settings.get_or("window", _Field.positive_duration, default.window),
+        window=settings.get_or("window", _Field.period, default.window),
         max_refused=min(0.99, settings.get_or("maxRefusedPercent", _Field.percentage, 90.0) / 100),
     )
 

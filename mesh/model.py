@@ -74,7 +74,7 @@ class Locality:
 
 MAX_WEIGHT = 1_000
 """The largest weight that an instance may have; the least is 1. So one instance that asks for too much gets at most a
-thousand times the share of another. No unit."""
+thousand times the share of another."""
 
 
 @dataclass(frozen=True, slots=True)

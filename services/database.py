@@ -114,7 +114,13 @@ class Database:
                 "connect_timeout": CONNECT_TIMEOUT,
                 "options": f"{self._url.query.get('options', '')} -c lock_timeout={round(busy_timeout * 1000)}",
             }
-        self.engine = sa.create_engine(self._url, pool_size=2 * workers, max_overflow=0, connect_args=connect_args)
+        self.engine = sa.create_engine(
+            self._url,
+            pool_size=2 * workers,
+            max_overflow=0,
+            connect_args=connect_args,
+            hide_parameters=True,  # they are personal data, and errors are logged
+        )
         if kind == "sqlite":
             sa.event.listen(self.engine, "connect", _leave_transactions_to_us)
             sa.event.listen(self.engine, "begin", _begin)
@@ -137,6 +143,10 @@ class Database:
         Raises what ``work`` raises; UnavailableError or ExhaustedError when the database can't serve it now.
         """
         return await asyncio.get_running_loop().run_in_executor(self._readers, _perform, self._for_reads, work)
+
+    def read_blocking(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """Run ``work``, which only reads, in this thread: for what happens before there is a loop."""
+        return _perform(self.engine, work)
 
     async def write(self, work: Callable[[sa.Connection], Result]) -> Result:
         """Run ``work`` in a transaction that is kept whole, or not at all if it raises.

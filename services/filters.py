@@ -157,8 +157,8 @@ def _bound(column: sa.Column[Any], value: int | str) -> sa.ColumnElement[Any]:
     kept: Any = value
     if isinstance(column.type, UtcDateTime):
         try:
-            kept = dt.datetime.fromisoformat(str(value))
-        except ValueError:
+            kept = dt.datetime.fromisoformat(str(value)).astimezone(dt.UTC)
+        except (ValueError, OverflowError):
             raise InvalidTokenError from None
     elif isinstance(value, int) != isinstance(column.type, sa.Integer | sa.BigInteger):
         raise InvalidTokenError

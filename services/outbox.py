@@ -1,10 +1,11 @@
 """The transactional outbox: an event is written in the transaction that causes it, and published afterwards.
 
 So there is no change without its event and no event without its change, whatever is killed between the two. A relay
-(``services.events.relay``) publishes what is written here, and then removes it. All replicas of a service share one
-outbox, and one of them relays at a time: the one that holds the lease. The lease is a row whose revision its holder
-raises in time; who sees a revision stand still for as long as a lease lasts, by its own clock, may take it. No two
-machines need to agree on the time.
+(``services.events.relay``) publishes what is written here, and then removes it. What can't be published is moved to
+``outbox_set_aside`` after some attempts, with the reason; whoever mends that moves it back. All replicas of a service
+share one outbox, and one of them relays at a time: the one that holds the lease. The lease is a row whose revision its
+holder raises in time; who sees a revision stand still for as long as a lease lasts, by its own clock, may take it. No
+two machines need to agree on the time.
 
 Events of one subject keep their order as long as the transactions that write them take turns, by locking the row of
 what they change, say.
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from google.protobuf.message import Message
@@ -40,15 +42,18 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An event that waits to be published, and its place in the outbox."""
+    """An event that waits to be published, and its place in the outbox. ``attempts``: how often it failed by its own
+    fault. ``event``: an exception when the row can't be read."""
 
     sequence: int
-    event: Event
+    subject: str
+    attempts: int
+    event: Event | Exception
 
 
 class Outbox:
-    """The events of one service that wait to be published, in the tables ``outbox`` and ``outbox_lease`` of its own
-    database. ``source``: whose events they are (``/weft/order``)."""
+    """The events of one service that wait to be published, in the tables ``outbox``, ``outbox_lease`` and
+    ``outbox_set_aside`` of its own database. ``source``: whose events they are (``/weft/order``)."""
 
     def __init__(self, metadata: sa.MetaData, source: str) -> None:
         self.source = source
@@ -62,7 +67,22 @@ class Outbox:
             sa.Column("time", UtcDateTime, nullable=False),
             sa.Column("data", sa.LargeBinary, nullable=False),
             sa.Column("trace", sa.JSON, nullable=False),
+            sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
             sqlite_autoincrement=True,  # a number that came back would bring a subject's events out of order
+        )
+        self._aside = sa.Table(
+            "outbox_set_aside",
+            metadata,
+            sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+            sa.Column("id", sa.String(36), nullable=False),
+            sa.Column("type", sa.Text, nullable=False),
+            sa.Column("subject", sa.Text, nullable=False),
+            sa.Column("time", UtcDateTime, nullable=False),
+            sa.Column("data", sa.LargeBinary, nullable=False),
+            sa.Column("trace", sa.JSON, nullable=False),
+            sa.Column("attempts", sa.Integer, nullable=False),
+            sa.Column("reason", sa.Text, nullable=False),
+            sa.Column("set_aside_time", UtcDateTime, nullable=False),
         )
         self._lease = sa.Table(
             "outbox_lease",
@@ -106,13 +126,29 @@ class Outbox:
             },
         )
 
-    def waiting(self, connection: sa.Connection, size: int) -> list[Row]:
-        """The ``size`` oldest events that wait, in their order."""
-        found = connection.execute(self._oldest, {"size": size})
-        return [
-            Row(row.sequence, Event(row.id, self.source, row.type, row.subject, row.time, row.data, row.trace))
-            for row in found
-        ]
+    def waiting(self, connection: sa.Connection, size: int, but: Collection[str] = ()) -> list[Row]:
+        """The ``size`` oldest events that wait, in their order. ``but``: without those of these subjects."""
+        oldest = self._oldest.where(self._events.c.subject.not_in(but)) if but else self._oldest
+        try:
+            return [self._row(row) for row in connection.execute(oldest, {"size": size})]
+        except (ValueError, TypeError):
+            # A value that the database holds and SQLAlchemy can't read. Which row has it?
+            events = self._events.c
+            keys = oldest.with_only_columns(events.sequence, events.subject, events.attempts)
+            found = connection.execute(keys, {"size": size}).all()
+            return [self._read_alone(connection, *row) for row in found]
+
+    def _read_alone(self, connection: sa.Connection, sequence: int, subject: str, attempts: int) -> Row:
+        try:
+            return self._row(
+                connection.execute(sa.select(self._events).where(self._events.c.sequence == sequence)).one()
+            )
+        except (ValueError, TypeError) as error:
+            return Row(sequence, subject, attempts, error)
+
+    def _row(self, row: sa.Row[Any]) -> Row:
+        event = Event(row.id, self.source, row.type, row.subject, row.time, bytes(row.data), dict(row.trace))
+        return Row(row.sequence, row.subject, row.attempts, event)
 
     def count(self, connection: sa.Connection) -> int:
         """How many events wait."""
@@ -121,6 +157,25 @@ class Outbox:
     def remove(self, connection: sa.Connection, sequences: Sequence[int]) -> None:
         """Forget events that are published."""
         connection.execute(sa.delete(self._events).where(self._events.c.sequence.in_(sequences)))
+
+    def count_attempt(self, connection: sa.Connection, sequences: Sequence[int]) -> None:
+        """Note that events could not be published, by their own fault."""
+        events = self._events.c
+        connection.execute(
+            sa.update(self._events).where(events.sequence.in_(sequences)).values(attempts=events.attempts + 1)
+        )
+
+    def set_aside(self, connection: sa.Connection, sequence: int, reason: str, now: dt.datetime) -> None:
+        """Move an event that can't be published out of the way, and count the attempt."""
+        # In the database alone: the row may be one that can't be read.
+        copied = sa.select(*(column for column in self._events.c if column.name != "attempts")).add_columns(
+            self._events.c.attempts + 1, sa.literal(reason), sa.literal(now, UtcDateTime)
+        )
+        names = [column.name for column in self._aside.c]
+        # It may have been here before.
+        connection.execute(sa.delete(self._aside).where(self._aside.c.sequence == sequence))
+        connection.execute(sa.insert(self._aside).from_select(names, copied.where(self._events.c.sequence == sequence)))
+        self.remove(connection, [sequence])
 
     def lease(self, connection: sa.Connection) -> Lease:
         """The lease as it is."""
@@ -164,3 +219,23 @@ def create_tables() -> None:
         sa.Column("revision", sa.BigInteger, nullable=False),
     )
     op.bulk_insert(lease, [{"id": 1, "holder": _NOBODY, "revision": 0}])
+
+
+def add_set_aside() -> None:
+    """For a migration: count attempts, and make the table for what can't be published. What it makes never changes."""
+    from alembic import op
+
+    op.add_column("outbox", sa.Column("attempts", sa.Integer, nullable=False, server_default="0"))
+    op.create_table(
+        "outbox_set_aside",
+        sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("id", sa.String(36), nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("subject", sa.Text, nullable=False),
+        sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("data", sa.LargeBinary, nullable=False),
+        sa.Column("trace", sa.JSON, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("set_aside_time", sa.DateTime(timezone=True), nullable=False),
+    )

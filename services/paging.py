@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+import sqlalchemy as sa
 from typing_extensions import TypeVar
 
+from services.database import Database
 from services.errors import InvalidFieldError
 
 Position = tuple[int | str, ...]
@@ -26,7 +30,10 @@ Place = TypeVar("Place", default=int)
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 1_000
-_CHECKSUM = 8  # bytes
+LONGEST_TOKEN = 1_024
+"""Characters of a token, at the most. The longest position is an email address and a number."""
+
+_KEY, _TAG = 32, 16  # bytes
 
 
 class InvalidTokenError(InvalidFieldError):
@@ -59,47 +66,81 @@ def size(page_size: int) -> int:
     return min(page_size, MAX_SIZE) or DEFAULT_SIZE
 
 
-def token(listing: str, *position: int | str) -> str:
-    """The token for the page after the row at ``position``: its sequence number, or values that end with that.
+class Tokens:
+    """Makes and reads a service's page tokens. ``key``: the service's secret, which authenticates them (HMAC).
 
-    ``listing``: which list this is, with its filters; the token is good for no other. The checksum catches mistakes, it
-    keeps no secret: a forged token shows nothing that the list itself doesn't.
+    A token is good for the list that it was made for, with the same filters, at every replica of the service. Nobody
+    else can make one, so a position is always one that the service has handed out.
     """
-    packed = json.dumps(position, ensure_ascii=False, separators=(",", ":")).encode()
-    return base64.urlsafe_b64encode(_checksum(listing, packed) + packed).decode()
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    @classmethod
+    def of(cls, database: Database) -> Tokens:
+        """The tokens of the service whose ``database`` it is. Raises what ``Database.read`` does."""
+        return cls(database.read_blocking(lambda connection: connection.execute(_GET_KEY).scalar_one()))
+
+    def __repr__(self) -> str:
+        return "<Tokens>"
+
+    def make(self, listing: str, *position: int | str) -> str:
+        """The token for the page after the row at ``position``: its sequence number, or values that end with that.
+        ``listing``: which list this is, with its filters."""
+        packed = json.dumps(position, ensure_ascii=False, separators=(",", ":")).encode()
+        return base64.urlsafe_b64encode(self._tag(listing, packed) + packed).decode()
+
+    def after(self, listing: str, token: str, field: str = "page_token") -> int:
+        """The sequence number after which the page begins; 0 for the first page. Raises as ``position`` does."""
+        found = self.position(listing, token, field)
+        if found is None:
+            return 0
+        if len(found) != 1 or not isinstance(found[0], int):
+            raise InvalidTokenError(field)
+        return found[0]
+
+    def position(self, listing: str, token: str, field: str = "page_token") -> Position | None:
+        """The position after which the page begins; None for the first page.
+
+        Raises InvalidTokenError, for ``field``, when ``token`` was not made for the same ``listing``.
+        """
+        if not token:
+            return None
+        if len(token) > LONGEST_TOKEN:
+            raise InvalidTokenError(field)
+        try:
+            raw = base64.b64decode(token, altchars=b"-_", validate=True)
+        except ValueError:  # not base64, not ASCII
+            raise InvalidTokenError(field) from None
+        tag, packed = raw[:_TAG], raw[_TAG:]
+        if not hmac.compare_digest(tag, self._tag(listing, packed)):
+            raise InvalidTokenError(field)
+        return tuple(json.loads(packed))
+
+    def _tag(self, listing: str, packed: bytes) -> bytes:
+        # The digest has a fixed length, so that no part of the position can pass for a part of the list's name.
+        message = hashlib.sha256(listing.encode()).digest() + packed
+        return hmac.digest(self._key, message, "sha256")[:_TAG]
 
 
-def after(listing: str, page_token: str, field: str = "page_token") -> int:
-    """The sequence number after which the page begins; 0 for the first page. Raises as ``position`` does."""
-    found = position(listing, page_token, field)
-    if found is None:
-        return 0
-    if len(found) != 1 or not isinstance(found[0], int):
-        raise InvalidTokenError(field)
-    return found[0]
+def add_key(metadata: sa.MetaData) -> None:
+    """Add the table ``token_key`` to a service's database; it has one row."""
+    sa.Table("token_key", metadata, *_key_columns())
 
 
-def position(listing: str, page_token: str, field: str = "page_token") -> Position | None:
-    """The position after which the page begins; None for the first page.
+def create_key() -> None:
+    """For a migration: make the table, and the service's key. What it makes never changes."""
+    from alembic import op
 
-    Raises InvalidTokenError, for ``field``, when ``token`` didn't make it for the same ``listing``.
-    """
-    if not page_token:
-        return None
-    try:
-        raw = base64.b64decode(page_token, altchars=b"-_", validate=True)
-        checksum, packed = raw[:_CHECKSUM], raw[_CHECKSUM:]
-        found = json.loads(packed) if checksum == _checksum(listing, packed) else None
-    except ValueError:  # not base64, not ASCII, not UTF-8, not JSON
-        found = None
-    if not isinstance(found, list) or not all(map(_can_be_kept, found)):
-        raise InvalidTokenError(field)
-    return tuple(found)
+    table = op.create_table("token_key", *_key_columns())
+    op.bulk_insert(table, [{"id": 1, "key": secrets.token_bytes(_KEY)}])
 
 
-def _can_be_kept(value: object) -> bool:
-    return (isinstance(value, str) and "\0" not in value) or (type(value) is int and -(2**63) <= value < 2**63)
+def _key_columns() -> tuple[sa.Column[int], sa.Column[bytes]]:
+    return (
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("key", sa.LargeBinary, nullable=False),
+    )
 
 
-def _checksum(listing: str, packed: bytes) -> bytes:
-    return hashlib.sha256(packed + listing.encode()).digest()[:_CHECKSUM]
+_GET_KEY = sa.select(sa.Table("token_key", sa.MetaData(), *_key_columns()).c.key)

@@ -74,7 +74,7 @@ def _open(service: str, own: settings.Settings, versions: Path) -> Database:
     url = own.database(service)
     if not own.database_url:
         try:
-            own.data.mkdir(parents=True, exist_ok=True)
+            own.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"MESH_DATA={str(own.data)!r}: can't be a data folder: {error.strerror}") from None
     database = Database(url)

@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import functools
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -31,6 +32,7 @@ from services.errors import (
     RefusedError,
     UnavailableError,
 )
+from services.events import traced
 
 log = structlog.stdlib.get_logger()
 
@@ -60,14 +62,29 @@ Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Message]])
 Context = grpc.aio.ServicerContext[Any, Any]
 
 NAMED = ("request_id", "id", "user_id")
-"""Fields of a request that its line in the log has, too."""
+"""Fields of a request that its line in the log has, too: UUIDs, and nothing else that a caller writes there."""
+
+MAX_REQUEST = 64 * 1024
+"""Bytes of a request, at the most. The largest that is valid has 38,000: 1,000 ids."""
+
+MAX_ITEMS = 1_000
+"""Elements of a repeated field, at the most. Checked first: to validate 32,000 empty ones takes a second."""
+
+MAX_MESSAGE, MAX_DETAILS = 500, 3_000
+"""Bytes of an error's message, and of the violations that it names, at the most. A client takes 8 KiB of trailers, in
+which a byte of the message may need three, and three of the details need four."""
+
+MAX_TEXT = 200
+"""Characters of a violation's field and of its description, at the most."""
+
+_UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands in for a request whose bytes are no message of its type."""
+    """Stands in for a request that is not even looked at. ``why``: what is wrong with it."""
 
-    wanted: str
+    why: str
 
 
 def readable(add_to_server: AddToServer) -> AddToServer:
@@ -103,11 +120,13 @@ class _Readable:
 
 def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
     def read(data: bytes) -> Message | Unreadable:
+        if len(data) > MAX_REQUEST:
+            return Unreadable(f"the request has {len(data)} bytes, and {MAX_REQUEST} are allowed")
         try:
             return parse(data)
         except DecodeError:
             # ``parse`` is the FromString of a generated class.
-            return Unreadable(getattr(parse, "__self__", Message).DESCRIPTOR.full_name)
+            return Unreadable(f"the request is no {getattr(parse, '__self__', Message).DESCRIPTOR.full_name}")
 
     return read
 
@@ -157,15 +176,19 @@ def answered_stream(method: Stream) -> Stream:
 
 
 def trace(context: Context) -> dict[str, str]:
-    """The W3C trace context of a call; empty without one."""
+    """The W3C trace context of a call; empty without one, or when it is none that can be passed on."""
     metadata = context.invocation_metadata() or ()
-    return {key: str(value) for key, value in metadata if key in {"traceparent", "tracestate"}}
+    return traced({key: str(value) for key, value in metadata})
 
 
 def _checked(request: Message | Unreadable) -> status_pb2.Status | None:
     """What a request that breaks its contract is answered with; None for one that doesn't."""
     if isinstance(request, Unreadable):
-        return _status(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {request.wanted}")
+        return _status(grpc.StatusCode.INVALID_ARGUMENT, request.why)
+    for field, value in request.ListFields():
+        if not isinstance(value, str | bytes) and hasattr(value, "__len__") and len(value) > MAX_ITEMS:
+            many = f"has {len(value)} elements, and {MAX_ITEMS} are allowed"
+            return _invalid([_violation(field.name, many, "repeated.max_items")])
     violations = protovalidate.collect_violations(request)
     return _invalid(map(_field_violation, violations)) if violations else None
 
@@ -188,13 +211,22 @@ async def _abort(
         "request failed",
         method=method,
         code=code.name,
-        error=status.message,
+        error=_for_log(status),
         seconds=round(time.monotonic() - started, 4),
         peer=context.peer(),
         **trace(context),
-        **{name: value for name in NAMED if (value := getattr(request, name, ""))},
+        **{name: value for name in NAMED if _UUID.fullmatch(value := getattr(request, name, ""))},
     )
     await context.abort_with_status(rpc_status.to_status(status))
+
+
+def _for_log(status: status_pb2.Status) -> str:
+    """What is wrong, without what the caller wrote: of an invalid request, the fields and the rules that they break."""
+    for detail in status.details:
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            return "; ".join(f"{violation.field}: {violation.reason}" for violation in bad.field_violations)
+    return str(status.message)
 
 
 def masked(mask: FieldMask, message: Message, fields: Collection[str], ignored: Collection[str]) -> set[str]:
@@ -233,13 +265,23 @@ def _refused(error: RefusedError, domain: str) -> status_pb2.Status:
 
 
 def _invalid(violations: Iterable[error_details_pb2.BadRequest.FieldViolation]) -> status_pb2.Status:
-    bad = error_details_pb2.BadRequest(field_violations=violations)
+    bad = error_details_pb2.BadRequest()
+    for violation in violations:
+        bad.field_violations.append(violation)
+        if bad.ByteSize() > MAX_DETAILS:
+            break
     message = "; ".join(f"{v.field}: {v.description}" for v in bad.field_violations)
     return _status(grpc.StatusCode.INVALID_ARGUMENT, message, bad)
 
 
 def _violation(field: str, description: str, reason: str) -> error_details_pb2.BadRequest.FieldViolation:
-    return error_details_pb2.BadRequest.FieldViolation(field=field, description=description, reason=reason)
+    return error_details_pb2.BadRequest.FieldViolation(
+        field=_short(field), description=_short(description), reason=reason
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 def _field_violation(violation: protovalidate.Violation) -> error_details_pb2.BadRequest.FieldViolation:
@@ -257,6 +299,9 @@ def _path(field: protovalidate.FieldPathPb | None) -> str:
 
 
 def _status(code: grpc.StatusCode, message: str, *details: Message) -> status_pb2.Status:
+    encoded = message.encode()
+    if len(encoded) > MAX_MESSAGE:
+        message = f"{encoded[:MAX_MESSAGE].decode(errors='ignore')}..."
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed = any_pb2.Any()

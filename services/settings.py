@@ -14,6 +14,7 @@ import pydantic
 import sqlalchemy as sa
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mesh import files
 from mesh.server.settings import ServerSettings
 
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
@@ -21,6 +22,9 @@ SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
 
 FILE = "MESH_CONFIG"
 """The variable that names the file."""
+
+MAX_FILE = 1024 * 1024
+"""The file that ``MESH_CONFIG`` names. Bytes."""
 
 _PREFIXES = ("MESH_", "OTEL_", "GRPC_")
 _WIDTH = 28
@@ -77,9 +81,13 @@ def read_file() -> None:
     if not name:
         return
     try:
-        found = tomllib.loads(Path(name).read_text("utf-8"))
+        text = files.read(Path(name), MAX_FILE)[0].decode()
     except OSError as error:
         raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
+    try:
+        found = tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
     for key, value in found.items():
@@ -89,7 +97,10 @@ def read_file() -> None:
             value = int(value)
         if not isinstance(value, str | int | float):
             raise ValueError(f"{FILE}={name!r}: {key} should be a string, a number, true or false")
-        os.environ.setdefault(key, str(value))
+        try:
+            os.environ.setdefault(key, str(value))
+        except ValueError as error:  # U+0000, or a number of more digits than Python writes
+            raise ValueError(f"{FILE}={name!r}: {key} can't be a variable: {error}") from None
 
 
 def server_settings() -> ServerSettings:

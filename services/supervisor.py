@@ -1,6 +1,7 @@
 """Runs the whole shop on one machine: a registry, NATS, users, orders and notifications, each replica a process.
 
-Each process is started with ``MESH_*`` variables, watched, and started again with exponential backoff when it ends. The
+Each process is started with ``MESH_*`` variables, watched, and started again when it ends: at once when it had been
+ready, and with exponential backoff while it fails at its start. What it writes is for this user alone. The
 shop is ready when the broker greets, and every other process answers SERVING to ``grpc.health.v1`` and stands in the
 registry. SIGINT, SIGTERM and SIGHUP drain it: orders, then notifications, users, the broker and the registry, so that
 nothing loses what it calls before it has ended; a second signal kills what is left. No process outlives this one,
@@ -26,7 +27,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -48,19 +49,21 @@ READY_WITHIN = 60.0
 DRAIN_WITHIN = 15.0
 """Seconds that a process has to end after SIGTERM, before SIGKILL."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.25, 10.0
-"""Seconds before the first restart of a process, doubled with each that follows."""
-STEADY = 10.0
-"""A process that ran for this many seconds starts its backoff anew."""
+"""Seconds before the restart of a process that ended before it was ready, doubled with each that follows."""
 
 BROKER = "nats"
 """The broker's name in the table."""
 DRAIN_ORDER = ("order", "notification", "user", BROKER, "registry")
 """Who publishes before who consumes, who calls before who is called, and what all need at the end."""
 
+FOLDERS = ("logs", "nats", "registry")
+"""What there is in the data folder, beside databases."""
+
 CANNOT_RUN = 2
 """The exit code of a process that would fail again in the same way."""
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
+_LAST_WORDS = 64 * 1024  # bytes of a log in which the last line is looked for
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
 
 
@@ -140,6 +143,8 @@ class Replica:
         self.port = port
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
+        self.ready = asyncio.Event()
+        """Whether the process of now has been ready."""
         self._command = command
         self._environment = environment
         self._begins_at = 0
@@ -147,6 +152,7 @@ class Replica:
     async def start(self, log: IO[bytes], lock: int) -> None:
         """Start the process; its output goes to ``log``. It keeps the data's ``lock`` as long as it lives."""
         self._begins_at = log.seek(0, os.SEEK_END)
+        self.ready.clear()
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -172,7 +178,7 @@ class Replica:
     def last_words(self) -> str:
         """The last line that the process of now wrote."""
         with self.log.open("rb") as log:
-            log.seek(self._begins_at)
+            log.seek(max(self._begins_at, log.seek(0, os.SEEK_END) - _LAST_WORDS))
             lines = log.read().decode(errors="replace").strip().splitlines()
         if not lines:
             return "it logged nothing"
@@ -267,6 +273,7 @@ class Shop:
 
     def _prepare_logs(self) -> None:
         try:
+            _make_private(self.plan.data)
             (self.plan.data / "logs").mkdir(parents=True, exist_ok=True)
             for replica in self.replicas:
                 replica.log.write_bytes(b"")
@@ -275,11 +282,13 @@ class Shop:
 
     async def _start(self) -> None:
         """Start everything at once, and return when all of it is ready."""
-        waiting = {asyncio.create_task(self._ready(replica)): replica for replica in self.replicas}
+        waiting: dict[asyncio.Task[Any], Replica] = {
+            asyncio.create_task(replica.ready.wait()): replica for replica in self.replicas
+        }
         for replica in self.replicas:
             keeper = asyncio.create_task(self._keep(replica), name=replica.name)
             self._keepers[replica.name] = keeper
-        pending: set[asyncio.Task[None]] = set(waiting)
+        pending: set[asyncio.Task[Any]] = set(waiting)
         try:
             async with asyncio.timeout(READY_WITHIN):
                 with self._progress() as progress:
@@ -302,33 +311,34 @@ class Shop:
 
     async def _keep(self, replica: Replica) -> None:
         """Start the process, and again whenever it ends; raises CannotRunError when it can't so much as begin."""
-        backoff = FIRST_BACKOFF
-        back: asyncio.Task[None] | None = None
+        failures = 0
         with replica.log.open("ab") as log:
             while True:
-                began = time.monotonic()
                 await replica.start(log, self._lock)
                 assert replica.process is not None
-                if self._up:
-                    back = asyncio.create_task(self._welcome(replica))
-                code = await replica.process.wait()
-                if back is not None:
-                    back.cancel()
+                welcome = asyncio.create_task(self._welcome(replica, again=self._up))
+                try:
+                    code = await replica.process.wait()
+                finally:
+                    welcome.cancel()
                 if self._draining:
                     return
                 if code == CANNOT_RUN and not self._up:
                     raise CannotRunError(f"{replica.name}: {replica.last_words()}")
-                if time.monotonic() - began >= STEADY:
-                    backoff = FIRST_BACKOFF
+                failures = 0 if replica.ready.is_set() else failures + 1
+                delay = min(FIRST_BACKOFF * 2.0 ** (failures - 1), MAX_BACKOFF) if failures else 0.0
+                when = f"in {delay:g} s" if delay else "now"
                 why = f": {replica.last_words()}" if code > 0 else ""
-                say(f"{replica.name} {_ending(code)}{why}; restarting in {backoff:g} s (log: {_short(replica.log)})")
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, MAX_BACKOFF)
+                say(f"{replica.name} {_ending(code)}{why}; restarting {when} (log: {_short(replica.log)})")
+                await asyncio.sleep(delay)
 
-    async def _welcome(self, replica: Replica) -> None:
+    async def _welcome(self, replica: Replica, again: bool) -> None:
+        """Note when a process is ready; ``again``: and say so."""
         await self._ready(replica)
-        assert replica.process is not None
-        say(f"{replica.name} is back (pid {replica.process.pid})")
+        replica.ready.set()
+        if again:
+            assert replica.process is not None
+            say(f"{replica.name} is back (pid {replica.process.pid})")
 
     async def _ready(self, replica: Replica) -> None:
         """Return when the process says SERVING, or greets in the broker's way."""
@@ -492,6 +502,19 @@ def foreground() -> Iterator[None]:
             os.tcsetpgrp(0, before)
 
 
+def _make_private(data: Path) -> None:
+    """Have what an earlier release kept in ``data``, for all to read, be for this user alone."""
+    if not (data / "order.db").exists() or not data.stat().st_mode & 0o077:
+        return
+    data.chmod(0o700)
+    ours = [*data.glob("*.db*"), *(path for name in FOLDERS for path in [data / name, *(data / name).rglob("*")])]
+    for path in ours:
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o700)
+        elif path.is_file() and not path.is_symlink():
+            path.chmod(0o600)
+
+
 def _ending(code: int) -> str:
     return f"exited with code {code}" if code >= 0 else f"killed ({signal.Signals(-code).name})"
 
@@ -546,6 +569,7 @@ def parse(arguments: Sequence[str] | None = None) -> Plan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the shop; returns the exit code."""
     plan = parse(arguments)
+    os.umask(0o077)  # for all processes: names, emails and orders are in their files
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
     async def run() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mesh.channel import background
 from mesh.channel.assemble import Assembly
 from mesh.channel.subchannels import OwnPool, ResolvedPool
 from tests.processes import Spawn, free_ports
@@ -26,6 +27,8 @@ SETTLE = 5.0
 # anywhere; core's own threads, once one has run Python for call credentials; the mesh's one discovery loop; what the
 # test runner itself runs (xdist, pytest-timeout, coverage).
 LASTING = ("_poll_wrapper", "Dummy-", "mesh-", "execnet", "pytest", "MainThread")
+if background.OLD_CORE:
+    background.loop()  # starts the thread that waits in core, whose name says nothing
 
 
 @pytest.fixture

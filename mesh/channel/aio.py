@@ -520,7 +520,7 @@ class _Driver(EventDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._request = requests
+        self._request = requests if self.replay is None else None
         self._streams = method.kind.endswith("stream")
         self._starting = True
         self._timer: asyncio.TimerHandle | None = None
@@ -662,7 +662,7 @@ class _Driver(EventDriver):
 
     def over(self, number: int, address: str, inner: Any) -> None:
         """Core's call of attempt ``number`` has ended."""
-        code = _ready(inner.code())
+        code = _code(inner)
         if code is grpc.StatusCode.OK:
             if self.pool.cluster.reads_reports:
                 self.pool.answered(address, _ready(inner.trailing_metadata()))
@@ -739,6 +739,15 @@ def _write_failed(inner: Any) -> bool:
     """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
     begin with a status code, whatever a peer writes."""
     return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
+
+
+def _code(inner: Any) -> grpc.StatusCode:
+    """A finished call's status; UNKNOWN for a number that is none, on which an old grpc.aio raises."""
+    try:
+        code: grpc.StatusCode = _ready(inner.code())
+    except KeyError:
+        return grpc.StatusCode.UNKNOWN
+    return code
 
 
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -14,22 +14,34 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import grpc
+
 from mesh.tasks import log_failure
 
 _LOG = logging.getLogger("mesh.channel")
 
 NAME = "mesh-background"
 
+OLD_CORE = tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80)
+"""Before 1.80 core reads and writes only while a thread waits in it: where none does, nothing connects and no health is
+received. A channel with a subscriber has such a thread, and that serves all channels of the process."""
+
+_insecure_channel = grpc.insecure_channel  # a program may replace it by the mesh's own
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+_waiting: grpc.Channel | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
     """The loop, started if it isn't running."""
-    global _loop
+    global _loop, _waiting
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
+            if OLD_CORE:
+                _waiting = _insecure_channel("ipv4:127.0.0.1:1")  # it never connects
+                _waiting.subscribe(lambda _: None)
             _loop.set_exception_handler(_failed)
             threading.Thread(target=_run, args=(_loop,), name=NAME, daemon=True).start()
         return _loop

@@ -40,7 +40,9 @@ from mesh.policy.flow import Flow
 
 PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 PUSHBACK = "grpc-retry-pushback-ms"
-LONGEST_PUSHBACK = 20  # characters; any 64-bit number has fewer or as many
+LONGEST_PUSHBACK = 20
+"""A server's word on when to retry; any 64-bit number has fewer or as many characters."""
+
 
 # Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call
 # left, and its status text may be a peer's (docs/decisions/0013).

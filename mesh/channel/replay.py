@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
-LIMIT = 256 * 1024  # bytes, as gRPC core's buffer for one RPC
+LIMIT = 256 * 1024
+"""What is kept of a streaming call's requests, as in gRPC core's buffer for one RPC; and of a unary request. Bytes."""
 
 
 class Request:
@@ -169,6 +170,7 @@ class AioReplay(_Buffer):
             self._written.end()
         if self._fetching is not None:
             self._fetching.cancel()
+        self._next = _no_more  # the caller's iterator ends with the call, also while the call object is kept
 
     @property
     def writable(self) -> bool:
@@ -230,6 +232,10 @@ class _Written:
     def _notify(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+async def _no_more() -> Any:
+    raise StopAsyncIteration
 
 
 def _asynchronous(iterator: Iterator[Any]) -> Callable[[], Awaitable[Any]]:

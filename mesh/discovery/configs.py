@@ -15,7 +15,7 @@ import logging
 import os
 from pathlib import Path
 
-from mesh import config, lines
+from mesh import config, files, lines
 from mesh.descriptors import unknown_names
 
 FILE_VARIABLE = "MESH_SERVICE_CONFIG"
@@ -25,6 +25,9 @@ service of a ``mesh:///`` target and for each other target, and one for all the 
 
 PERIOD = 1.0
 """Between two looks at the file. Seconds."""
+
+MAX_FILE = 1024 * 1024
+"""The file with service configs. A ConfigMap of Kubernetes has the same limit. Bytes."""
 
 _LOG = logging.getLogger("mesh.config")
 
@@ -137,11 +140,14 @@ class ConfigFile:
             return None
         self._seen = seen
         try:
-            root = json.loads(self._path.read_bytes())
+            text = files.read(self._path, MAX_FILE)[0].decode("utf-8-sig")
+            root = config.read_json(text)
         except OSError as error:
             raise ValueError(f"{self._path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._path}: not JSON: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from None
         services = root.get("services") if isinstance(root, dict) else None
         if services is None:
             return json.dumps(root)

@@ -1,11 +1,14 @@
-"""Whether a server takes a call now, later, or not: the limit, and a queue before it that sheds the least important.
+"""Whether a server takes a call now, later, or not: permits, and a queue before them.
 
 A call that finds a free permit and an empty queue runs at once. Others wait, first come first served among equals, the
-important ones before the rest (criticality as in Google's SRE book, "Handling Overload"). The queue drops its oldest
-when delay *stands*: when not one call in an interval waited less than the target, those that waited twice as long go
-(CoDel, as Facebook simplified it for requests: "Fail at Scale", ACM Queue 2015, and Wangle's Codel). Each criticality
-has that measure for itself, so what is shed is what doesn't get through. A queue that is full drops the oldest of the
-least important.
+important ones before the rest (criticality as in Google's SRE book, "Handling Overload"). A call that waits is refused
+when its deadline passes, and before that only when calls like it were lost to their deadlines here already: then one
+that has less time left than its method takes is refused; and when that lasts, so is each that came since and has
+waited for half of its time, so that its caller can try elsewhere and the next begins with time to spare. A queue that
+is full drops the oldest of the least important.
+
+There are permits for all methods together (``most``), and for each method that its ``Limiter`` limits: calls of one
+method that wait do not hold up the others.
 
 Rule 1: decide, then do. A method returns the tickets that it settled; waking them is their owner's. Rule 2: a permit
 taken is given back exactly once, by ``leave``. Rule 3: what is refused has not run.
@@ -14,12 +17,13 @@ taken is given back exactly once, by ``leave``. Rule 3: what is refused has not 
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mesh.model import Code, Lock
-from mesh.policy.limiter import Ending, Latency, Limiter
+from mesh.policy.limiter import Ending, Limiter, is_out_of_time
 
 
 class Criticality(enum.IntEnum):
@@ -35,8 +39,14 @@ BY_NAME = {criticality.name: criticality for criticality in Criticality}
 """The values of the metadata key."""
 
 
-BUSY = 1.0
-"""Seconds for which a server is busy after a call had to wait."""
+RECENT = 1.0
+"""Seconds for which a call that was lost to its deadline says something about those that come after it."""
+
+MARGIN = 1.5
+"""How many times the median of its method a call should have left to begin, when others were lost."""
+
+PATIENCE = 0.5
+"""The share of its time that a call may wait, when losses last."""
 
 
 class Reason(enum.Enum):
@@ -52,19 +62,16 @@ class Reason(enum.Enum):
 
 
 SHARES = (1.0, 1.0, 0.9, 0.8)
-"""How much of the limit calls of each criticality may fill: the sheddable leave room, so that the rest seldom wait."""
-
-PATIENCE = (10.0, 5.0, 1.0, 1.0)
-"""How many times the target calls of each criticality may stand: short waits shouldn't cost what matters."""
+"""How much of a limit calls of each criticality may fill: the sheddable leave room, so that the rest seldom wait."""
 
 CODES = {
     Reason.STARTING: (Code.UNAVAILABLE, "not ready yet"),
     Reason.DRAINING: (Code.UNAVAILABLE, "shutting down"),
-    Reason.DELAY: (Code.RESOURCE_EXHAUSTED, "overloaded: calls wait too long"),
-    Reason.FULL: (Code.RESOURCE_EXHAUSTED, "overloaded: too many calls wait"),
-    Reason.STREAMS: (Code.RESOURCE_EXHAUSTED, "too many streams are open"),
+    Reason.DELAY: (Code.RESOURCE_EXHAUSTED, "overloaded: calls miss their deadlines in the queue"),
+    Reason.FULL: (Code.RESOURCE_EXHAUSTED, "overloaded: the queue is full (MESH_QUEUE_SIZE)"),
+    Reason.STREAMS: (Code.RESOURCE_EXHAUSTED, "too many streams are open (MESH_MAX_STREAMS)"),
     Reason.EXPIRED: (Code.DEADLINE_EXCEEDED, "the deadline passed before the call could begin"),
-    Reason.LATE: (Code.DEADLINE_EXCEEDED, "less time is left than the method takes"),
+    Reason.LATE: (Code.DEADLINE_EXCEEDED, "overloaded: less time is left than the method takes"),
 }
 """What the caller is told."""
 
@@ -79,59 +86,90 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionConfig:
-    """``overload``: the adaptive limit and the queue. ``late``: refusing calls that have less time left than their
-    method takes, while the server is busy. Times in seconds.
+    """``most``: calls at work at once, of all methods. ``least``: the lowest limit that a method gets. ``after``: the
+    seconds for which calls must miss their deadlines before a method is limited, or calls are refused before theirs.
+    ``overload``: these two. ``late``: refusing calls that have less time left than their method takes.
 
-    Without the limit (``overload`` OFF) ``most`` still holds.
+    Without ``overload`` (OFF) ``most`` and ``queue_size`` still hold.
     """
 
-    initial: int = 20
     least: int = 10
-    most: int = 1000
+    most: int = 10_000
     queue_size: int = 1000
-    target: float = 0.01
-    interval: float = 0.1
-    max_streams: int = 1000
+    after: float = 1.0
+    max_streams: int = 10_000
     overload: Mode = Mode.ON
     late: Mode = Mode.ON
 
 
-class CoDel:
-    """Whether delay stands. ``standing``: not one call in the last interval waited less than the target."""
+class Lane:
+    """Calls of one method and criticality that wait, the oldest first, and whether such calls were lost lately.
 
-    __slots__ = ("_ends", "_interval", "_least", "_target", "standing")
+    ``since``: when those losses began. ``lasting``: whether they have gone on for long enough.
+    """
 
-    def __init__(self, target: float, interval: float) -> None:
-        self._target = target
-        self._interval = interval
-        self._least = 0.0
-        self._ends = 0.0
-        self.standing = False
+    __slots__ = ("_last", "_long", "lasting", "since", "tickets")
 
-    def drops(self, delay: float, now: float) -> bool:
-        """A call has waited for ``delay``: is it one to drop?"""
-        if delay < self._least:
-            self._least = delay
-        if now >= self._ends:
-            # Unless nothing was heard for an interval: what stood before is no news then.
-            self.standing = now < self._ends + self._interval and self._least > self._target
-            self._least = delay
-            self._ends = now + self._interval
-        return self.standing and delay > 2 * self._target
+    def __init__(self) -> None:
+        self.tickets: deque[Ticket] = deque()
+        self.since = self._last = -math.inf
+        self._long = 0.0
+        self.lasting = False
+
+    def lost(self, waited: float, after: float, now: float) -> None:
+        """A call that had waited ran out of time here."""
+        if now - self._last > RECENT:
+            # As long as such a call waits is long enough.
+            self.since, self._long = now, min(after, waited)
+        self._last = now
+        self.lasting = now - self.since >= self._long
+
+    def is_losing(self, now: float) -> bool:
+        """Whether calls were lost lately."""
+        return now - self._last <= RECENT
+
+
+class Method:
+    """A method's queue and its limit. ``waiting``: its calls in the queue."""
+
+    __slots__ = ("bounds", "lanes", "limited", "limiter", "waiting")
+
+    def __init__(self, limiter: Limiter, bounds: tuple[int, ...]) -> None:
+        self.limiter = limiter
+        self.limited = False
+        self.bounds = bounds
+        self.lanes = tuple(Lane() for _ in Criticality)
+        self.waiting = 0
+
+    def __repr__(self) -> str:
+        return f"<Method {self.limiter!r}, {self.waiting} waiting>"
 
 
 class Ticket:
-    """A call that waits. Settled when ``refused`` or ``admitted``; ``wake`` is its owner's, to tell it so."""
+    """A call that waits. Settled when ``refused`` or ``admitted``; ``wake`` is its owner's, to tell it so.
 
-    __slots__ = ("admitted", "arrived", "criticality", "gone", "refused", "wake")
+    ``deadline`` is infinite for a call without one.
+    """
 
-    def __init__(self, criticality: Criticality, arrived: float, wake: Callable[[], object]) -> None:
+    __slots__ = ("admitted", "arrived", "criticality", "deadline", "gone", "late", "method", "refused", "wake")
+
+    def __init__(
+        self,
+        method: Method,
+        criticality: Criticality,
+        arrived: float,
+        wake: Callable[[], object],
+        deadline: float | None = None,
+    ) -> None:
+        self.method = method
         self.criticality = criticality
         self.arrived = arrived
+        self.deadline = math.inf if deadline is None else deadline
         self.wake = wake
         self.admitted = False
         self.refused: Reason | None = None
         self.gone = False
+        self.late = False
 
     def __repr__(self) -> str:
         state = "admitted" if self.admitted else f"refused: {self.refused.value}" if self.refused else "waiting"
@@ -144,54 +182,54 @@ class Admission:
     ``in_flight``: calls that hold a permit. ``streams``: streams that are open; they need a permit to begin and hold
     none after that, as how long they last says nothing. ``ended`` counts calls whose handlers are through, ``failed``
     those that failed. ``refusals`` counts by reason and criticality, ``dry_run`` what would have been refused (reason
-    DELAY there: had to wait).
+    DELAY there: had to wait). ``limited``: the methods that have a limit now. ``last_loss``: when a call last ran out
+    of time before its handler began, or because of the queue.
     """
 
     __slots__ = (
         "_bounds",
-        "_busy_until",
         "_closed",
-        "_lanes",
+        "_held",
         "_lock",
-        "_waiting",
+        "_queued",
         "config",
         "dry_run",
         "ended",
         "failed",
         "in_flight",
-        "limiter",
+        "last_loss",
+        "limited",
         "refusals",
         "streams",
+        "waiting",
     )
 
     def __init__(self, config: AdmissionConfig, lock: Lock) -> None:
         self.config = config
         self._lock = lock
-        self.limiter = Limiter(config.initial, config.least, config.most)
-        self._lanes: list[tuple[CoDel, deque[Ticket]]] = [
-            (CoDel(config.target * patience, config.interval), deque()) for patience in PATIENCE
-        ]
-        self._waiting = 0
-        self._busy_until = 0.0
+        self._bounds = _bounds(config.most, shared=config.overload is not Mode.OFF)
+        self._queued: dict[Method, None] = {}  # methods whose calls wait
+        self._held = 0  # calls that wait for the limit of their own method
         self._closed: Reason | None = None
+        self.limited: dict[Method, None] = {}
+        self.waiting = 0
         self.in_flight = 0
         self.streams = 0
         self.refusals: Counter[tuple[Reason, Criticality]] = Counter()
         self.dry_run: Counter[tuple[Reason, Criticality]] = Counter()
         self.ended = 0
         self.failed = 0
-        self._bounds: list[int] = []
-        self._set_bounds()
+        self.last_loss = -math.inf
+
+    def method(self) -> Method:
+        """A method that is served."""
+        return Method(Limiter(self.config.least, self.config.most, self.config.after), self._bounds)
 
     @property
-    def waiting(self) -> int:
-        """Calls in the queue."""
-        return self._waiting
-
-    @property
-    def limit(self) -> int:
-        """Permits that there are now."""
-        return self._bounds[0]
+    def utilization(self) -> float:
+        """Calls that run or wait against the limit: of all, or of the method that is worst off."""
+        shares = [(method.limiter.in_flight + method.waiting) / method.limiter.limit for method in tuple(self.limited)]
+        return max((self.in_flight + self.waiting) / self.config.most, *shares, 0.0)
 
     def close(self, reason: Reason) -> None:
         """Refuse all that comes from now on; what is here or waits goes on."""
@@ -203,101 +241,125 @@ class Admission:
         with self._lock:
             self._closed = None
 
-    def enter(self, criticality: Criticality) -> bool:
-        """Take a permit, if that can be had at once; else ``wait`` for one."""
+    def enter(self, method: Method, criticality: Criticality) -> bool:
+        """Take a permit, if there is one; else ``wait`` for one."""
         with self._lock:
-            if self.in_flight < self._bounds[criticality] and not self._waiting and self._closed is None:
-                self.in_flight += 1
-                return True
-            return False
+            limiter = method.limiter
+            if (
+                self.in_flight >= self._bounds[criticality]
+                or limiter.in_flight >= method.bounds[criticality]
+                or method.waiting
+                or self.waiting != self._held
+                or self._closed is not None
+            ):
+                return False
+            self.in_flight += 1
+            limiter.in_flight += 1
+            return True
 
-    def wait(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+    def wait(self, ticket: Ticket) -> Sequence[Ticket]:
         """Queue a call. Returns the tickets settled by that: itself, when it is refused or (in a dry run) admitted,
         or the one that had to make room."""
         with self._lock:
             if self._closed is not None:
                 return (self._refuse(ticket, self._closed),)
-            self._busy_until = now + BUSY
-            self.limiter.queued = True
+            method = ticket.method
             if self.config.overload is Mode.DRY_RUN and self.in_flight < self.config.most:
-                if self.in_flight >= self.limiter.limit:
+                if method.limiter.in_flight >= method.bounds[ticket.criticality]:
                     self.dry_run[Reason.DELAY, ticket.criticality] += 1
                 self._admit(ticket)
                 return (ticket,)
-            self._lanes[ticket.criticality][1].append(ticket)
-            self._waiting += 1
-            if self._waiting <= self.config.queue_size:
+            method.lanes[ticket.criticality].tickets.append(ticket)
+            self._queued[method] = None
+            self._count(method, 1)
+            if self.waiting <= self.config.queue_size:
                 return ()
-            lane = next(lane for _, lane in reversed(self._lanes) if any(not ticket.gone for ticket in lane))
-            oldest = lane.popleft()
-            while oldest.gone:
-                oldest = lane.popleft()
-            self._waiting -= 1
+            oldest = next(oldest for rank in reversed(Criticality) if (oldest := self._oldest(rank)) is not None)
+            self._take(oldest)
             return (self._refuse(oldest, Reason.FULL),)
 
     def dispatch(self, now: float, most: int | None = None) -> list[Ticket]:
-        """Settle tickets: drop those that waited too long, and admit as many (``most`` at most) as there are permits.
+        """Settle tickets: drop those whose time is up, and admit as many (``most`` at most) as there are permits.
 
-        To be called when a permit comes free, and every interval while calls wait.
+        To be called when a permit comes free, and now and then while calls wait.
         """
         settled: list[Ticket] = []
-        if not self._waiting:
+        if not self.waiting:
             return settled
         with self._lock:
+            for method in self._queued:
+                if method.limiter.look(now, method.limited and method.waiting > 0):
+                    self._limit(method)
             admitted = 0
-            for (codel, lane), bound in zip(self._lanes, self._bounds, strict=True):
-                while lane:
-                    ticket = lane[0]
-                    if ticket.gone:
-                        lane.popleft()
-                    elif self._drops(codel, now - ticket.arrived, self.in_flight < bound, now):
-                        lane.popleft()
-                        self._waiting -= 1
-                        settled.append(self._refuse(ticket, Reason.DELAY))
-                    elif self.in_flight < bound and admitted != most:
-                        lane.popleft()
-                        self._waiting -= 1
-                        admitted += 1
-                        self._admit(ticket)
-                        settled.append(ticket)
-                    else:
+            for rank, bound in zip(Criticality, self._bounds, strict=True):
+                for method in self._queued:
+                    self._drop(method, rank, now, settled)
+                while self.in_flight < bound and admitted != most:
+                    ticket = self._oldest(rank, permitted=True)
+                    if ticket is None:
                         break
-            if self._waiting:
-                self._busy_until = now + BUSY
-                self.limiter.queued = True
+                    self._take(ticket)
+                    admitted += 1
+                    self._admit(ticket)
+                    settled.append(ticket)
+                    self._drop(ticket.method, rank, now, settled)
+            for method in [method for method in self._queued if not method.waiting]:
+                del self._queued[method]
         return settled
 
-    def abandon(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
-        """A call that waited is gone: give back what it may have got meanwhile. Returns the tickets settled by that."""
+    def abandon(self, ticket: Ticket, now: float) -> None:
+        """A call that waited is gone: give back what it may have got meanwhile; ``dispatch`` is to follow if calls
+        wait."""
         with self._lock:
             ticket.gone = True
             if ticket.admitted:
-                self.in_flight -= 1
+                self._release(ticket.method)
             elif ticket.refused is None:
-                self._waiting -= 1
-        return self.dispatch(now)
+                self._count(ticket.method, -1)
+                waited = now - ticket.arrived
+                if is_out_of_time(waited, ticket.deadline - now):
+                    self._lose(ticket.method, ticket.criticality, waited, now)
 
-    def leave(self, latency: Latency, seconds: float, ending: Ending, now: float) -> None:
-        """A call's handler is through, ``seconds`` after it got its permit; ``dispatch`` is to follow if calls wait."""
+    def leave(
+        self,
+        method: Method,
+        criticality: Criticality,
+        waited: float,
+        seconds: float,
+        left: float,
+        ending: Ending,
+        now: float,
+    ) -> None:
+        """A call's handler is through, ``seconds`` after it got its permit, for which it had ``waited``, with ``left``
+        to its deadline (infinite without one); ``dispatch`` is to follow if calls wait."""
+        limiter = method.limiter
         with self._lock:
-            in_flight = self.in_flight
-            self.in_flight = in_flight - 1
+            self.in_flight -= 1
+            limiter.in_flight -= 1
             self.ended += 1
+            if limiter.sample(seconds, left, ending, now):
+                self._limit(method)
+            if ending is Ending.OK:
+                return
             if ending is Ending.FAILED:
                 self.failed += 1
-                return
-            if self.limiter.sample(latency, seconds, in_flight, ending, now):
-                self._set_bounds()
+            if waited > seconds and is_out_of_time(seconds, left):
+                # It would have had the time, but for the queue.
+                self._lose(method, criticality, waited, now)
 
-    def release(self) -> None:
-        """Give a permit back of a call that isn't run after all; ``dispatch`` is to follow if calls wait."""
+    def expire(self, method: Method, criticality: Criticality, arrived: float, now: float) -> Reason:
+        """Give a permit back of a call whose deadline had passed when it got it; why it isn't run. ``dispatch`` is to
+        follow if calls wait."""
         with self._lock:
-            self.in_flight -= 1
+            self._release(method)
+            self._lose(method, criticality, now - arrived, now)
+            self.refusals[Reason.EXPIRED, criticality] += 1
+        return Reason.EXPIRED
 
-    def begin_stream(self, criticality: Criticality) -> Reason | None:
+    def begin_stream(self, method: Method, criticality: Criticality) -> Reason | None:
         """A stream gives its permit back and counts as open; a reason when there are too many."""
         with self._lock:
-            self.in_flight -= 1
+            self._release(method)
             if self.streams >= self.config.max_streams:
                 self.refusals[Reason.STREAMS, criticality] += 1
                 return Reason.STREAMS
@@ -312,42 +374,94 @@ class Admission:
             if ending is Ending.FAILED:
                 self.failed += 1
 
-    def unfit(self, latency: Latency, left: float | None, criticality: Criticality, now: float) -> Reason | None:
-        """Why a call that could begin with ``left`` seconds to its deadline shouldn't; None when it should.
+    def _oldest(self, rank: Criticality, *, permitted: bool = False) -> Ticket | None:
+        """The ticket of this criticality that has waited longest; ``permitted``: among methods with permits."""
+        oldest = None
+        enforced = self.config.overload is Mode.ON
+        for method in self._queued:
+            if permitted and enforced and method.limiter.in_flight >= method.bounds[rank]:
+                continue
+            tickets = method.lanes[rank].tickets
+            while tickets and tickets[0].gone:
+                tickets.popleft()
+            if tickets and (oldest is None or tickets[0].arrived < oldest.arrived):
+                oldest = tickets[0]
+        return oldest
 
-        One that has less than its method's median is refused while the server is busy, as it would only be in the way;
-        when there is time to spare it may try.
-        """
-        if left is None:
+    def _drop(self, method: Method, rank: Criticality, now: float, settled: list[Ticket]) -> None:
+        """Refuse the oldest of a lane for as long as they are past hope."""
+        lane = method.lanes[rank]
+        while lane.tickets:
+            ticket = lane.tickets[0]
+            if ticket.gone:
+                lane.tickets.popleft()
+                continue
+            reason = self._hopeless(lane, ticket, now)
+            if reason is None:
+                return
+            self._lose(method, rank, now - ticket.arrived, now)
+            self._take(ticket)
+            settled.append(self._refuse(ticket, reason))
+
+    def _hopeless(self, lane: Lane, ticket: Ticket, now: float) -> Reason | None:
+        """Why a call should wait no longer."""
+        left = ticket.deadline - now
+        if left <= 0:
+            return Reason.EXPIRED
+        if not lane.is_losing(now):
             return None
-        reason = Reason.EXPIRED
-        if left > 0:
-            if left >= latency.median or now >= self._busy_until or self.config.late is Mode.OFF:
-                return None
-            reason = Reason.LATE
-        with self._lock:
-            if reason is Reason.LATE and self.config.late is Mode.DRY_RUN:
-                self.dry_run[reason, criticality] += 1
-                return None
-            self.refusals[reason, criticality] += 1
-        return reason
+        waited = now - ticket.arrived
+        impatient = waited > PATIENCE * (ticket.deadline - ticket.arrived)
+        if left < MARGIN * ticket.method.limiter.median and self.config.late is not Mode.OFF:
+            if self.config.late is Mode.ON:
+                return Reason.LATE
+            if not ticket.late:
+                ticket.late = True
+                self.dry_run[Reason.LATE, ticket.criticality] += 1
+        if impatient and lane.lasting and ticket.arrived >= lane.since and self.config.overload is Mode.ON:
+            return Reason.DELAY
+        return None
 
-    def _drops(self, codel: CoDel, delay: float, free: bool, now: float) -> bool:
-        if self.config.overload is not Mode.ON or not codel.drops(delay, now):
-            return False
-        # Delay that stands over a few calls, with permits to spare, is a process that was kept from running: no
-        # overload that refusing them would end.
-        return not free or self._waiting > self.config.least
+    def _lose(self, method: Method, rank: Criticality, waited: float, now: float) -> None:
+        """A call ran out of time before its handler began, or because of the queue."""
+        self.last_loss = now
+        method.limiter.lose()
+        method.lanes[rank].lost(waited, self.config.after, now)
 
-    def _set_bounds(self) -> None:
+    def _take(self, ticket: Ticket) -> None:
+        """Take the oldest ticket of its lane out of the queue."""
+        ticket.method.lanes[ticket.criticality].tickets.popleft()
+        self._count(ticket.method, -1)
+
+    def _count(self, method: Method, change: int) -> None:
+        method.waiting += change
+        self.waiting += change
+        if method.limited:
+            self._held += change
+
+    def _limit(self, method: Method) -> None:
+        """The limit of a method has changed."""
         if self.config.overload is Mode.OFF:
-            self._bounds = [self.config.most for _ in SHARES]
+            return
+        method.bounds = _bounds(method.limiter.limit)
+        if method.limiter.limited is method.limited:
+            return
+        method.limited = not method.limited
+        if method.limited:
+            self.limited[method] = None
+            self._held += method.waiting
         else:
-            self._bounds = [max(1, int(self.limiter.limit * share)) for share in SHARES]
+            del self.limited[method]
+            self._held -= method.waiting
 
     def _admit(self, ticket: Ticket) -> None:
         ticket.admitted = True
         self.in_flight += 1
+        ticket.method.limiter.in_flight += 1
+
+    def _release(self, method: Method) -> None:
+        self.in_flight -= 1
+        method.limiter.in_flight -= 1
 
     def _refuse(self, ticket: Ticket, reason: Reason) -> Ticket:
         ticket.refused = reason
@@ -356,4 +470,9 @@ class Admission:
 
     def __repr__(self) -> str:
         closed = f" {self._closed.value}" if self._closed else ""
-        return f"<Admission {self.in_flight}/{self.limit} in flight, {self._waiting} waiting{closed}>"
+        return f"<Admission {self.in_flight}/{self.config.most} in flight, {self.waiting} waiting{closed}>"
+
+
+def _bounds(limit: int, *, shared: bool = True) -> tuple[int, ...]:
+    """How many of ``limit`` permits each criticality may take."""
+    return tuple(max(1, int(limit * share)) if shared else limit for share in SHARES)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from mesh.model import Connectivity
 
 AT_ONCE = 16
+"""Endpoints that begin to connect within 0.25 s."""
+
 PLACE = 0.25  # seconds
 BUSY = 0.005  # the shortest time between two looks at the states, in seconds
 CALM = 0.1  # and the longest

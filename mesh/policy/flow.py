@@ -27,10 +27,12 @@ from mesh.policy.retry import Retries
 
 Flow = Generator[Step, Wake, Verdict]
 
-# No endpoint could send it, though the picker says that each is READY: pauses in seconds, each twice as long as the one
-# before, and how many there are before that is a failure like another.
 PAUSE = 0.01
+"""No endpoint could send it, though the picker says that each is READY: the first pause, in seconds. Each is twice as
+long as the one before."""
+
 MAX_PAUSES = 8
+"""Pauses of a call that no ready endpoint could be sent, before that is a failure like another."""
 
 
 def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) -> Flow:
@@ -118,7 +120,10 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 attempt = running.pop(number)
                 attempt.ended = now
                 attempt.outcome = outcome
-                tried[number - 1].end(now, attempt.started, outcome)
+                if committed and outcome.code == Code.DEADLINE_EXCEEDED:
+                    tried[number - 1].ignore(attempt.started)  # a stream under way: how long it lasts is the caller's
+                else:
+                    tried[number - 1].end(now, attempt.started, outcome)
                 verdict = Verdict(outcome, attempt)
                 if outcome.code == 0:
                     cluster.throttle.succeeded()

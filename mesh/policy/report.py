@@ -41,7 +41,8 @@ class Report:
         at, utilization, qps, eps = self._latest
         if now - at >= config.expiration or now - self._since < config.blackout:
             return 0.0
-        return qps / (utilization + eps / qps * config.error_penalty)
+        weight = qps / (utilization + eps / qps * config.error_penalty)
+        return weight if isfinite(weight) else 0.0
 
     def __repr__(self) -> str:
         return f"<Report utilization={self._latest[1]:g} qps={self._latest[2]:g}>"

@@ -3,14 +3,22 @@
 Weights are against a mean of 1. An endpoint's own weight of 0 or less gets nothing while another has one. Reports count
 once two endpoints have them; those without get the mean of those with (A58). Slow start is Envoy's: max(least, (age /
 window) ^ (1 / aggression)).
+
+A weight from reports is at most ``MOST`` times their median: one endpoint that reports what it can't do, by a fault or
+a lie, doesn't take all calls. Weights that somebody configured aren't capped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median_low
 
 from mesh.config import BalancerConfig, SlowStartConfig
 from mesh.policy.load import Node
+
+MOST = 4.0
+"""The largest weight that follows from a load report, as a multiple of the median of such weights. Of an even number of
+endpoints the lower of the two in the middle counts: of two, the lighter."""
 
 UNWEIGHTED = "pick_first"
 """The policy to which endpoints' weights mean nothing. Slow start still does."""
@@ -59,8 +67,10 @@ def _reported(nodes: Sequence[Node], balancer: BalancerConfig, now: float) -> li
     known = [weight for weight in weights if weight]
     if len(known) < 2:
         return None
-    mean = sum(known) / len(known)
-    return [weight or mean for weight in weights]
+    median = median_low(known)
+    capped = [min(weight / median, MOST) for weight in weights]  # of the median, or their sum might not be finite
+    mean = sum(capped) / len(known)
+    return [max(weight, _NONE) if reported else mean for weight, reported in zip(capped, weights, strict=True)]
 
 
 def _warmth(age: float, slow_start: SlowStartConfig) -> float:

@@ -12,11 +12,12 @@ import uuid
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import variables
 from mesh.addresses import is_local, parse
 from mesh.files import InUseError
+from mesh.health import NOT_SERVING, SERVING, AioHealth
 from mesh.listening import bind
 from mesh.registry.book import Book
 from mesh.registry.limits import HANDSHAKE_TIMEOUT, MAX_MESSAGE_BYTES, MAX_STREAMS
@@ -118,7 +119,7 @@ async def serve(listen: str, folder: str = "") -> None:
 
     book = Book(epoch=uuid.uuid4().hex)
     service = RegistryService(book)
-    checks = health.aio.HealthServicer()
+    checks = AioHealth()
     server = grpc.aio.server(options=OPTIONS)
     registry_pb2_grpc.add_RegistryServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -131,14 +132,14 @@ async def serve(listen: str, folder: str = "") -> None:
     # After the address is had: a registry that finds another one there leaves its files alone.
     service.state = restore(book, folder)
     await server.start()
-    for name in ("", SERVICE_NAME):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    checks.set(SERVING, [SERVICE_NAME])
     at = listen if is_local(listen) else parse(listen, least_port=0)._replace(port=listener.port)
     _log.info("serving on %s", at)
 
     await stop.wait()
     _log.info("stopping")
-    await checks.enter_graceful_shutdown()
+    checks.set(NOT_SERVING, [SERVICE_NAME])
+    checks.end_watches()
     service.close()
     await server.stop(GRACE)
     listener.close()

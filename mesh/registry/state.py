@@ -18,6 +18,9 @@ VARIABLE = "MESH_REGISTRY_STATE"
 
 FILE = "configs.json"
 
+MAX_FILE = 64 * 1024 * 1024
+"""The file in which a registry keeps service configs. Bytes."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -32,30 +35,46 @@ class State:
         self._lock = files.lock(folder)
 
     def load(self) -> dict[str, str]:
-        """The services' configs. A file that can't be understood is set aside, and an ERROR says where.
+        """The services' configs that are valid. What can't be understood is kept aside, and an ERROR says where.
 
         Raises OSError when it can't be read.
         """
         try:
-            text = self._path.read_bytes()
+            data, _ = files.read(self._path, MAX_FILE)
         except FileNotFoundError:
             return {}
         try:
-            configs = json.loads(text)["configs"]
-            return {_name(service): _valid(service, told) for service, told in configs.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            names = (self._path.with_name(f"{FILE}.corrupt-{number}") for number in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            self._path.replace(aside)
+            told = json.loads(data)["configs"]
+            if not isinstance(told, dict):
+                raise TypeError("configs is no object")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.error(
-                "%s can't be used (%s: %s); starting without service configs. The file is now %s: mend it and put it "
-                "back, or set the configs again",
+                "%s can't be used (%s: %s); starting without service configs. The file is kept as %s: mend it and put "
+                "it back, or set the configs again",
                 self._path,
                 type(error).__name__,
                 error,
-                aside,
+                self._set_aside(data),
             )
+            self._path.unlink()
             return {}
+        refused = {service: why for service, text in told.items() if (why := _violation(service, text))}
+        valid = {service: text for service, text in told.items() if service not in refused}
+        if refused:
+            _log.error(
+                "%s: not restored: %s. The file is kept as %s; set these configs again",
+                self._path,
+                "; ".join(f"the config of {service!r}: {why}" for service, why in refused.items()),
+                self._set_aside(data),
+            )
+            self.save(valid)
+        return valid
+
+    def _set_aside(self, data: bytes) -> Path:
+        names = (self._path.with_name(f"{FILE}.corrupt-{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        files.replace(aside, data)
+        return aside
 
     def save(self, configs: Mapping[str, str]) -> None:
         """Replace what is kept. On disk when this returns. Raises OSError."""
@@ -69,17 +88,14 @@ class State:
         return f"<State {self._path}>"
 
 
-def _name(service: object) -> str:
-    if not isinstance(service, str) or not service:
-        raise ValueError(f"{service!r} is not a service's name")
-    return service
-
-
-def _valid(service: str, told: object) -> str:
-    if not isinstance(told, str):
-        raise ValueError(f"the config of {service} is no text")
+def _violation(service: str, text: object) -> str:
+    """What is wrong with a service's config; empty when nothing is."""
+    if not service:
+        return "it names no service"
+    if not isinstance(text, str):
+        return "it is no text"
     try:
-        config.parse(told)
+        config.parse(text)
     except ValueError as error:
-        raise ValueError(f"the config of {service}: {error}") from None
-    return told
+        return str(error)
+    return ""

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 from mesh import context as mesh_context
 from mesh import lines, variables
 from mesh.channel import forking
+from mesh.health import NOT_SERVING, SERVING, AioHealth
 from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
@@ -35,7 +36,6 @@ from mesh.server.assembly import (
 )
 from mesh.server.deadlines import LOG, arriving, wrap_aio
 from mesh.server.gate import AioGate
-from mesh.server.health import NOT_SERVING, SERVING, AioHealth
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration
 from mesh.server.settings import ServerSettings

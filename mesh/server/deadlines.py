@@ -42,6 +42,10 @@ LOG = logging.getLogger("mesh.server")
 
 _DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
 _ATTEMPTS = ("grpc-previous-rpc-attempts", "weft-attempt")
+
+MAX_DIGITS = 9
+"""Digits of an attempt's number in metadata."""
+
 # grpc says about 9.2e18 s, or None, for "no deadline"; nothing that has one has a century.
 _NO_DEADLINE = 3e9
 
@@ -54,10 +58,15 @@ def arriving(metadata: Iterable[Metadatum]) -> Scope:
     is_retry, criticality = False, ""
     for key, value in metadata:
         if key in _ATTEMPTS:
-            is_retry = isinstance(value, str) and value.isdecimal() and int(value) > 0
+            is_retry = _is_number(value) and int(value) > 0
         elif key == mesh_context.CRITICALITY and value in BY_NAME:
             criticality = str(value)
     return Scope(is_retry=is_retry, criticality=criticality, arrived=time.monotonic())
+
+
+def _is_number(value: str | bytes) -> bool:
+    # Python refuses to read more than 4,300 digits.
+    return isinstance(value, str) and len(value) <= MAX_DIGITS and value.isdecimal()
 
 
 def _begun(context: Any) -> Scope:
@@ -384,12 +393,15 @@ class ServerInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(self, gate: ThreadGate | None = None) -> None:
+        self._gate = gate
         self._gated = Wrapped(lambda handler: wrap_sync(handler, gate))
         self._ungated = Wrapped(wrap_sync)
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
         mesh_context.enter(arriving(handler_call_details.invocation_metadata))
+        if self._gate is not None:
+            self._gate.arrivals += 1
         wrapped = self._ungated if method.startswith(UNGATED) else self._gated
         return wrapped(method, continuation(handler_call_details))
 

@@ -18,7 +18,7 @@ import grpc
 
 from mesh.context import REFUSED, Scope
 from mesh.model import Metadatum
-from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Mode, Reason, Ticket
+from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Method, Mode, Reason, Ticket
 from mesh.server.load import Load
 
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -47,6 +47,8 @@ class Gate:
         self.admission = Admission(config or AdmissionConfig(), threading.Lock())
         self.load = Load(self.admission)
         self.reports = self.load if load_reports else None
+        self.arrivals = 0
+        """Calls seen; counted where handlers are looked up."""
         self.ending = False
         """Streams are to end: a drain has waited for them long enough."""
         self._rng = random.Random()
@@ -102,24 +104,100 @@ class _BusyClock:
 
 
 class ThreadGate(Gate):
-    """A gate for handlers that run in threads: a call that waits holds its thread."""
+    """A gate for handlers that run in threads: a call that waits holds its thread.
 
-    def wait(self, criticality: Criticality, scope: Scope) -> Reason | None:
+    gRPC accepts calls on a single thread. Handlers that compute keep Python's lock from it, for 5 ms each time that it
+    needs it (``sys.getswitchinterval``): calls then expire in core, where nothing orders or sheds them. While that is
+    seen, the gate takes a *turn* now and then: no handler begins until no more calls come in.
+    """
+
+    TURN, RECENT = 0.1, 1.0
+    """Seconds between two turns, and since a call was lost to its deadline."""
+
+    BUSY = 0.5
+    """The share of a core that the process uses when it is busy. Below, there are no turns."""
+
+    QUIET = 0.002
+    """Seconds without a new call, and without a handler at work, that end a turn."""
+
+    LONGEST = 0.3
+    """Seconds after which a turn ends, whatever goes on."""
+
+    CROWD = 8
+    """Handlers at work at most between two turns: the next turn begins when they have ended."""
+
+    SWEEP, SELDOM = 0.05, 0.5
+    """Seconds between two looks at the queue by one of those that wait, and by each of the others."""
+
+    def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
+        super().__init__(config, load_reports=load_reports)
+        self._turns = self.admission.config.overload is Mode.ON
+        self._turning = self._crowded = False
+        self._turned = self._cpu = 0.0
+        self._turn_lock = threading.Lock()
+        self._sweeper = threading.Lock()
+
+    def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
+        """Take a permit, if that can be had at once; else ``wait`` for one."""
+        if now - self.admission.last_loss < self.RECENT:
+            if now - self._turned >= self.TURN:
+                self._turn()
+        elif self._crowded:
+            self._crowded = False
+        if self._turning or (self._crowded and self.admission.in_flight >= self.CROWD):
+            return False
+        return self.admission.enter(method, criticality)
+
+    def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none. The call's cancellation ends the wait."""
         woken = threading.Event()
-        ticket = Ticket(criticality, scope.arrived, woken.set)
-        _wake(self.admission.wait(ticket, time.monotonic()))
-        # A permit that came free meanwhile was nobody's to hand on.
-        self.settle()
-        while not woken.wait(0.05):
-            if scope.cancelled:
-                _wake(self.admission.abandon(ticket, time.monotonic()))
-                return Reason.EXPIRED
+        ticket = Ticket(method, criticality, scope.arrived, woken.set, scope.deadline)
+        _wake(self.admission.wait(ticket))
+        scope.adopt(ticket, woken.set)
+        sweeps = False
+        try:
+            # A permit that came free meanwhile was nobody's to hand on.
             self.settle()
+            while not woken.is_set():
+                sweeps = sweeps or self._sweeper.acquire(blocking=False)
+                woken.wait(self.SWEEP if sweeps else self.SELDOM)
+                self.settle()
+        finally:
+            scope.release(ticket)
+            if sweeps:
+                self._sweeper.release()
+        if scope.cancelled:
+            self.admission.abandon(ticket, time.monotonic())
+            self.settle()
+            return Reason.EXPIRED
         return ticket.refused
 
     def settle(self) -> None:
-        _wake(self.admission.dispatch(time.monotonic()))
+        if not self._turning:
+            most = max(0, self.CROWD - self.admission.in_flight) if self._crowded else None
+            _wake(self.admission.dispatch(time.monotonic(), most))
+
+    def _turn(self) -> None:
+        """Hold handlers back until no more calls come in, if the process was busy since the last turn. The thread that
+        finds that out waits for it."""
+        if not self._turns or not self._turn_lock.acquire(blocking=False):
+            return
+        try:
+            begun, cpu = time.monotonic(), time.process_time()
+            if begun - self._turned < self.TURN:
+                return
+            self._turning = self._crowded = cpu - self._cpu >= self.BUSY * (begun - self._turned)
+            heard, quiet, now = self.arrivals, begun, begun
+            while self._turning and now - quiet < self.QUIET and now - begun < self.LONGEST:
+                time.sleep(self.QUIET / 4)
+                now = time.monotonic()
+                if self.arrivals != heard or self.admission.in_flight:
+                    heard, quiet = self.arrivals, now
+            self._turning = False
+            self._turned, self._cpu = now, time.process_time()
+        finally:
+            self._turn_lock.release()
+        self.settle()
 
 
 class AioGate(Gate):
@@ -131,7 +209,7 @@ class AioGate(Gate):
     is counted, ordered and shed.
     """
 
-    TURN, SELDOM = 0.03, 0.48
+    TURN, SELDOM = 0.12, 0.48
     """Seconds between two turns: when handlers hold the loop, and when none was seen to."""
 
     HELD = 0.002
@@ -146,16 +224,21 @@ class AioGate(Gate):
     QUIET = 0.002
     """Seconds without a new call that end a turn: a call takes a few passes, and gRPC's poller its share of them."""
 
-    LONGEST = 0.02
-    """Seconds after which a turn ends however many calls come in."""
+    RECENT = 1.0
+    """Seconds since a call was lost to its deadline in which others may have been."""
+
+    LONGEST, CATCH_UP = 0.02, 0.05
+    """Seconds after which a turn ends however many calls come in: usually, and while calls are lost. Then many may wait
+    in core, and their callers be gone."""
+
+    IDLE = 0.3
+    """The share of a few moments in a turn that the loop's thread runs when it has accepted all that came."""
 
     SWEEP = 0.05
     """Seconds between two looks at a queue that nothing moves."""
 
     def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
         super().__init__(config, load_reports=load_reports)
-        self.arrivals = 0
-        """Calls seen; counted where handlers are looked up."""
         self._turns = self.admission.config.overload is Mode.ON
         self._clock = _BusyClock()
         self._every = self.TURN
@@ -177,13 +260,14 @@ class AioGate(Gate):
         for end in tuple(self.streams):
             end()
 
-    def enter(self, criticality: Criticality, now: float) -> bool:
+    def enter(self, method: Method, criticality: Criticality, now: float) -> bool:
         """Take a permit, if that can be had at once; else ``wait`` for one."""
-        if now - self._turned >= self._every and self._turn_begins(now):
+        # In a turn nobody begins, also when those that wait have given up.
+        if self._turning or (now - self._turned >= self._every and self._turn_begins(now)):
             return False
-        return self.admission.enter(criticality)
+        return self.admission.enter(method, criticality)
 
-    async def wait(self, criticality: Criticality, arrived: float) -> Reason | None:
+    async def wait(self, method: Method, criticality: Criticality, scope: Scope) -> Reason | None:
         """Wait for a permit: None with it, else the reason why there is none."""
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
@@ -192,13 +276,14 @@ class AioGate(Gate):
             if not woken.done():
                 woken.set_result(None)
 
-        ticket = Ticket(criticality, arrived, wake)
-        _wake(self.admission.wait(ticket, time.monotonic()))
+        ticket = Ticket(method, criticality, scope.arrived, wake, scope.deadline)
+        _wake(self.admission.wait(ticket))
         self.settle()
         try:
             await woken
         except asyncio.CancelledError:
-            _wake(self.admission.abandon(ticket, time.monotonic()))
+            self.admission.abandon(ticket, time.monotonic())
+            self.settle()
             raise
         return ticket.refused
 
@@ -214,16 +299,23 @@ class AioGate(Gate):
         self._turning = self._turns and cpu - self._cpu >= self.BUSY * (now - self._turned)
         self._turned, self._cpu, self._quiet = now, cpu, now
         if self._turning:
-            self._every = min(2 * self._every, self.SELDOM)
+            self._every = self.TURN if self._is_losing(now) else min(2 * self._every, self.SELDOM)
         return self._turning
+
+    def _is_losing(self, now: float) -> bool:
+        return now - self.admission.last_loss < self.RECENT
 
     def _pass(self) -> None:
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._turning:
-            if self.arrivals != self._heard:
+            # Calls whose callers are gone take time to accept, too, and never arrive.
+            cpu = self._clock()
+            if self.arrivals != self._heard or cpu - self._cpu > self.IDLE * (now - self._passed):
                 self._heard, self._quiet = self.arrivals, now
-            if now - self._quiet < self.QUIET and now - self._turned < self.LONGEST:
+            self._cpu, self._passed = cpu, now
+            longest = self.CATCH_UP if self._is_losing(now) else self.LONGEST
+            if now - self._quiet < self.QUIET and now - self._turned < longest:
                 loop.call_later(self.QUIET / 4, self._pass)
                 return
             self._turning = False

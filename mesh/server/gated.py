@@ -8,6 +8,7 @@ for them long enough they end with UNAVAILABLE, so that their clients resume els
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -15,8 +16,8 @@ from typing import Any
 
 from mesh import context as mesh_context
 from mesh.context import Scope
-from mesh.policy.admission import Reason
-from mesh.policy.limiter import Ending, Latency
+from mesh.policy.admission import Criticality, Method, Reason
+from mesh.policy.limiter import Ending
 from mesh.server.gate import AioGate, Gate, ThreadGate, criticality_of
 
 Behavior = Callable[..., Any]
@@ -28,15 +29,15 @@ def _scope() -> Scope:
     return scope
 
 
-def _unfit(gate: Gate, latency: Latency, scope: Scope, now: float) -> Reason | None:
-    """Why a call that has its permit shouldn't begin; it has given the permit back then."""
-    if scope.deadline is None:
-        return None
-    reason = gate.admission.unfit(latency, scope.deadline - now, criticality_of(scope.criticality), now)
-    if reason is not None:
-        gate.admission.release()
-        gate.settle()
+def _expired(gate: Gate, method: Method, criticality: Criticality, scope: Scope, now: float) -> Reason:
+    """Why a call that has its permit, and no time left, isn't run; it has given the permit back then."""
+    reason = gate.admission.expire(method, criticality, scope.arrived, now)
+    gate.settle()
     return reason
+
+
+def _left(scope: Scope, now: float) -> float:
+    return math.inf if scope.deadline is None else scope.deadline - now
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
@@ -48,25 +49,24 @@ def _refuse(gate: Gate, reason: Reason, context: Any, *, begun: bool = False) ->
     context.abort(code, details)
 
 
-def _admitted(gate: ThreadGate, latency: Latency, context: Any) -> float:
-    """Wait for a permit; when it was had. Ends the call when there is none."""
-    scope = _scope()
-    criticality = criticality_of(scope.criticality)
-    if not gate.admission.enter(criticality):
-        reason = gate.wait(criticality, scope)
-        if reason is not None:
-            _refuse(gate, reason, context)
+def _admitted(gate: ThreadGate, method: Method, criticality: Criticality, scope: Scope, context: Any) -> float:
+    """Wait for a permit; returns the time when it was granted. Ends the call when there is none."""
     now = time.monotonic()
-    if scope.deadline is not None and scope.deadline - now <= latency.median:
-        reason = _unfit(gate, latency, scope, now)
+    if not gate.enter(method, criticality, now):
+        reason = gate.wait(method, criticality, scope)
         if reason is not None:
             _refuse(gate, reason, context)
+        now = time.monotonic()
+    if scope.deadline is not None and scope.deadline <= now:
+        _refuse(gate, _expired(gate, method, criticality, scope, now), context)
     return now
 
 
-def _begin_stream(gate: ThreadGate, context: Any) -> None:
-    _admitted(gate, Latency(), context)
-    reason = gate.admission.begin_stream(criticality_of(_scope().criticality))
+def _begin_stream(gate: ThreadGate, method: Method, context: Any) -> None:
+    scope = _scope()
+    criticality = criticality_of(scope.criticality)
+    _admitted(gate, method, criticality, scope, context)
+    reason = gate.admission.begin_stream(method, criticality)
     gate.settle()
     if reason is not None:
         _refuse(gate, reason, context)
@@ -74,22 +74,27 @@ def _begin_stream(gate: ThreadGate, context: Any) -> None:
 
 def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False) -> Behavior:
     """A handler with one response."""
-    admission, latency = gate.admission, Latency()
+    admission = gate.admission
+    method = admission.method()
 
     def gated(request: Any, context: Any) -> Any:
-        started = _admitted(gate, latency, context)
+        scope = _scope()
+        criticality = criticality_of(scope.criticality)
+        started = _admitted(gate, method, criticality, scope, context)
         ending = Ending.FAILED
         try:
             response = behavior(request, context)
             ending = Ending.OK
         finally:
             now = time.monotonic()
-            admission.leave(latency, now - started, ending if context.is_active() else Ending.CANCELLED, now)
+            if not context.is_active():
+                ending = Ending.CANCELLED
+            admission.leave(method, criticality, started - scope.arrived, now - started, _left(scope, now), ending, now)
             gate.settle()
         return response
 
     def gated_stream(requests: Any, context: Any) -> Any:
-        _begin_stream(gate, context)
+        _begin_stream(gate, method, context)
         ending = Ending.FAILED
         try:
             response = behavior(requests, context)
@@ -105,9 +110,10 @@ def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False)
 
 def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = True) -> Behavior:  # noqa: ARG001
     """A handler with a stream of responses."""
+    method = gate.admission.method()
 
     def gated(request: Any, context: Any) -> Iterator[Any]:
-        _begin_stream(gate, context)
+        _begin_stream(gate, method, context)
         ending = Ending.FAILED
         try:
             for response in behavior(request, context):
@@ -127,21 +133,20 @@ def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: boo
 
 def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler of a unary call."""
-    admission, latency = gate.admission, Latency()
+    admission = gate.admission
+    method = admission.method()
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
         started = time.monotonic()
         criticality = criticality_of(scope.criticality)
-        if not gate.enter(criticality, started):
-            reason = await gate.wait(criticality, scope.arrived)
+        if not gate.enter(method, criticality, started):
+            reason = await gate.wait(method, criticality, scope)
             if reason is not None:
                 await context.abort(*gate.refusal(reason))
             started = time.monotonic()
-        if scope.deadline is not None and scope.deadline - started <= latency.median:
-            reason = _unfit(gate, latency, scope, started)
-            if reason is not None:
-                await context.abort(*gate.refusal(reason))
+        if scope.deadline is not None and scope.deadline <= started:
+            await context.abort(*gate.refusal(_expired(gate, method, criticality, scope, started)))
         ending = Ending.FAILED
         try:
             response = await behavior(request, context)
@@ -151,7 +156,7 @@ def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
             raise
         finally:
             now = time.monotonic()
-            admission.leave(latency, now - started, ending, now)
+            admission.leave(method, criticality, started - scope.arrived, now - started, _left(scope, now), ending, now)
             gate.settle()
         return response
 
@@ -159,14 +164,14 @@ def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
     return gated
 
 
-async def _aio_begin_stream(gate: AioGate, scope: Scope, context: Any) -> None:
+async def _aio_begin_stream(gate: AioGate, method: Method, scope: Scope, context: Any) -> None:
     now = time.monotonic()
     criticality = criticality_of(scope.criticality)
-    reason = None if gate.enter(criticality, now) else await gate.wait(criticality, scope.arrived)
+    reason = None if gate.enter(method, criticality, now) else await gate.wait(method, criticality, scope)
+    if reason is None and scope.deadline is not None and scope.deadline <= (now := time.monotonic()):
+        reason = _expired(gate, method, criticality, scope, now)
     if reason is None:
-        reason = _unfit(gate, Latency(), scope, now)
-    if reason is None:
-        reason = gate.admission.begin_stream(criticality)
+        reason = gate.admission.begin_stream(method, criticality)
         gate.settle()
     if reason is not None:
         await context.abort(*gate.refusal(reason))
@@ -175,10 +180,11 @@ async def _aio_begin_stream(gate: AioGate, scope: Scope, context: Any) -> None:
 def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler of a stream in any direction that is a coroutine."""
     admission = gate.admission
+    method = admission.method()
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
-        await _aio_begin_stream(gate, scope, context)
+        await _aio_begin_stream(gate, method, scope, context)
         task = asyncio.current_task()
         assert task is not None
         gate.streams.add(task.cancel)
@@ -205,10 +211,11 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
 def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler with a stream of responses that is an async generator."""
     admission = gate.admission
+    method = admission.method()
 
     async def gated(request: Any, context: Any) -> AsyncIterator[Any]:
         scope = _scope()
-        await _aio_begin_stream(gate, scope, context)
+        await _aio_begin_stream(gate, method, scope, context)
         task = asyncio.current_task()
         assert task is not None
         sending = False

@@ -1,66 +1,21 @@
-"""``grpc.health.v1`` for servers of both worlds.
+"""``grpc.health.v1`` for a threaded server; for asyncio see ``mesh/health.py``.
 
-grpcio's own servicers don't serve here. The asyncio one writes the responses of a watch, which interceptors that
-iterate over them can't stand around (OpenTelemetry's and Sentry's do). The threaded one sends under a lock that its
-watches take when their clients leave, on the thread that would complete the sending: both then wait for ever. And
-neither has anything to end a watch with: one that a client keeps open would take up all of a drain's grace.
+grpcio's own servicer sends under a lock that its watches take when their clients leave, on the thread that would
+complete the sending: both then wait for ever. And it has nothing to end a watch with: one that a client keeps open
+would take up all of a drain's grace.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
+from mesh.health import SERVICE_UNKNOWN
 from mesh.server.threads import responses
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-
-
-class AioHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """For a ``grpc.aio.Server``."""
-
-    def __init__(self) -> None:
-        self._statuses: dict[str, Any] = {}
-        self._changed = asyncio.Event()  # each change replaces it
-        self._ended = False
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.service not in self._statuses:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
-        return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
-
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        sent = None
-        while not self._ended:
-            changed = self._changed
-            status = self._statuses.get(request.service, SERVICE_UNKNOWN)
-            if status == sent:
-                await changed.wait()
-            else:
-                sent = status
-                yield health_pb2.HealthCheckResponse(status=status)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-
-    def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services``, and of the server as a whole."""
-        self._statuses.update(dict.fromkeys(("", *services), status))
-        self._wake()
-
-    def end_watches(self) -> None:
-        """End the watches that are open, and those to come."""
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
 
 class _Watch:

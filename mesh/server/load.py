@@ -30,6 +30,9 @@ PERIOD = 0.1
 LEAST_INTERVAL = 0.1
 """Seconds between two reports of the out-of-band service, however few are asked for; ORCA's default is a minute."""
 
+MAX_INTERVAL = 3600.0
+"""Seconds between two reports of the out-of-band service, at most."""
+
 SMOOTHING = 0.3
 """The share of a new period in what is reported."""
 
@@ -110,14 +113,15 @@ class Load:
         span = now - self._stamp
         if span > 0:
             cpu, ended, failed = time.process_time(), self._admission.ended, self._admission.failed
-            busy = (self._admission.in_flight + self._admission.waiting) / max(1, self._admission.limit)
+            used = (cpu - self._cpu) / span
             # After a quiet time the past says nothing.
             weight = max(SMOOTHING, min(1.0, span))
             for field, value in (
-                ("cpu_utilization", (cpu - self._cpu) / span),
+                ("cpu_utilization", used),
                 ("rps_fractional", (ended - self._ended) / span),
                 ("eps", (failed - self._failed) / span),
-                ("application_utilization", busy),
+                # Permits alone say little where there is no limit: then the process is as busy as its CPU.
+                ("application_utilization", max(used, self._admission.utilization)),
             ):
                 before = getattr(self._report, field)
                 setattr(self._report, field, round(before + (value - before) * weight, 4))
@@ -129,7 +133,8 @@ class Load:
 
 
 def _interval(request: Any) -> float:
-    return max(LEAST_INTERVAL, request.report_interval.ToTimedelta().total_seconds() or 60.0)
+    interval = request.report_interval  # may be out of a Duration's range: it is whatever the client sent
+    return min(max(LEAST_INTERVAL, (interval.seconds + interval.nanos / 1e9) or 60.0), MAX_INTERVAL)
 
 
 def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:

@@ -20,6 +20,9 @@ from mesh.server.threads import SPARE
 
 Option = tuple[str, str | int]
 
+LONGEST_NUMBER = 40
+"""Characters of a variable that is a number."""
+
 
 class _RefusedError(Exception):
     """What a value should have been."""
@@ -60,6 +63,8 @@ def _registry(value: str) -> str:
 
 def _number(parse: Callable[[str], Any], low: float, high: float, accepted: str) -> Callable[[str], Any]:
     def parsed(value: str) -> Any:
+        if len(value) > LONGEST_NUMBER:
+            raise _RefusedError(accepted)
         try:
             number = parse(value)
         except ValueError:
@@ -77,6 +82,10 @@ def _seconds(low: float, high: float) -> Callable[[str], Any]:
 
 def _whole(low: int, high: int) -> Callable[[str], Any]:
     return _number(int, low, high, f"a whole number from {low} to {high}")
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 200 else value[:197] + "..."
 
 
 def _switch(value: str) -> bool:
@@ -129,10 +138,13 @@ class ServerSettings:
     Until then it is NOT_SERVING, unregistered, and refuses calls. It may be async.
     ``reflection``: whether the server describes its services (needs grpcio-reflection). ``channelz``: whether it tells
     of its connections and calls, where grpcio-channelz is installed.
-    ``overload``: whether calls beyond what the server can do are refused, only counted (dry-run), or let in. ``late``:
-    the same for calls with less time left than their method takes, while the server is busy.
-    ``max_concurrency``: handlers at work at once, whatever the adaptive limit says (a threaded server has as many as
-    ``max_workers``). ``queue_size``: calls that may wait. ``max_streams``: streams open at once, of all clients.
+    ``overload``: whether a method's concurrency is limited while its calls miss their deadlines because of load, and
+    calls are refused while others are lost in the queue: on, only counted (dry-run), or off. ``late``: the same for
+    calls in the queue with less time left than their method takes. ``overload_after``: for how long calls must miss
+    their deadlines before that (less for calls that take less).
+    ``min_concurrency``: the lowest limit that a method gets. ``max_concurrency``: handlers at work at once, of all
+    methods, whether limited or not (a threaded server has as many as ``max_workers``). ``queue_size``: calls that may
+    wait. ``max_streams``: streams open at once, of all clients.
     ``load_reports``: whether answers carry the load, for clients that balance by it.
     ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit. ``max_metadata_bytes``: the
     largest metadata. ``max_connection_streams``: calls and streams at once on one connection.
@@ -167,14 +179,16 @@ class ServerSettings:
     channelz: bool = _setting(True, "MESH_CHANNELZ", _switch)
     overload: Mode = _setting(Mode.ON, "MESH_OVERLOAD", _mode)  # noqa: RUF009 - a field, as the others
     late: Mode = _setting(Mode.ON, "MESH_LATE", _mode)  # noqa: RUF009
-    max_concurrency: int = _setting(1000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
+    min_concurrency: int = _setting(10, "MESH_MIN_CONCURRENCY", _whole(1, 100_000))
+    max_concurrency: int = _setting(10_000, "MESH_MAX_CONCURRENCY", _whole(1, 100_000))
+    overload_after: float = _setting(1.0, "MESH_OVERLOAD_AFTER", _seconds(0.1, 60))
     queue_size: int = _setting(1000, "MESH_QUEUE_SIZE", _whole(0, 100_000))
-    max_streams: int = _setting(1000, "MESH_MAX_STREAMS", _whole(1, 100_000))
+    max_streams: int = _setting(10_000, "MESH_MAX_STREAMS", _whole(1, 100_000))
     load_reports: bool = _setting(True, "MESH_LOAD_REPORTS", _switch)
     max_receive_bytes: int = _setting(4 << 20, "MESH_MAX_RECEIVE_BYTES", _whole(-1, 2**31 - 1))
     max_send_bytes: int = _setting(-1, "MESH_MAX_SEND_BYTES", _whole(-1, 2**31 - 1))
     max_metadata_bytes: int = _setting(16 << 10, "MESH_MAX_METADATA_BYTES", _whole(1024, 2**31 - 1))
-    max_connection_streams: int = _setting(1000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
+    max_connection_streams: int = _setting(10_000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
     connection_age: float = _setting(300.0, "MESH_CONNECTION_AGE", _seconds(0, 86400))
     connection_age_grace: float = _setting(3600.0, "MESH_CONNECTION_AGE_GRACE", _seconds(0, 86400))
     keepalive_time: float = _setting(2.0, "MESH_KEEPALIVE_TIME", _seconds(0.1, 86400))
@@ -207,7 +221,7 @@ class ServerSettings:
             try:
                 told[setting.name] = setting.metadata["parse"](value)
             except _RefusedError as accepted:
-                raise ValueError(f"{variable}={value!r}: expected {accepted}") from None
+                raise ValueError(f"{variable}={_short(value)!r}: expected {accepted}") from None
         return cls(**told)
 
     def admission(self, threads: int | None = None) -> AdmissionConfig:
@@ -217,7 +231,9 @@ class ServerSettings:
             # A stream holds a thread for as long as it lasts.
             most, streams = min(most, threads), min(streams, SPARE // 2)
         return AdmissionConfig(
+            least=self.min_concurrency,
             most=most,
+            after=self.overload_after,
             queue_size=self.queue_size,
             max_streams=streams,
             overload=self.overload,
@@ -240,6 +256,8 @@ class ServerSettings:
             # Soft and hard alike: between the two core refuses by chance.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            # A client at this limit gets UNAVAILABLE (REFUSED_STREAM) now and then instead of waiting: core counts
+            # streams that are about to close. So the default is out of reach.
             ("grpc.max_concurrent_streams", self.max_connection_streams),
             # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
             # tell from a cancel of their own: let them come to where they are refused for a reason.

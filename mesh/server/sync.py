@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 from mesh import context as mesh_context
 from mesh import lines, variables
 from mesh.channel import forking
+from mesh.health import NOT_SERVING, SERVING
 from mesh.listening import Listener
 from mesh.policy.admission import Reason
 from mesh.server import load
@@ -37,7 +38,7 @@ from mesh.server.assembly import (
 )
 from mesh.server.deadlines import LOG, arriving, wrap_sync
 from mesh.server.gate import ThreadGate
-from mesh.server.health import NOT_SERVING, SERVING, Health
+from mesh.server.health import Health
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
@@ -98,7 +99,7 @@ class Server:
             interceptors=list(settings.interceptors),
             options=settings.server_options(),
         )
-        recorder = Recorder(server, lambda handler: wrap_sync(handler, self.gate), _arrived, settings.observer)
+        recorder = Recorder(server, lambda handler: wrap_sync(handler, self.gate), self._arrived, settings.observer)
         recorder.add(self._servicers)
         self.services = recorder.services
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -118,6 +119,10 @@ class Server:
             threading.Thread(target=self._when_ready, args=(readiness,), name="mesh-ready", daemon=True).start()
         else:
             self._serve()
+
+    def _arrived(self, call: grpc.HandlerCallDetails) -> None:
+        self.gate.arrivals += 1
+        mesh_context.enter(arriving(call.invocation_metadata))
 
     def _when_ready(self, readiness: Readiness) -> None:
         asyncio.run(keep_running("starting to serve", functools.partial(self._serve_when_ready, readiness)))
@@ -208,10 +213,6 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<mesh Server {', '.join(self.services) or 'not started'} on {self.address or self.settings.listen}>"
-
-
-def _arrived(call: grpc.HandlerCallDetails) -> None:
-    mesh_context.enter(arriving(call.invocation_metadata))
 
 
 def serve(servicers: Servicers, settings: ServerSettings | None = None) -> int:

@@ -8,6 +8,7 @@ the shop (NATS JetStream), ``services.events.memory`` the one of unit tests; one
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -27,6 +28,24 @@ MAX_ATTEMPTS = 6
 
 FIRST_BACKOFF, MAX_BACKOFF = 0.2, 5.0
 """Seconds before an event is handed out again, doubled with each attempt."""
+
+
+MAX_ATTRIBUTE = 255
+"""Characters of an event's source, type and subject, at the most."""
+
+MAX_ID = 64
+"""Characters of an event's id, at the most."""
+
+MAX_TRACE = 512
+"""Characters of ``traceparent`` and of ``tracestate``, at the most (W3C asks for no more)."""
+
+MAX_DATA = 512 * 1024
+"""Bytes of an event's data, at the most: half of what a broker takes, which leaves room for any header."""
+
+MAX_REASON = 1_000
+"""Characters of a dead letter's reason, at the most."""
+
+_TYPE = re.compile(r"weft(\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,10 @@ class BusAwayError(Exception):
     """The bus can't be reached, or didn't say that it kept the event; the same event may be published again."""
 
 
+class UnpublishableError(Exception):
+    """The event itself keeps it from being published, and will do so each time; the message says what is wrong."""
+
+
 class RejectedError(Exception):
     """Raised by a handler that could never act on the event, however often it comes; the message says why."""
 
@@ -72,7 +95,7 @@ class Publisher(Protocol):
     async def publish(self, event: Event) -> None:
         """Return once the bus has kept the event; one that it was given before (by ``id``) it keeps but once.
 
-        Raises BusAwayError.
+        Raises BusAwayError, and UnpublishableError for an event that breaks ``check``.
         """
 
 
@@ -116,6 +139,41 @@ class Dead:
     """The event goes to the dead letters."""
 
     reason: str
+
+
+def check(event: Event) -> None:
+    """Raise UnpublishableError unless the event is within the limits above, which every bus and consumer can handle."""
+    attributes = {
+        "id": (event.id, MAX_ID),
+        "source": (event.source, MAX_ATTRIBUTE),
+        "type": (event.type, MAX_ATTRIBUTE),
+        "subject": (event.subject, MAX_ATTRIBUTE),
+    }
+    for name, (value, most) in attributes.items():
+        if not 1 <= len(value) <= most:
+            raise UnpublishableError(f"{name} has {len(value)} characters, and 1 to {most} are allowed")
+        if not value.isprintable():
+            raise UnpublishableError(f"{name} has characters that can't be printed")
+    if not _TYPE.fullmatch(event.type):
+        raise UnpublishableError(f"type {event.type!r} should be the full name of a message below weft")
+    if len(event.data) > MAX_DATA:
+        raise UnpublishableError(f"data has {len(event.data)} bytes, and {MAX_DATA} are allowed")
+    if event.time.tzinfo is None:
+        raise UnpublishableError("time has no zone")
+    try:
+        event.time.astimezone(dt.UTC)
+    except OverflowError:
+        raise UnpublishableError("time is none in UTC") from None
+
+
+def traced(attributes: Mapping[str, str]) -> dict[str, str]:
+    """The W3C trace context in ``attributes``. What is longer than MAX_TRACE or can't be printed is left out: a broken
+    trace is no reason to refuse what it belongs to."""
+    return {
+        name: value
+        for name in ("traceparent", "tracestate")
+        if 0 < len(value := attributes.get(name, "")) <= MAX_TRACE and value.isprintable()
+    }
 
 
 def backoff(attempt: int) -> float:

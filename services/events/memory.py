@@ -33,6 +33,7 @@ class MemoryBus:
         self._backoff = backoff
 
     async def publish(self, event: Event) -> None:
+        events.check(event)
         if event.id in self._ids:
             return
         self._ids.add(event.id)

@@ -4,6 +4,9 @@ Every replica of the service runs one, and the one that holds the outbox's lease
 one after the other, and different subjects' side by side. It stops in time when it can't renew its lease, and gives the
 lease back when it can't reach the bus: another replica may. Killed, it is followed by another within LEASE and a bit,
 which publishes again what was not yet removed; the bus knows those by their ids.
+
+An event that can't be published by its own fault holds up those of its subject alone, and for some attempts at the
+most: then it is set aside, and the log has it as an error.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+import sqlalchemy as sa
 import structlog
 
 from services.database import Database
 from services.errors import RefusedError
-from services.events import BusAwayError, Publisher
+from services.events import MAX_ATTRIBUTE, MAX_REASON, BusAwayError, Event, Publisher
 from services.outbox import Lease, Outbox, Row
 
 log = structlog.stdlib.get_logger()
@@ -37,6 +41,12 @@ BATCH = 200
 RETRY = 0.5
 """Seconds before the next attempt when the bus or the database is away."""
 
+MAX_ATTEMPTS = 5
+"""How often an event that can't be published by its own fault is tried, before it is set aside."""
+
+MOST_HELD = 1_000
+"""Subjects that wait for the next attempt of their oldest event, at the most."""
+
 LATE = 5.0
 """Seconds of lag from which on the log tells of it, every LATE seconds."""
 
@@ -52,6 +62,7 @@ class Relay:
             ...
 
     ``name``: this replica's; no other has it at the same time. ``lease``: seconds, the same for all replicas.
+    ``retry``: seconds before the second attempt for an event that failed by its own fault, doubled with each.
     Leaving the block publishes what waits, if that can be done now, and gives the lease back.
     """
 
@@ -63,6 +74,7 @@ class Relay:
         name: str,
         *,
         lease: float = LEASE,
+        retry: float = RETRY,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], dt.datetime] = _wall,
     ) -> None:
@@ -70,16 +82,21 @@ class Relay:
         """Seconds for which the oldest event has waited, as of the last look; 0 while another replica relays."""
         self.published = 0
         """Events that the bus has kept from this relay."""
+        self.set_aside = 0
+        """Events that this relay has set aside."""
         self._database = database
         self._outbox = outbox
         self._publisher = publisher
         self._name = name
         self._term = lease
+        self._retry = retry
         self._now = now
         self._wall = wall
         self._held: Lease | None = None
         self._since = 0.0  # when the held lease was last renewed, or the other's was first seen as it is
         self._seen: Lease | None = None
+        self._held_until: dict[str, float] = {}
+        """Subjects whose oldest event failed, and when it is tried again."""
         self._told = 0.0
         self._late = False
         self._stop = asyncio.Event()
@@ -117,7 +134,12 @@ class Relay:
         try:
             if not await self._hold():
                 return self._term / 8
-            rows = await self._database.read(lambda connection: self._outbox.waiting(connection, BATCH))
+            now = self._now()
+            self._held_until = {subject: until for subject, until in self._held_until.items() if until > now}
+            if len(self._held_until) > MOST_HELD - BATCH:
+                return POLL
+            held = tuple(self._held_until)
+            rows = await self._database.read(lambda connection: self._outbox.waiting(connection, BATCH, held))
             self._measure(rows)
             if not rows:
                 return POLL
@@ -169,12 +191,21 @@ class Relay:
         """Publish the events, and remove from the outbox what the bus has kept, whatever happens to the rest."""
         of_subject: dict[str, list[Row]] = collections.defaultdict(list)
         for row in rows:
-            of_subject[row.event.subject].append(row)
+            of_subject[row.subject].append(row)
         kept: list[int] = []
+        failed: list[tuple[Row, Exception]] = []
 
         async def in_order(rows: Sequence[Row]) -> None:
             for row in rows:
-                await self._publisher.publish(row.event)
+                try:
+                    if isinstance(row.event, Exception):
+                        raise row.event
+                    await self._publisher.publish(row.event)
+                except (BusAwayError, TimeoutError):
+                    raise  # the bus is away, and the event may be as good as any
+                except Exception as error:
+                    failed.append((row, error))
+                    return
                 kept.append(row.sequence)
 
         try:
@@ -184,12 +215,40 @@ class Relay:
             if kept:
                 await self._database.write(lambda connection: self._outbox.remove(connection, kept))
                 self.published += len(kept)
+            if failed:
+                await self._note_failed(failed)
         for ending in endings:
             if ending is not None:
                 raise ending
 
+    async def _note_failed(self, failed: Sequence[tuple[Row, Exception]]) -> None:
+        """Hold the subjects of events that failed for a while, or set an event aside that failed often enough."""
+        reasons = {row.sequence: _reason(error) for row, error in failed}
+        hopeless = [row for row, _ in failed if row.attempts + 1 >= MAX_ATTEMPTS]
+        others = [row for row, _ in failed if row.attempts + 1 < MAX_ATTEMPTS]
+
+        def work(connection: sa.Connection) -> None:
+            self._outbox.count_attempt(connection, [row.sequence for row in others])
+            for row in hopeless:
+                self._outbox.set_aside(connection, row.sequence, reasons[row.sequence], self._wall())
+
+        await self._database.write(work)
+        for row in others:
+            self._held_until[row.subject] = self._now() + self._retry * 2.0**row.attempts
+        for row in hopeless:
+            self.set_aside += 1
+            log.error(
+                "event set aside; it is not published",
+                table="outbox_set_aside",
+                sequence=row.sequence,
+                subject=row.subject[:MAX_ATTRIBUTE],
+                attempts=row.attempts + 1,
+                error=reasons[row.sequence],
+            )
+
     def _measure(self, rows: Sequence[Row]) -> None:
-        self.lag = max(0.0, (self._wall() - rows[0].event.time).total_seconds()) if rows else 0.0
+        oldest = next((row.event.time for row in rows if isinstance(row.event, Event)), None)
+        self.lag = 0.0 if oldest is None else max(0.0, (self._wall() - oldest).total_seconds())
         if self._late and self.lag < LATE:
             self._late = False
             log.info("outbox caught up")
@@ -203,3 +262,9 @@ class Relay:
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
+
+
+def _reason(error: Exception) -> str:
+    """Why an event failed, as a text that any database keeps."""
+    text = f"{type(error).__name__}: {error}"[:MAX_REASON]
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()

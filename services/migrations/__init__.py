@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +72,16 @@ def _turn(database: Database) -> Iterator[None]:
     if database.file is None:
         yield
         return
-    with database.file.with_name(f"{database.file.name}.lock").open("w") as lock:
+    lock_file = database.file.with_name(f"{database.file.name}.lock")
+    _create_private(lock_file)
+    with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _create_private(database.file)  # SQLite gives its other files the same mode
         database.use_wal()
         yield
+
+
+def _create_private(file: Path) -> None:
+    """Create a file for this user alone, unless it is there."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import uuid
 from collections.abc import Callable, Mapping
 
@@ -43,6 +44,9 @@ KINDS: Mapping[str, tuple[type[Message], Kind]] = {
 """What each type of event holds, and what is told because of it."""
 
 
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
@@ -63,8 +67,8 @@ class OrderEvents:
             order = message.FromString(event.data).order
         except DecodeError as error:
             raise RejectedError(f"holds no {event.type}: {error}") from None
-        if not order.id or not order.user_id:
-            raise RejectedError("names no order, or no user")
+        if not _UUID.fullmatch(order.id) or not _UUID.fullmatch(order.user_id):
+            raise RejectedError("names no order, or no user, by its UUID")
         notification = Notification.new(
             str(uuid.uuid4()),
             kind,

@@ -10,10 +10,8 @@ from typing import Any
 import grpc
 
 from services import paging
-from services.errors import InvalidFieldError
 from services.notification.domain import Notification
 from services.notification.store import NotificationStore
-from services.paging import InvalidTokenError
 from services.rpc import answered, answered_stream, timestamp
 from weft.notification.v1 import notification_pb2 as pb
 from weft.notification.v1 import notification_pb2_grpc
@@ -44,13 +42,13 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
         listing = f"weft.notification.v1.NotificationService/ListNotifications?user_id={user_id}&order_id={order_id}"
         page = await self._store.list(
             paging.size(request.page_size),
-            paging.after(listing, request.page_token),
+            self._store.tokens.after(listing, request.page_token),
             user_id=user_id,
             order_id=order_id,
         )
         return pb.ListNotificationsResponse(
             notifications=map(_message, page.items),
-            next_page_token=paging.token(listing, page.last) if page.more else "",
+            next_page_token=self._store.tokens.make(listing, page.last) if page.more else "",
         )
 
     @answered_stream
@@ -60,22 +58,17 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
         user_id = request.user_id.lower()
         watch = f"weft.notification.v1.NotificationService/WatchNotifications?user_id={user_id}"
         if request.resume_token:
-            try:
-                last = paging.after(watch, request.resume_token)
-            except InvalidTokenError:
-                raise InvalidFieldError(
-                    "resume_token", "INVALID_RESUME_TOKEN", "was not made by this method for the same user_id"
-                ) from None
+            last = self._store.tokens.after(watch, request.resume_token, field="resume_token")
         else:
             last = await self._store.last()
-            yield pb.WatchNotificationsResponse(resume_token=paging.token(watch, last))
+            yield pb.WatchNotificationsResponse(resume_token=self._store.tokens.make(watch, last))
         while True:
             # Looked at before the rows are read: what comes in between is then read twice rather than never.
             newest = self._news.newest
             rows = await self._store.rows(AT_A_TIME, last, user_id=user_id)
             for last, notification in rows:
                 yield pb.WatchNotificationsResponse(
-                    notification=_message(notification), resume_token=paging.token(watch, last)
+                    notification=_message(notification), resume_token=self._store.tokens.make(watch, last)
                 )
             if len(rows) < AT_A_TIME:
                 await self._news.after(max(newest, last))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from services import paging
 from services.database import SEQUENCE, Database, UtcDateTime
 from services.notification.domain import Kind, Notification
-from services.paging import Page
+from services.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -38,6 +39,8 @@ processed_events = sa.Table(
     sa.Column("process_time", UtcDateTime, nullable=False),
 )
 
+paging.add_key(metadata)
+
 # Made once: SQLAlchemy takes as long to make a statement as SQLite does to run it.
 _PROCESSED = sa.select(processed_events.c.event_id).where(processed_events.c.event_id == sa.bindparam("event_id"))
 _REMEMBER = sa.insert(processed_events)
@@ -52,6 +55,7 @@ class NotificationStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.tokens = Tokens.of(database)
 
     async def act(self, event_id: str, notification: Notification) -> bool:
         """Keep what the user is told because of the event; False, and nothing is kept, when the event came before."""

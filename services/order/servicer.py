@@ -80,9 +80,11 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
     async def ListOrders(self, request: pb.ListOrdersRequest, context: Context) -> pb.ListOrdersResponse:
         listing = Listing(request.user_id.lower(), request.filter)
         key = f"weft.order.v1.OrderService/ListOrders?{listing}"
-        page = await self._store.list(paging.size(request.page_size), paging.after(key, request.page_token), listing)
+        after = self._store.tokens.after(key, request.page_token)
+        page = await self._store.list(paging.size(request.page_size), after, listing)
         return pb.ListOrdersResponse(
-            orders=map(order_message, page.items), next_page_token=paging.token(key, page.last) if page.more else ""
+            orders=map(order_message, page.items),
+            next_page_token=self._store.tokens.make(key, page.last) if page.more else "",
         )
 
     @answered
@@ -106,12 +108,13 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
         order_id = request.id.lower()
         key = f"weft.order.v1.OrderService/WatchOrder?{order_id}"
         if request.resume_token:
-            seen = paging.after(key, request.resume_token, field="resume_token")
+            seen = self._store.tokens.after(key, request.resume_token, field="resume_token")
         else:
             seen = (await self._store.get(order_id)).version - 1
         while True:
             for order in await self._store.history(order_id, seen):
-                yield pb.WatchOrderResponse(order=order_message(order), resume_token=paging.token(key, order.version))
+                token = self._store.tokens.make(key, order.version)
+                yield pb.WatchOrderResponse(order=order_message(order), resume_token=token)
                 seen = order.version
             now = await self._store.get(order_id)
             if now.version > seen:

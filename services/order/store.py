@@ -12,13 +12,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters
+from services import filters, paging
 from services.database import SEQUENCE, Database, UtcDateTime
 from services.idempotency import Requests
 from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
 from services.order.messages import event_message
 from services.outbox import Outbox
-from services.paging import Page
+from services.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -69,6 +69,7 @@ known_users = sa.Table("known_users", metadata, sa.Column("user_id", sa.String(3
 
 requests = Requests(metadata)
 outbox = Outbox(metadata, "/weft/order")
+paging.add_key(metadata)
 
 _ITEMS = (items.c.order_id, items.c.sku, items.c.quantity, items.c.currency, items.c.units, items.c.nanos)
 # Statements that are made once: making one costs more than SQLite takes to perform it.
@@ -84,6 +85,13 @@ _COMPARED = {
 }
 _MOST_REMEMBERED = 100_000  # users, at 100 bytes each
 _MOST_AT_A_TIME = 1_000  # ids in a query; SQLite takes 32,766
+
+MOST_ITEMS = 5_000
+"""Items of a page's orders from which on the page ends: 1,000 orders of 100 items are more than a client takes (4 MiB),
+and would hold others up."""
+
+_ORDERS_AT_A_TIME = 50
+"""Orders whose items are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,7 @@ class OrderStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.tokens = Tokens.of(database)
         self._remembered: set[str] = set()  # of known_users; saves looking there again
 
     async def find(self, order: Order, request_id: str) -> Order | None:
@@ -154,7 +163,8 @@ class OrderStore:
         return await self._database.read(lambda connection: _get(connection, order_id))
 
     async def list(self, size: int, after: int = 0, listing: Listing = Listing()) -> Page[Order]:
-        """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``.
+        """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``. Fewer when
+        they have MOST_ITEMS items or more.
 
         Raises InvalidFieldError when ``listing`` can't be read.
         """
@@ -165,8 +175,11 @@ class OrderStore:
 
         def work(connection: sa.Connection) -> Page[Order]:
             rows = connection.execute(query).all()
-            whole = _with_items(connection, rows)
-            return Page.cut([(row.sequence, order) for row, order in zip(rows, whole, strict=True)], size)
+            whole: list[Order] = []
+            while len(whole) < min(len(rows), size) and sum(len(order.items) for order in whole) < MOST_ITEMS:
+                whole += _with_items(connection, rows[len(whole) : min(len(whole) + _ORDERS_AT_A_TIME, size)])
+            last = rows[len(whole) - 1].sequence if whole else 0
+            return Page(whole, last, more=len(rows) > len(whole))
 
         return await self._database.read(work)
 

@@ -25,7 +25,8 @@ class EmailTakenError(AlreadyExistsError):
     """Another user has the email."""
 
     def __init__(self, email: str) -> None:
-        super().__init__("EMAIL_TAKEN", f"another user has the email {email}", email=email)
+        # Not in the message, which is logged.
+        super().__init__("EMAIL_TAKEN", "another user has this email", email=email)
 
 
 class UserDeletedError(FailedPreconditionError):

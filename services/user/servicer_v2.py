@@ -46,9 +46,9 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         listing = Listing(request.filter, request.order_by, request.show_deleted)
         key = f"weft.user.v2.UserService/ListUsers?{listing}"
-        after = paging.position(key, request.page_token)
+        after = self._store.tokens.position(key, request.page_token)
         page = await self._store.list(paging.size(request.page_size), after, listing)
-        token = paging.token(key, *page.last) if page.more else ""
+        token = self._store.tokens.make(key, *page.last) if page.more else ""
         return pb.ListUsersResponse(users=map(_message, page.items), next_page_token=token)
 
     @answered

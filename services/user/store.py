@@ -9,11 +9,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters
+from services import filters, paging
 from services.database import SEQUENCE, TEXT, Database, UtcDateTime
 from services.errors import EtagMismatchError
 from services.idempotency import Requests
-from services.paging import Page, Position
+from services.paging import Page, Position, Tokens
 from services.user.domain import EmailTakenError, Name, User, UserNotFoundError, email_key
 
 VERSIONS = Path(__file__).parent / "versions"
@@ -42,6 +42,7 @@ users = sa.Table(
 )
 
 requests = Requests(metadata)
+paging.add_key(metadata)
 
 _USER = (
     users.c.id,
@@ -82,6 +83,7 @@ class UserStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.tokens = Tokens.of(database)
 
     async def create(self, user: User, request_id: str = "") -> User:
         """Add a user; give back the one that the same request added before. ``request_id``: empty when there is none.

@@ -19,6 +19,7 @@ import pytest
 
 import mesh
 import mesh.aio
+from mesh.channel.background import OLD_CORE
 from tests.channel.suite import RESPONSES, UNARY
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -185,7 +186,7 @@ GARBAGE: dict[str, tuple[Answer, set[str]]] = {
     ),
     "a pushback that is no number": (
         trailers(("grpc-status", "9"), ("grpc-retry-pushback-ms", "soon")),
-        {"FAILED_PRECONDITION", "INTERNAL"},
+        {"FAILED_PRECONDITION", "INTERNAL", "UNKNOWN"},
     ),
     "upper-case trailers": (
         trailers(("grpc-status", "9"), ("X-UPPER", "1")),
@@ -274,6 +275,8 @@ def test_a_call_fails_and_the_channel_lives(name: str, serve: Serve) -> None:
 
 @pytest.mark.parametrize("name", GARBAGE)
 async def test_an_aio_call_fails_and_the_channel_lives(name: str, serve: Serve) -> None:
+    if name == "a status that is none of gRPC's" and OLD_CORE:
+        pytest.skip("an old grpc.aio raises KeyError for it")
     answer, codes = GARBAGE[name]
     server = serve(answer, answer, good)
     channel: Any = mesh.aio.insecure_channel(f"static:///{server.address}")

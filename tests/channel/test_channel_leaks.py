@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -19,7 +19,7 @@ import mesh.aio
 from mesh.channel import background
 from mesh.channel.subchannels import Method
 from mesh.server.deadlines import METHODS, Wrapped
-from tests.channel.suite import BOTH, RESPONSES, UNARY, Server
+from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
 from tests.processes import eventually
 
 DEADLINE = 600.0  # of calls that are over long before
@@ -172,3 +172,23 @@ def test_a_server_keeps_no_more_wrapped_handlers_than_it_has_methods() -> None:
 
 def _echo(number: int) -> Callable[[bytes, Any], bytes]:
     return lambda request, context: request
+
+
+@pytest.mark.parametrize("make", [grpc.aio.insecure_channel, mesh.aio.insecure_channel], ids=["grpc", "mesh"])
+async def test_the_callers_requests_end_with_the_call_though_the_call_object_is_kept(make: Any, server: Server) -> None:
+    ended = asyncio.Event()
+
+    async def forever() -> AsyncIterator[bytes]:
+        try:
+            yield b"abort ABORTED enough"
+            while True:
+                yield b"."
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async with make(server.address) as channel:
+        call = channel.stream_unary(REQUESTS)(forever(), timeout=5)
+        assert await call.code() is not grpc.StatusCode.OK
+        await asyncio.wait_for(ended.wait(), 5)
+        assert call.done()

@@ -155,3 +155,25 @@ def test_a_server_without_the_service_is_called_all_the_same(caplog: pytest.LogC
 
         eventually(said, within=WITHIN)
     replica.stop()
+
+
+@pytest.mark.slow
+def test_one_that_claims_to_be_nearly_idle_takes_no_more_than_four_times_another() -> None:
+    replicas = [Replica(0.5, aside=False), Replica(0.5, aside=False), Replica(1e-6, aside=False)]
+    try:
+        with mesh.insecure_channel(*channel_to(replicas)) as channel:
+            call: Any = channel.unary_unary(UNARY)
+
+            def share_of_90() -> float:
+                before = counted(replicas)
+                for _ in range(90):
+                    assert call(b"x", timeout=WITHIN, wait_for_ready=True) == b"x"
+                made = counted(replicas)
+                made.subtract(before)
+                return made[replicas[2].address] / 90
+
+            eventually(lambda: share_of_90() > 0.6, what="it gets 2 of 3 calls: 4 / (4 + 1 + 1)")
+            assert share_of_90() == pytest.approx(2 / 3, abs=0.05)
+    finally:
+        for replica in replicas:
+            replica.stop()

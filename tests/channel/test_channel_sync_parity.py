@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 import mesh
+from mesh.channel.background import OLD_CORE
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server, own
 
 Scenario = Callable[[Any, Any], object]
@@ -558,6 +559,8 @@ class Any3:
 def test_a_mesh_channel_shows_what_grpcs_own_does(
     name: str, target: str, server: Server, servers: list[Server]
 ) -> None:
+    if name == "metadata_that_cannot_be_sent" and OLD_CORE:
+        pytest.skip("grpcio before 1.80 raises ValueError where later ones return a call that failed")
     with grpc.insecure_channel(server.address) as channel:
         expected = SCENARIOS[name](channel, server)
     with mesh.insecure_channel(target) as channel:

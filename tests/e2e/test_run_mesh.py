@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,24 @@ with (
     told = next(watch).notification
     assert (told.order_id, told.kind) == (order.id, notification_pb2.Notification.KIND_ORDER_CREATED), told
     watch.cancel()
+"""
+
+TAKEN = """
+import grpc
+import mesh
+from weft.user.v1 import user_pb2, user_pb2_grpc
+
+with mesh.insecure_channel("mesh:///weft.user.v1.UserService") as channel:
+    users = user_pb2_grpc.UserServiceStub(channel)
+    users.CreateUser(user_pb2.CreateUserRequest(name="Ada", email="ada.lovelace@example.com"), timeout=10)
+    try:
+        users.CreateUser(user_pb2.CreateUserRequest(name="Ada", email="ada.lovelace@example.com"), timeout=10)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.ALREADY_EXISTS, error
+    try:
+        users.GetUser(user_pb2.GetUserRequest(id="ada.lovelace@example.com"), timeout=10)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error
 """
 
 
@@ -264,14 +283,88 @@ def test_a_bad_variable_of_a_service_is_named(spawn: Spawn, tmp_path: Path) -> N
     assert "Traceback" not in process.said
 
 
+def started(pid: int) -> float:
+    """When the process began, on the clock of ``time.clock_gettime(time.CLOCK_BOOTTIME)``."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.faults
-def test_a_killed_replica_is_started_again(spawn: Spawn, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="when a process began is in /proc")
+def test_a_replica_that_was_ready_is_started_again_at_once_however_often_it_is_killed(
+    spawn: Spawn, tmp_path: Path
+) -> None:
     mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
     mesh.ready()
-    subprocess.run(["kill", "-KILL", str(mesh.pids()["user-1"])], check=True, timeout=5)
-    mesh.process.wait_for("user-1 killed (SIGKILL); restarting")
-    mesh.process.wait_for("user-1 is back", within=30)
+    pid = mesh.pids()["user-1"]
+    for number in range(1, 5):
+        killed = time.clock_gettime(time.CLOCK_BOOTTIME)
+        os.kill(pid, signal.SIGKILL)
+        said = mesh.process.wait_until(
+            lambda number=number: re.findall(r"user-1 is back \(pid (\d+)\)", mesh.process.said)[number - 1 :],  # type: ignore[misc]
+            within=30,
+        )
+        pid = int(said[0])
+        assert started(pid) - killed <= 0.2
+    assert mesh.process.said.count("user-1 killed (SIGKILL); restarting now") == 4
     assert mesh.run(sys.executable, str(REPOSITORY / "examples/quickstart_sync.py"))
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
+@pytest.mark.faults
+def test_a_replica_that_fails_at_its_start_is_started_again_ever_later(spawn: Spawn, tmp_path: Path) -> None:
+    mesh = Mesh(spawn, tmp_path / "data", users=1, orders=1, notifications=1)
+    mesh.ready()
+    database = mesh.data / "user.db"
+    database.rename(mesh.data / "aside.db")
+    database.mkdir()  # no SQLite database
+    os.kill(mesh.pids()["user-1"], signal.SIGKILL)
+    for when in (
+        "killed (SIGKILL); restarting now",
+        "restarting in 0.25 s",
+        "restarting in 0.5 s",
+        "restarting in 1 s",
+    ):
+        mesh.process.wait_for(f"user-1 {when}" if "now" in when else when, within=30)
+    database.rmdir()
+    (mesh.data / "aside.db").rename(database)
+    mesh.process.wait_for("user-1 is back", within=30)
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
+def open_to_others(folder: Path) -> list[str]:
+    """What there is in the folder that others than its user may read, write or enter."""
+    return sorted(str(path) for path in [folder, *folder.rglob("*")] if path.stat().st_mode & 0o077)
+
+
+def test_what_it_keeps_is_for_its_user_alone_and_no_log_has_an_email(spawn: Spawn, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    umask = os.umask(0o022)
+    try:
+        mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
+    finally:
+        os.umask(umask)
+    mesh.ready()
+    mesh.run(sys.executable, "-c", TOLD)
+    mesh.run(sys.executable, "-c", TAKEN)
+    assert {"user.db", "order.db", "notification.db", "logs", "nats"} <= {path.name for path in data.iterdir()}
+    assert open_to_others(data) == []
+    logs = {path.name: path.read_text() for path in (data / "logs").iterdir()}
+    assert "another user has this email" in logs["user-1.log"]
+    assert not [name for name, log in logs.items() if "@example.com" in log]
+    assert mesh.process.end(signal.SIGINT, within=40) == 0
+
+
+def test_what_an_earlier_release_left_for_all_to_read_is_closed(spawn: Spawn, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("logs/user-1.log", "nats/jetstream/a.blk", "user.db", "user.db-wal", "order.db"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(b"")
+    for path in [data, *data.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
+    mesh.process.wait_for("Starting")
+    assert open_to_others(data) == []
     assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 

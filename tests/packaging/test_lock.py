@@ -1,4 +1,4 @@
-"""The lock pins every package by hash and names no address; nothing in the repository is particular to one machine."""
+"""The locks pin every package by hash and name no address; nothing in the repository is particular to one machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,18 +20,26 @@ ADDRESSES = ("pypi" + ".org", "python" + "hosted", "art" + "ifactory", "--index"
 MACHINE = re.compile("|".join(re.escape(f"/{folder}/") for folder in ("home", "root", "work", "Users", "tmp")))
 
 
-def _entries() -> dict[str, list[str]]:
-    """The lock's packages (``name==version``) with their hashes; fails on any line that is neither."""
-    entries: dict[str, list[str]] = {}
-    name = ""
-    for line in (REPOSITORY / "requirements.lock").read_text().splitlines():
+LOCKS = {group: REPOSITORY / f"requirements{group}.lock" for group in ("", "-dev", "-oldest")}
+
+
+def _locked(group: str) -> dict[str, str]:
+    """The versions of a lock; fails on any line that is neither a package nor its hash."""
+    hashes: dict[str, int] = {}
+    for line in LOCKS[group].read_text().splitlines():
         if match := ENTRY.match(line):
             name = f"{match['name']}=={match['version']}"
-            entries[name] = []
+            hashes[name] = 0
         else:
             assert HASH.match(line), f"neither a package nor a hash: {line}"
-            entries[name].append(line)
-    return entries
+            hashes[name] += 1
+    assert len(hashes) > 20
+    assert all(hashes.values())
+    return dict(entry.split("==") for entry in hashes)
+
+
+def _names(needs: list[Any]) -> set[str]:
+    return {re.split("[<>=!~ ;\\[]", need)[0] for need in needs if isinstance(need, str)}
 
 
 def _tracked() -> list[Path]:
@@ -41,33 +50,57 @@ def _tracked() -> list[Path]:
     return [REPOSITORY / name for name in listed.stdout.decode().split("\0") if name]
 
 
-def test_every_locked_package_has_hashes_and_no_line_has_an_address() -> None:
-    entries = _entries()
-    assert len(entries) > 20
-    assert all(entries.values())
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 
-def test_the_lock_holds_what_pyproject_asks_for() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    asked = [
-        *project["project"]["dependencies"],
-        *(need for needs in project["project"]["optional-dependencies"].values() for need in needs),
-        *(need for need in project["dependency-groups"]["dev"] if not need.startswith("weft")),
-    ]
-    locked = {entry.partition("==")[0] for entry in _entries()}
-    assert {re.split("[<>=!~ ;\\[]", need)[0] for need in asked} <= locked
+@pytest.mark.parametrize("group", LOCKS)
+def test_every_locked_package_has_hashes_and_no_line_has_an_address(group: str) -> None:
+    _locked(group)
+
+
+def test_the_locks_hold_what_pyproject_asks_for(project: dict[str, Any]) -> None:
+    mesh, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
+    groups = project["dependency-groups"]
+    assert _names(mesh + extras["services"] + groups["shop"]) <= _locked("").keys()
+    assert _names(mesh + groups["dev"] + groups["test"]) <= _locked("-dev").keys()
+    assert {name for needs in extras.values() for name in _names(needs)} <= _locked("-dev").keys()
+    assert _names(mesh + extras["dns"] + groups["test"]) <= _locked("-oldest").keys()
+
+
+def test_the_shop_needs_no_linter_and_no_test_tool_and_development_adds_to_what_it_has() -> None:
+    shop, dev = _locked(""), _locked("-dev")
+    assert not shop.keys() & {"ruff", "mypy", "pytest", "hypothesis", "buf-bin", "grpcio-tools", "coverage"}
+    assert shop.items() <= dev.items()
+
+
+def test_the_floors_are_what_is_tested(project: dict[str, Any]) -> None:
+    oldest = _locked("-oldest")
+    for need in project["project"]["dependencies"]:
+        name, floor = re.match(r"([a-z-]+)>=([0-9.]+)", need).groups()  # type: ignore[union-attr]
+        assert oldest[name] in {floor, f"{floor}.0"}
+    assert {oldest[name] for name in oldest if name.startswith("grpcio")} == {oldest["grpcio"]}
+
+
+def test_the_stubs_are_generated_with_the_oldest_tools() -> None:
+    """Stubs refuse a grpcio or protobuf older than their generator when they are imported."""
+    oldest = _locked("-oldest")
+    stubs = REPOSITORY / "generated" / "weft" / "user" / "v1"
+    assert f"GRPC_GENERATED_VERSION = '{oldest['grpcio']}'" in (stubs / "user_pb2_grpc.py").read_text()
+    assert f"# Protobuf Python Version: {oldest['protobuf']}" in (stubs / "user_pb2.py").read_text()
 
 
 def test_this_environment_is_the_locked_one() -> None:
-    entries = dict(entry.split("==") for entry in _entries())
+    entries = _locked("-dev")
     assert metadata.version("grpcio") == entries["grpcio"]
     assert metadata.version("protobuf") == entries["protobuf"]
 
 
-def test_all_of_grpc_is_of_one_version() -> None:
-    """Stubs refuse a grpcio older than their generator when they are imported."""
-    versions = {entry.partition("==")[2] for entry in _entries() if entry.startswith("grpcio")}
-    assert len(versions) == 1
+def test_nothing_of_grpc_is_newer_than_grpcio() -> None:
+    entries = _locked("-dev")
+    versions = {name: tuple(map(int, entries[name].split("."))) for name in entries if name.startswith("grpcio")}
+    assert max(versions.values()) == versions["grpcio"]
 
 
 def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:

@@ -19,7 +19,7 @@ def _make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A checkout in which nothing was set up."""
-    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+    for name in ("Makefile", "pyproject.toml", *(path.name for path in REPOSITORY.glob("requirements*"))):
         shutil.copy(REPOSITORY / name, tmp_path)
     return tmp_path
 
@@ -41,7 +41,7 @@ def test_make_alone_prints_what_there_is(clone: Path) -> None:
 
 @pytest.mark.parametrize("target", ["run-mesh", "test"])
 def test_a_missing_venv_module_is_named_with_the_line_that_installs_it(clone: Path, target: str) -> None:
-    said = _make(target, f"PYTHON={_python(clone, 'ensurepip')}", cwd=clone)
+    said = _make(target, "UV=", f"PYTHON={_python(clone, 'ensurepip')}", cwd=clone)
     assert said.returncode == 2
     assert "apt-get install python3-venv" in said.stdout
     assert not (clone / ".venv").exists()

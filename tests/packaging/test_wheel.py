@@ -93,18 +93,26 @@ def test_the_wheel_needs_three_packages_and_calls_through_a_mesh_channel(environ
 
 
 @pytest.mark.slow
-def test_the_wheel_is_typed_and_holds_the_stubs_and_the_services(wheel: Path) -> None:
+def test_the_wheel_is_typed_and_holds_the_mesh_and_the_stubs_alone(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "mesh/py.typed",
+        "weft/__init__.py",
         "weft/py.typed",
         "weft/user/v1/user_pb2.py",
         "weft/user/v1/user_pb2.pyi",
         "weft/user/v1/user_pb2_grpc.py",
         "weft/user/v1/user_pb2_grpc.pyi",
         "weft/mesh/v1/registry_pb2_grpc.py",
-        "services/__main__.py",
+        "weft/order/v1/order_pb2.py",
     } <= names
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"mesh", "services", "weft", "buf"}
+    assert tops == {"mesh", "weft"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_one_distribution_owns_the_packages(environment: Path, tmp_path: Path) -> None:
+    """With two, uninstalling one would break the other."""
+    program = "from importlib.metadata import packages_distributions as of; print(*{*of()['weft'], *of()['mesh']})"
+    assert _run(environment, "-I", "-c", program, cwd=tmp_path).split() == ["weft"]

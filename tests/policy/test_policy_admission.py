@@ -1,6 +1,7 @@
 """Who gets in: at once while there is room, else in order of importance, and the least important are shed first."""
 
 import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -10,37 +11,55 @@ from mesh.policy.admission import (
     CODES,
     Admission,
     AdmissionConfig,
-    CoDel,
     Criticality,
+    Lane,
+    Method,
     Mode,
     Reason,
     Ticket,
 )
-from mesh.policy.limiter import Ending, Latency
+from mesh.policy.limiter import Ending
 
 PLUS, CRITICAL, SHED_PLUS, SHED = Criticality
 
 
 class House:
-    """An admission with a clock, whose callers are told apart by name."""
+    """An admission with a clock and a method; ``timeout`` is what its callers allow."""
 
-    def __init__(self, **config: Any) -> None:
-        self.admission = Admission(
-            AdmissionConfig(**{"initial": 10, "least": 10, "most": 10, **config}), contextlib.nullcontext()
-        )
+    def __init__(self, timeout: float = math.inf, **config: Any) -> None:
+        self.admission = Admission(AdmissionConfig(**{"most": 10, **config}), contextlib.nullcontext())
+        self.method = self.admission.method()
         self.now = 100.0
+        self.timeout = timeout
 
-    def enter(self, count: int = 1, criticality: Criticality = CRITICAL) -> list[bool]:
-        return [self.admission.enter(criticality) for _ in range(count)]
+    def enter(self, count: int = 1, criticality: Criticality = CRITICAL, method: Method | None = None) -> list[bool]:
+        return [self.admission.enter(method or self.method, criticality) for _ in range(count)]
 
-    def queue(self, criticality: Criticality = CRITICAL) -> Ticket:
-        ticket = Ticket(criticality, self.now, lambda: None)
-        self.admission.wait(ticket, self.now)
+    def queue(
+        self, criticality: Criticality = CRITICAL, *, timeout: float | None = None, method: Method | None = None
+    ) -> Ticket:
+        deadline = self.now + (self.timeout if timeout is None else timeout)
+        ticket = Ticket(method or self.method, criticality, self.now, lambda: None, deadline)
+        self.admission.wait(ticket)
         return ticket
 
-    def leave(self) -> list[Ticket]:
-        self.admission.leave(Latency(), 0.01, Ending.OK, self.now)
+    def leave(self, ending: Ending = Ending.OK, *, waited: float = 0.0, left: float = math.inf) -> list[Ticket]:
+        self.admission.leave(self.method, CRITICAL, waited, 0.01, left, ending, self.now)
         return self.admission.dispatch(self.now)
+
+    def limit(self, to: int) -> None:
+        """Have the method limited, as its limiter would."""
+        limiter = self.method.limiter
+        limiter.limit, limiter.limited, limiter._began, limiter._due = to, True, self.now, self.now + 10
+        self.admission._limit(self.method)
+
+    def lift(self) -> None:
+        self.method.limiter._lift()
+        self.admission._limit(self.method)
+
+    def lose(self, waited: float = 10.0) -> None:
+        """Have a call lost in the queue."""
+        self.admission._lose(self.method, CRITICAL, waited, self.now)
 
 
 def full(**config: Any) -> House:
@@ -64,7 +83,7 @@ class TestEntering:
     def test_nobody_passes_those_who_wait(self) -> None:
         house = full()
         house.queue()
-        house.admission.leave(Latency(), 0.01, Ending.OK, house.now)
+        house.admission.leave(house.method, CRITICAL, 0.0, 0.01, math.inf, Ending.OK, house.now)
         assert house.enter() == [False]
 
     def test_a_permit_that_comes_free_goes_to_the_most_important_and_the_oldest_of_them(self) -> None:
@@ -82,7 +101,7 @@ class TestEntering:
         house = full()
         waiting = [house.queue() for _ in range(3)]
         for _ in range(3):
-            house.admission.release()
+            house.admission._release(house.method)
         assert house.admission.dispatch(house.now, 1) == waiting[:1]
         assert house.admission.dispatch(house.now) == waiting[1:]
 
@@ -90,62 +109,154 @@ class TestEntering:
         assert list(BY_NAME) == ["CRITICAL_PLUS", "CRITICAL", "SHEDDABLE_PLUS", "SHEDDABLE"]
 
 
-class TestShedding:
-    def test_a_burst_may_wait(self) -> None:
+class TestMethods:
+    """Each method has a limit of its own, at times."""
+
+    def test_calls_of_a_method_that_is_limited_do_not_hold_up_the_others(self) -> None:
+        house = House()
+        other = house.admission.method()
+        house.enter(2)
+        house.limit(2)
+        waiting = house.queue()
+        assert house.enter() == [False]
+        assert house.enter(method=other) == [True]
+        assert house.admission.dispatch(house.now) == []
+        assert house.leave() == [waiting]
+        assert repr(house.method).startswith("<Method <Limiter 2 in flight, limit 2,")
+
+    def test_all_may_begin_when_the_limit_is_lifted(self) -> None:
+        house = House()
+        house.enter(2)
+        house.limit(2)
+        waiting = [house.queue() for _ in range(3)]
+        house.lift()
+        assert house.enter() == [False]  # not before those who wait
+        assert house.admission.dispatch(house.now) == waiting
+        assert not house.admission.limited
+        assert house.enter() == [True]
+
+    def test_what_waits_becomes_the_limit_s_when_it_begins(self) -> None:
         house = full()
+        house.queue()
+        other = house.admission.method()
+        house.limit(10)
+        house.limit(5)
+        house.admission._release(house.method)
+        assert house.enter(method=other) == [True]
+
+    def test_the_oldest_of_all_methods_begins_first(self) -> None:
+        house = full()
+        other = house.admission.method()
+        first = house.queue()
+        house.now += 1
+        second = house.queue(method=other)
+        house.now += 1
+        third = house.queue()
+        assert [house.leave() for _ in range(3)] == [[first], [second], [third]]
+
+    def test_utilization_is_that_of_the_method_that_is_worst_off(self) -> None:
+        house = House()
+        house.enter(2)
+        assert house.admission.utilization == 0.2
+        house.limit(2)
+        house.queue()
+        assert house.admission.utilization == 1.5
+
+
+class TestWaiting:
+    """A call is refused only when its time is up, or when calls like it were lost already."""
+
+    def test_calls_wait_to_their_deadlines(self) -> None:
+        house = full(timeout=30.0)
+        waiting = [house.queue() for _ in range(100)]
+        house.now += 29.9
+        assert house.leave() == waiting[:1]
+        assert not house.admission.refusals
+        house.now += 0.2
+        assert {ticket.refused for ticket in house.leave()} == {Reason.EXPIRED}
+        assert house.admission.refusals == {(Reason.EXPIRED, CRITICAL): 99}
+
+    def test_calls_without_a_deadline_wait_for_as_long_as_it_takes(self) -> None:
+        house = full()
+        house.lose()
+        waiting = Ticket(house.method, CRITICAL, house.now, lambda: None)
+        house.admission.wait(waiting)
+        house.now += 3600
+        house.lose()
+        assert house.leave() == [waiting]
+        assert waiting.admitted
+
+    def test_a_caller_that_gives_up_is_no_loss_and_one_whose_time_is_up_is(self) -> None:
+        house = full(timeout=1.0)
+        gives_up, expires = house.queue(), house.queue()
+        house.now += 0.5
+        house.admission.abandon(gives_up, house.now)
+        assert house.admission.last_loss == -math.inf
+        house.now += 0.49
+        house.admission.abandon(expires, house.now)
+        assert house.admission.last_loss == house.now
+
+    @pytest.mark.parametrize(("ending", "waited", "lost"), [
+        (Ending.CANCELLED, 0.9, True),
+        (Ending.FAILED, 0.9, True),  # so ends a handler whose own call ran out of the same time
+        (Ending.OK, 0.9, False),
+        (Ending.CANCELLED, 0.001, False),  # it is the handler that took the time
+    ])  # fmt: skip
+    def test_a_call_that_would_have_had_the_time_but_for_the_queue_is_a_loss(
+        self, ending: Ending, waited: float, lost: bool
+    ) -> None:
+        house = full()
+        house.leave(ending, waited=waited, left=0.0)
+        assert (house.admission.last_loss == house.now) is lost
+
+    def test_a_burst_that_runs_out_of_time_is_not_refused_early(self) -> None:
+        house = full(timeout=5.0)
         burst = [house.queue() for _ in range(50)]
-        house.now += 0.09
-        assert house.leave() == burst[:1]
-        assert burst[0].admitted
+        for _ in range(40):  # losses last for two seconds; but the burst was here before
+            house.now += 0.05
+            house.lose(5.0)
+            house.admission.dispatch(house.now)
+        house.now += 2.9
+        assert not any(ticket.refused for ticket in burst)
 
-    def test_when_delay_stands_the_oldest_go(self) -> None:
-        house = full(target=0.01, interval=0.1)
-        shed = []
-        for _ in range(40):  # one comes and one leaves every 10 ms, so 20 wait for 200 ms each
-            house.queue(SHED)
-            house.queue(SHED)
-            house.now += 0.01
-            shed += [ticket for ticket in house.leave() if ticket.refused]
-        assert shed
-        assert {ticket.refused for ticket in shed} == {Reason.DELAY}
-        assert house.admission.refusals[Reason.DELAY, SHED] == len(shed)
-        # What is left is young.
-        (codel, lane) = house.admission._lanes[SHED]
-        assert codel.standing
-        assert all(house.now - ticket.arrived <= 0.03 for ticket in lane)
+    def test_when_losses_last_those_that_came_since_are_refused_at_half_of_their_time(self) -> None:
+        house = full(timeout=4.0)
+        house.lose()
+        early = house.queue()
+        other = house.queue(timeout=60.0)
+        for _ in range(21):
+            house.now += 0.1
+            house.lose()
+            house.admission.dispatch(house.now)
+        assert (early.refused, other.refused) == (Reason.DELAY, None)
+        assert house.admission.refusals == {(Reason.DELAY, CRITICAL): 1}
 
-    @pytest.mark.parametrize(("waiting", "drops"), [(10, False), (11, True)])
-    def test_with_permits_to_spare_a_few_that_waited_long_are_let_in(self, waiting: int, drops: bool) -> None:
-        # The process stood still; or it runs one handler after another, each holding its loop, and falls behind.
-        house = House(target=0.01, interval=0.1, initial=20, most=20)
-        for _ in range(20):
-            for _ in range(waiting):
-                house.queue(SHED)
-            house.now += 0.09
-            house.admission.dispatch(house.now, 0)
-            settled = house.admission.dispatch(house.now)
-            for _ in range(house.admission.in_flight):
-                house.admission.release()
-            while house.admission.waiting:
-                settled += house.leave()
-                house.admission.in_flight = 0
-        assert bool(house.admission.refusals) is drops
+    def test_losses_that_do_not_last_refuse_nobody_early(self) -> None:
+        house = full(timeout=1.0)
+        house.lose()
+        waiting = house.queue()
+        house.now += 0.9
+        assert house.leave() == [waiting]
+        assert waiting.admitted
 
-    def test_the_important_go_through_while_the_sheddable_are_shed(self) -> None:
+    def test_calls_that_had_little_time_need_shorter_proof(self) -> None:
+        lane = Lane()
+        lasting = []
+        for waited, now in ((0.25, 100.0), (0.25, 100.2), (0.25, 100.25), (10.0, 200.0)):
+            lane.lost(waited, 1.0, now)
+            lasting.append(lane.lasting)
+        assert lasting == [False, False, True, False]  # the third was long ago, seen from the fourth
+        assert lane.is_losing(201.0)
+        assert not lane.is_losing(201.1)
+
+    def test_one_that_expired_on_its_way_is_not_run(self) -> None:
         house = full()
-        critical, sheddable = [], []
-        for number in range(1000):  # room for one each 10 ms; an important one every 20, three others in 20
-            if number % 2:
-                critical.append(house.queue(CRITICAL))
-            else:
-                sheddable += [house.queue(SHED) for _ in range(3)]
-            house.now += 0.01
-            house.leave()
-            if house.admission.in_flight < 10:
-                house.enter(10 - house.admission.in_flight)
-        assert all(ticket.admitted for ticket in critical[:-1])
-        assert sum(ticket.refused is Reason.DELAY for ticket in sheddable) > 900
+        assert house.admission.expire(house.method, CRITICAL, house.now - 1, house.now) is Reason.EXPIRED
+        assert house.admission.in_flight == house.method.limiter.in_flight == 9
+        assert house.admission.last_loss == house.now
 
+
+class TestFull:
     def test_a_full_queue_drops_the_oldest_of_the_least_important(self) -> None:
         house = full(queue_size=2)
         old, young = house.queue(SHED), house.queue(SHED)
@@ -194,23 +305,15 @@ class TestLeaving:
         house = full()
         gone, next_one = house.queue(), house.queue()
         assert house.leave() == [gone]
-        assert house.admission.abandon(gone, house.now) == [next_one]
+        house.admission.abandon(gone, house.now)
+        assert house.admission.dispatch(house.now) == [next_one]
         assert house.admission.in_flight == 10
 
     def test_calls_that_ended_and_failed_are_counted(self) -> None:
         house = full()
         for ending in Ending:
-            house.admission.leave(Latency(), 0.01, ending, house.now)
+            house.leave(ending)
         assert (house.admission.ended, house.admission.failed, house.admission.in_flight) == (3, 1, 7)
-
-    def test_the_limit_in_force_is_the_limiter_s(self) -> None:
-        house = House(most=1000, initial=20)
-        latency = Latency()
-        house.enter(20)
-        for number in range(20):
-            house.admission.leave(latency, 0.01, Ending.OK, house.now + number)
-            house.enter()
-        assert house.admission.limit == house.admission.limiter.limit > 20
 
 
 class TestClosing:
@@ -233,10 +336,10 @@ class TestStreams:
         house = House(max_streams=2)
         for _ in range(2):
             assert house.enter() == [True]
-            assert house.admission.begin_stream(CRITICAL) is None
+            assert house.admission.begin_stream(house.method, CRITICAL) is None
         assert (house.admission.in_flight, house.admission.streams) == (0, 2)
         house.enter()
-        assert house.admission.begin_stream(CRITICAL) is Reason.STREAMS
+        assert house.admission.begin_stream(house.method, CRITICAL) is Reason.STREAMS
         assert house.admission.in_flight == 0
         house.admission.end_stream(Ending.OK)
         house.admission.end_stream(Ending.FAILED)
@@ -244,47 +347,61 @@ class TestStreams:
 
 
 class TestLate:
-    """A call that can't finish in time is refused while the server is busy."""
+    """When calls were lost, one that can't finish in time is refused before it begins."""
 
     @staticmethod
-    def slow() -> Latency:
-        latency = Latency()
-        latency.median = 0.5
-        return latency
+    def losing(**config: Any) -> House:
+        house = full(timeout=0.6, **config)
+        house.method.limiter.median = 0.3
+        return house
 
-    def test_one_without_a_deadline_is_never_late(self) -> None:
-        assert full().admission.unfit(self.slow(), None, CRITICAL, 100.0) is None
-
-    def test_one_that_has_expired_is_not_run(self) -> None:
-        house = House()
-        assert house.admission.unfit(Latency(), 0.0, CRITICAL, house.now) is Reason.EXPIRED
-
-    def test_one_that_cannot_finish_is_refused_only_while_the_server_is_busy(self) -> None:
-        house = full()
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now) is None
-        house.queue()
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now) is Reason.LATE
-        assert house.admission.unfit(self.slow(), 0.6, CRITICAL, house.now) is None
+    def test_one_that_cannot_finish_is_refused_only_after_others_were_lost(self) -> None:
+        house = self.losing()
+        first = house.queue()
+        house.now += 0.3
+        assert house.leave() == [first]
+        assert first.admitted
+        late, fit = house.queue(), house.queue(timeout=5.0)
+        house.lose()
+        house.now += 0.3
+        assert house.leave() == [late, fit]
+        assert (late.refused, fit.admitted) == (Reason.LATE, True)
         assert house.admission.refusals == {(Reason.LATE, CRITICAL): 1}
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now + 2.0) is None
 
-    def test_a_dry_run_counts(self) -> None:
-        house = full(late=Mode.DRY_RUN)
-        house.queue()
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now) is None
+    def test_that_is_forgotten_after_a_second(self) -> None:
+        house = self.losing()
+        house.lose()
+        house.now += 1.1
+        waiting = house.queue()
+        house.now += 0.3
+        assert house.leave() == [waiting]
+        assert waiting.admitted
+
+    def test_a_dry_run_counts_each_once(self) -> None:
+        house = self.losing(late=Mode.DRY_RUN)
+        waiting = house.queue()
+        house.lose()
+        house.now += 0.3
+        house.admission.dispatch(house.now)
+        assert house.leave() == [waiting]
+        assert waiting.admitted
         assert house.admission.dry_run == {(Reason.LATE, CRITICAL): 1}
-        assert house.admission.unfit(self.slow(), 0.0, CRITICAL, house.now) is Reason.EXPIRED
 
     def test_off_is_off(self) -> None:
-        house = full(late=Mode.OFF)
-        house.queue()
-        assert house.admission.unfit(self.slow(), 0.1, CRITICAL, house.now) is None
+        house = self.losing(late=Mode.OFF)
+        waiting = house.queue()
+        house.lose()
+        house.now += 0.3
+        assert house.leave() == [waiting]
+        assert waiting.admitted
 
 
 class TestModes:
     def test_a_dry_run_admits_all_and_counts_whom_it_would_have_kept_waiting(self) -> None:
-        house = House(initial=10, most=1000, overload=Mode.DRY_RUN)
-        assert house.enter(10) == [True] * 10
+        house = House(most=1000, overload=Mode.DRY_RUN)
+        house.enter(10)
+        house.limit(10)
+        assert house.enter() == [False]
         beyond = [house.queue() for _ in range(5)]
         assert all(ticket.admitted for ticket in beyond)
         assert house.admission.dry_run == {(Reason.DELAY, CRITICAL): 5}
@@ -296,34 +413,22 @@ class TestModes:
 
     def test_a_dry_run_keeps_to_the_most_all_the_same(self) -> None:
         house = full(overload=Mode.DRY_RUN)
+        house.limit(5)
         waiting = house.queue()
         assert not waiting.admitted
         house.now += 10
         assert house.leave() == [waiting]
 
     def test_off_is_the_most_and_nothing_else(self) -> None:
-        house = House(initial=10, most=50, overload=Mode.OFF)
+        house = House(most=50, overload=Mode.OFF, timeout=60.0)
+        house.limit(5)
         assert house.enter(51, SHED) == [True] * 50 + [False]
         waiting = house.queue()
         for _ in range(50):
             house.now += 1.0
+            house.lose()
             house.leave()
         assert waiting.admitted
-
-
-class TestCoDel:
-    def test_delay_stands_when_not_one_call_in_an_interval_waited_less_than_the_target(self) -> None:
-        codel = CoDel(target=0.01, interval=0.1)
-        assert not any(codel.drops(0.05, 100 + step / 100) for step in range(10))
-        assert codel.drops(0.05, 100.11)
-        assert not codel.drops(0.015, 100.12)  # too young to go
-        codel.drops(0.001, 100.15)
-        assert not codel.drops(0.05, 100.22)
-
-    def test_what_stood_before_a_quiet_time_is_no_news(self) -> None:
-        codel = CoDel(target=0.01, interval=0.1)
-        assert not any(codel.drops(0.05, 100 + step / 100) for step in range(10))
-        assert not codel.drops(0.05, 200.0)
 
 
 def test_every_reason_has_a_status() -> None:
@@ -332,6 +437,6 @@ def test_every_reason_has_a_status() -> None:
 
 @pytest.mark.parametrize(("admitted", "text"), [(False, "waiting"), (True, "admitted")])
 def test_a_ticket_says_how_it_stands(admitted: bool, text: str) -> None:
-    ticket = Ticket(PLUS, 0.0, lambda: None)
+    ticket = Ticket(House().method, PLUS, 0.0, lambda: None)
     ticket.admitted = admitted
     assert repr(ticket) == f"<Ticket CRITICAL_PLUS {text}>"

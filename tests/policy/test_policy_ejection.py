@@ -105,6 +105,29 @@ def test_failures_in_a_row(config: EjectionConfig, outcomes: str, reason: str) -
     assert dict(cluster.ejections.counts) == ({f"ejected: {reason}": 1} if reason else {})
 
 
+def test_three_timeouts_in_a_row_are_enough_by_default() -> None:
+    # Each costs a caller its whole timeout; other failures come at once, and may be five.
+    cluster = cluster_with(EjectionConfig())
+    timeout = Outcome(Code.DEADLINE_EXCEEDED)
+    answers(cluster.nodes["e0"], timeout, timeout, OK, timeout, timeout)
+    assert not cluster.sweep(1.0)
+    answers(cluster.nodes["e0"], timeout)
+    assert cluster.sweep(1.0)
+    assert dict(cluster.ejections.counts) == {"ejected: timeouts in a row": 1}
+
+
+def test_streams_that_last_to_their_deadline_count_neither_way() -> None:
+    cluster = cluster_with(EjectionConfig())
+    for call in range(20):
+        driven = Driven(cluster=cluster, deadline=call + 0.5, now=float(call))
+        driven.answers(1)
+        driven.commits(1)
+        driven.fails(1, Code.DEADLINE_EXCEEDED, at=call + 0.5)
+        driven.ends(Code.DEADLINE_EXCEEDED)
+    assert not cluster.sweep(30.0)
+    assert all(node.cost == node.failures == node.in_flight == 0 for node in cluster.nodes.values())
+
+
 def test_cancels_and_what_never_left_break_no_row_and_begin_none() -> None:
     cluster = cluster_with()
     for ignored in (Outcome(Code.CANCELLED, cancelled=True), Outcome(Code.UNAVAILABLE, never_sent=True)):

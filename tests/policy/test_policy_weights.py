@@ -167,6 +167,52 @@ def test_a_weight_is_what_an_endpoint_could_do_at_full_use() -> None:
     assert list(got.values()) == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.01)
 
 
+def said(*reports: tuple[float, float]) -> Cluster:
+    """A cluster whose endpoints have reported this use and so many calls a second, for 15 s."""
+    cluster = cluster_of(len(reports), WEIGHTED)
+    for at in range(16):
+        for address, (utilization, qps) in zip(cluster.nodes, reports, strict=True):
+            cluster.report(address, 85.0 + at, utilization, qps, 0.0)
+    cluster.sweep(100.0)
+    return cluster
+
+
+TRUE = (0.5, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        ([TRUE, TRUE, (0.000001, 100.0)], [1 / 6, 1 / 6, 4 / 6]),
+        ([TRUE, TRUE, (0.5, 1e307)], [1 / 6, 1 / 6, 4 / 6]),
+        ([TRUE, TRUE, (0.5, 1e308)], [1 / 3] * 3),
+        ([TRUE, TRUE, (1e308, 1e308)], [1 / 3] * 3),
+        ([TRUE, TRUE, (1e308, 100.0)], [1 / 2, 1 / 2, 0.0]),
+        ([TRUE, TRUE, (5e-324, 5e-324)], [1 / 2.01, 1 / 2.01, 0.01 / 2.01]),
+        ([TRUE, (0.000001, 100.0)], [1 / 5, 4 / 5]),
+        ([TRUE, (1e308, 100.0)], [4 / 5, 1 / 5]),
+        ([TRUE, (5e-324, 1e-310), (5e-324, 1e-310), (0.1, 1e307)], None),
+        ([(0.5, 1e307)] * 3, [1 / 3] * 3),
+        ([TRUE, (1e308, 1e-308), (1e308, 1e-308)], None),
+        # what endpoints of different sizes report stands
+        ([(0.8, 100.0), (0.2, 100.0), (0.4, 100.0)], [1 / 7, 4 / 7, 2 / 7]),
+    ],
+)
+def test_no_report_gives_more_than_four_times_the_median(
+    reports: list[tuple[float, float]], expected: list[float] | None
+) -> None:
+    cluster = said(*reports)
+    weights = [node.weight for node in cluster.nodes.values()]
+    assert all(0 < weight < len(weights) for weight in weights)
+    assert sum(weights) == pytest.approx(len(weights))
+    if expected is not None:
+        assert list(shares(cluster).values()) == pytest.approx(expected, abs=0.01)
+
+
+def test_configured_weights_are_not_capped() -> None:
+    assert shares(of_weights(1, 1, 98))["e2"] == pytest.approx(0.98, abs=0.01)
+
+
 def test_those_that_report_nothing_get_the_mean() -> None:
     got = shares(reporting(100.0, e0=0.6, e1=0.2))
     assert list(got.values()) == pytest.approx([1 / 6, 3 / 6, 2 / 6], abs=0.01)

@@ -62,9 +62,6 @@ def test_what_was_saved_last_is_what_the_next_registry_begins_with(tmp_path: Pat
         b"[]",
         b"{}",
         b'{"configs": []}',
-        b'{"configs": {"": "{}"}}',
-        b'{"configs": {"a.B": 3}}',
-        b'{"configs": {"a.B": "{\\"methodConfig\\": 3}"}}',
         b"[" * 100_000,
     ],
 )
@@ -86,6 +83,31 @@ def test_a_corrupt_file_is_set_aside_and_named(text: bytes, tmp_path: Path, capl
     assert kept(tmp_path) == {}
     assert sorted(path.name for path in tmp_path.glob("*corrupt*")) == [f"{FILE}.corrupt-1", f"{FILE}.corrupt-2"]
     assert aside.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("service", "config", "why"),
+    [
+        ("", "{}", "it names no service"),
+        ("a.B", 3, "it is no text"),
+        ("a.B", '{"methodConfig": 3}', "service config: methodConfig: expected a list, got 3"),
+        ("a.B", '{"methodConfig": [{"name": [{}], "timeout": "0s"}]}', "service config: methodConfig[0].timeout: "),
+    ],
+)
+def test_a_config_that_is_not_valid_any_more_is_named_and_the_others_hold(
+    service: str, config: object, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = json.dumps({"configs": {USER: CONFIG, service: config}})
+    (tmp_path / FILE).write_text(text)
+    assert kept(tmp_path) == {USER: CONFIG}
+    (aside,) = tmp_path.glob(f"{FILE}.corrupt-*")
+    assert aside.read_text() == text
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert f"the config of {service!r}: {why}" in record.message
+    assert str(aside) in record.message
+    assert kept(tmp_path) == {USER: CONFIG}
+    assert len(caplog.records) == 1
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,8 @@ class TestRetryMark:
             ((("weft-attempt", "1"),), b"True"),
             ((("weft-attempt", "0"),), b"False"),
             ((("weft-attempt", "many"),), b"False"),
+            ((("weft-attempt", "9" * 4301),), b"False"),
+            ((("weft-attempt", "999999999"),), b"True"),
         ],
     )
     async def test_a_handler_knows_that_its_call_is_a_retry(self, metadata: Any, is_retry: bytes) -> None:

@@ -81,6 +81,12 @@ class TestFromEnvironment:
             ServerSettings.from_env({variable: value})
         assert str(caught.value).startswith(f"{variable}={value!r}: expected {accepted}")
 
+    @pytest.mark.parametrize("variable", ["MESH_MAX_WORKERS", "MESH_GRACE"])
+    def test_a_number_of_4301_digits_is_refused_in_few_words(self, variable: str) -> None:
+        with pytest.raises(ValueError, match=r"expected (a whole number|seconds) from ") as caught:
+            ServerSettings.from_env({variable: "0" * 4300 + "1"})
+        assert len(str(caught.value)) < 300
+
 
 class TestOptions:
     def test_a_vanished_client_is_noticed_within_5_seconds(self) -> None:

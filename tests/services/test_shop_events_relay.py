@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import random
+import uuid
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from alembic.runtime.migration import MigrationContext
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from services.database import Database
-from services.events import BusAwayError, Event
+from services.events import MAX_DATA, BusAwayError, Event
 from services.events.memory import MemoryBus
-from services.events.relay import LATE, Relay
+from services.events.relay import LATE, MAX_ATTEMPTS, Relay
 from services.outbox import Outbox
 from tests.services.conftest import Open
 from tests.services.test_shop_events import until
@@ -34,7 +35,8 @@ def versions(tmp_path: Path) -> Path:
     folder = tmp_path / "versions"
     folder.mkdir()
     (folder / "v0001.py").write_text(
-        "from services import outbox\nrevision, down_revision = '1', None\ndef upgrade():\n    outbox.create_tables()\n"
+        "from services import outbox\nrevision, down_revision = '1', None\n"
+        "def upgrade():\n    outbox.create_tables()\n    outbox.add_set_aside()\n"
     )
     return folder
 
@@ -102,7 +104,7 @@ async def waiting(database: Database) -> int:
 
 
 def relay(database: Database, bus: Bus, name: str = "relay") -> Relay:
-    return Relay(database, outbox, bus, name, lease=LEASE)
+    return Relay(database, outbox, bus, name, lease=LEASE, retry=0.02)
 
 
 async def kill(relay: Relay) -> None:
@@ -225,6 +227,104 @@ async def test_leaving_publishes_what_is_written_and_gives_the_lease_back(databa
         await write(database, "a", 1, 2, 3)
     assert bus.numbers("a") == [1, 2, 3]
     assert (await database.read(outbox.lease)).free
+
+
+async def insert(database: Database, subject: str, **wrong: object) -> None:
+    """Write an event with columns that ``Outbox.add`` would not write."""
+    values = {
+        "id": str(uuid.uuid4()),
+        "type": "weft.test.v1.Happened",
+        "subject": subject,
+        "time": "2026-01-02 03:04:05.000000+00:00" if database.file is None else "2026-01-02 03:04:05.000000",
+        "data": b"",
+        "trace": "{}",
+        **wrong,
+    }
+    statement = "INSERT INTO outbox (id, type, subject, time, data, trace) VALUES (:id, :type, :subject, :time, :data, "
+    cast = "CAST(:trace AS json))" if database.file is None else ":trace)"
+    if database.file is None:
+        statement = statement.replace(":time", "CAST(:time AS timestamptz)")
+    await database.write(lambda c: c.execute(sa.text(statement + cast), values))
+
+
+async def aside(database: Database) -> list[tuple[str, int, str]]:
+    """What is set aside: subject, attempts and reason."""
+    statement = sa.text("SELECT subject, attempts, reason FROM outbox_set_aside ORDER BY sequence")
+    return await database.read(lambda connection: [(*row,) for row in connection.execute(statement)])
+
+
+@pytest.mark.slow
+async def test_200_events_that_can_not_be_published_hold_up_no_other_and_are_set_aside(
+    database: Database, bus: Bus
+) -> None:
+    for n in range(200):
+        await insert(database, f"bad-{n}", type="not a type")
+    await write(database, "good", 1, 2)
+    with structlog.testing.capture_logs() as logs:
+        async with relay(database, bus) as working:
+            await until(lambda: bus.numbers("good") == [1, 2])
+            await until(lambda: working.set_aside == 200)
+    assert await waiting(database) == 0
+    found = await aside(database)
+    assert {subject for subject, _, _ in found} == {f"bad-{n}" for n in range(200)}
+    assert {attempts for _, attempts, _ in found} == {MAX_ATTEMPTS}
+    assert all("type 'not a type' should be the full name of a message" in reason for *_, reason in found)
+    alerts = [line for line in logs if line["log_level"] == "error"]
+    assert len(alerts) == 200
+    assert alerts[0]["event"] == "event set aside; it is not published"
+    assert {"sequence", "subject", "error", "attempts", "table"} <= alerts[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"type": "weft.test.v1." + "x" * 4000}, "type has 4013 characters"),
+        ({"type": "other.test.v1.Happened"}, "should be the full name of a message below weft"),
+        ({"data": b"x" * (MAX_DATA + 1)}, "data has 524289 bytes"),
+        ({"id": ""}, "id has 0 characters"),
+        ({"trace": "null"}, "TypeError"),
+    ],
+    ids=["long type", "type of others", "large", "no id", "no trace"],
+)
+async def test_an_event_that_no_bus_would_take_is_set_aside_and_its_subject_goes_on(
+    database: Database, bus: Bus, wrong: dict[str, object], reason: str
+) -> None:
+    await insert(database, "a", **wrong)
+    await write(database, "a", 1)
+    async with relay(database, bus) as working:
+        await until(lambda: bus.numbers("a") == [1])
+        assert working.set_aside == 1
+    ((subject, attempts, found),) = await aside(database)
+    assert (subject, attempts) == ("a", MAX_ATTEMPTS)
+    assert reason in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong", [{"trace": "{"}, {"time": "yesterday"}, {"data": "text"}], ids=lambda each: next(iter(each))
+)
+async def test_a_row_that_can_not_be_read_is_set_aside(
+    open_sqlite: Open, versions: Path, bus: Bus, wrong: dict[str, object]
+) -> None:
+    database = open_sqlite("test", versions)
+    await write(database, "b", 1)
+    await insert(database, "a", **wrong)
+    await write(database, "c", 1)
+    async with relay(database, bus) as working:
+        await until(lambda: working.set_aside == 1 and len(bus.kept) == 2)
+    assert [subject for subject, *_ in await aside(database)] == ["a"]
+
+
+@pytest.mark.slow
+async def test_an_absent_bus_sets_nothing_aside(database: Database, bus: Bus) -> None:
+    bus.away = True
+    await write(database, "a", 1)
+    for number in range(MAX_ATTEMPTS + 1):
+        async with relay(database, bus, f"relay-{number}") as working:
+            await until(lambda: working.lag > 0)  # it has looked, and tried
+    assert await aside(database) == []
+    assert await waiting(database) == 1
 
 
 @pytest.mark.slow

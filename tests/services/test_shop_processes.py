@@ -23,6 +23,10 @@ pytestmark = [
 ]
 
 
+FIFO = "a FIFO"
+"""Stands for a file that is one."""
+
+
 def run(service: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"services.{service}", *arguments],
@@ -85,6 +89,10 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
     ("file", "line"),
     [
         (None, "MESH_CONFIG='{file}': can't be read: No such file or directory"),
+        (FIFO, "MESH_CONFIG='{file}': can't be read: not a regular file"),
+        ("#" * (1024 * 1024 + 1), "MESH_CONFIG='{file}': can't be read: 1048577 bytes; the limit is 1048576"),
+        ('MESH_ZONE = "\\u0000"', "MESH_CONFIG='{file}': MESH_ZONE can't be a variable: embedded null byte"),
+        ("MESH_PORT = 0x" + "f" * 9_000, "MESH_CONFIG='{file}': MESH_PORT can't be a variable: Exceeds the limit"),
         ("MESH_LOG_LEVEL = loud", "MESH_CONFIG='{file}': should be TOML: Invalid value (at line 1, column 18)"),
         ("log_level = 'info'", "MESH_CONFIG='{file}': log_level is no variable: these begin with MESH_, OTEL_, GRPC_"),
         ("MESH_LISTEN = ['a']", "MESH_CONFIG='{file}': MESH_LISTEN should be a string, a number, true or false"),
@@ -94,11 +102,27 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
         ("MESH_REGISTRY = ''", "MESH_USER_SERVICE='mesh:///weft.user.v1.UserService': "),
         ("MESH_DATABASE_URL = 'mysql://host/name'", "a database is SQLite or PostgreSQL"),
     ],
-    ids=["none", "no TOML", "name", "type", "value", "choice", "range", "registry", "database"],
+    ids=[
+        "none",
+        "FIFO",
+        "large",
+        "zero",
+        "huge",
+        "no TOML",
+        "name",
+        "type",
+        "value",
+        "choice",
+        "range",
+        "registry",
+        "database",
+    ],
 )
 def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Path, file: str | None, line: str) -> None:
     path = tmp_path / "order.toml"
-    if file is not None:
+    if file == FIFO:
+        os.mkfifo(path)
+    elif file is not None:
         path.write_text(file)
     told = run("order", MESH_CONFIG=str(path), MESH_DATA=str(tmp_path / "data"), MESH_LISTEN="127.0.0.1:0")
     assert told.returncode == 2
@@ -125,6 +149,10 @@ def test_it_serves_keeps_its_users_and_drains_on_sigterm(
             user_pb2.CreateUserRequest(name="Ann", email="ann@example.com"), timeout=20, wait_for_ready=True
         )
     assert service.end() == 0
+    open_to_others = [path for path in (tmp_path / "data").rglob("*") if path.stat().st_mode & 0o077]
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    assert open_to_others == []
+    assert "ann@example.com" not in service.said
     lines = [json.loads(line) for line in service.said.splitlines()]
     assert {line["service"] for line in lines} == {"user"}
     assert [line["event"] for line in lines if line["logger"] == "services.process"] == ["starting", "stopped"]

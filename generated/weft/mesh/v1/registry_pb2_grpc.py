@@ -5,7 +5,7 @@ import warnings
 
 from weft.mesh.v1 import registry_pb2 as weft_dot_mesh_dot_v1_dot_registry__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in weft/mesh/v1/registry_pb2_grpc.py depends on'
+        + f' but the generated code in weft/mesh/v1/registry_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class RegistryStub:
+class RegistryStub(object):
     """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
     and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
     buf:lint:ignore SERVICE_SUFFIX
@@ -74,7 +74,7 @@ class RegistryStub:
                 _registered_method=True)
 
 
-class RegistryServicer:
+class RegistryServicer(object):
     """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
     and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
     buf:lint:ignore SERVICE_SUFFIX
@@ -194,7 +194,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Registry:
+class Registry(object):
     """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
     and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
     buf:lint:ignore SERVICE_SUFFIX

@@ -773,11 +773,12 @@ class OutlierDetection(_message.Message):
 
     @_builtins.property
     def consecutive_timeouts(self) -> _wrappers_pb2.UInt32Value:
-        """weft: the same for DEADLINE_EXCEEDED alone.
+        """weft: the same for DEADLINE_EXCEEDED alone, of calls that the endpoint hasn't begun to answer. It is lower than
+        consecutiveFailures, because each costs a caller its whole timeout.
 
-        Default: 0.
+        Default: 3.
         Source: Envoy's local origin failures.
-        Change: to 2 or 3, when endpoints hang rather than fail.
+        Change: up, or to 0, when callers' deadlines are so short that they often pass.
         """
 
     @_builtins.property
@@ -1167,7 +1168,8 @@ class MethodConfig(_message.Message):
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins.
+        """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins. As all timeouts and
+        backoffs here, 0.001s or more.
 
         Default: no limit.
         Source: gRPC's service config.

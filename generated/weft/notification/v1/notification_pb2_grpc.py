@@ -5,7 +5,7 @@ import warnings
 
 from weft.notification.v1 import notification_pb2 as weft_dot_notification_dot_v1_dot_notification__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in weft/notification/v1/notification_pb2_grpc.py depends on'
+        + f' but the generated code in weft/notification/v1/notification_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class NotificationServiceStub:
+class NotificationServiceStub(object):
     """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
     tells of by some milliseconds, or by as long as something in between is away.
     """
@@ -48,7 +48,7 @@ class NotificationServiceStub:
                 _registered_method=True)
 
 
-class NotificationServiceServicer:
+class NotificationServiceServicer(object):
     """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
     tells of by some milliseconds, or by as long as something in between is away.
     """
@@ -94,7 +94,7 @@ def add_NotificationServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class NotificationService:
+class NotificationService(object):
     """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
     tells of by some milliseconds, or by as long as something in between is away.
     """

@@ -1,0 +1,1 @@
+"""Generated from protos/weft/notification/v1."""

@@ -1,0 +1,10 @@
+"""The key of the page tokens."""
+
+from services import paging
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    paging.create_key()
