@@ -72,6 +72,8 @@ class TestFromEnvironment:
             ("MESH_GRACE", "nan", "seconds from 0 to 3600"),
             ("MESH_LEASE_TTL", "0", "seconds from 1 to 300"),
             ("MESH_MAX_WORKERS", "1.5", "a whole number from 1"),
+            ("MESH_WEIGHT", "0", "a whole number from 1 to 1000"),
+            ("MESH_WEIGHT", "1001", "a whole number from 1 to 1000"),
             ("MESH_REFLECTION", "maybe", "1, true, yes, on, or 0, false, no, off"),
             ("MESH_METADATA", "version", "comma-separated key=value pairs"),
         ],
