@@ -103,7 +103,6 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.discovery.configs", "MAX_FILE", "bytes", "The file is rejected; the previous configs stay."),
     ),
     "Calls": (
-        Limit("mesh.policy.overload", "LIMIT", "calls", "The call fails, UNAVAILABLE.", "`overload.maxOutstanding`"),
         Limit("mesh.channel.replay", "LIMIT", "bytes", "The call isn't retried or hedged any more."),
         Limit("mesh.channel.drive", "LONGEST_PUSHBACK", "characters", "The call isn't retried."),
         Limit("mesh.policy.flow", "MAX_PAUSES", "pauses", "The call fails, UNAVAILABLE."),

@@ -212,11 +212,10 @@ class AdaptiveConfig:
 
 @dataclass(frozen=True, slots=True)
 class OverloadConfig:
-    """What a client refuses to send: calls beyond ``max_outstanding`` (A32; math.inf: no limit; None: 1024, and none
-    for what gRPC balances itself), and by the adaptive throttle. ``dry_run``: count what would be refused, and refuse
-    nothing."""
+    """What a client refuses to send: calls beyond ``max_outstanding`` (A32), and by the adaptive throttle.
+    ``dry_run``: count what would be refused, and refuse nothing."""
 
-    max_outstanding: float | None = None
+    max_outstanding: float = math.inf
     adaptive: AdaptiveConfig | None = None
     dry_run: bool = False
 
@@ -856,7 +855,7 @@ def _zone(field: _Field) -> ZoneConfig:
 def _overload(field: _Field) -> OverloadConfig:
     settings = field.object()
     return OverloadConfig(
-        max_outstanding=settings.get("maxOutstanding", lambda most: most.whole() or math.inf),
+        max_outstanding=settings.get_or("maxOutstanding", lambda most: most.whole() or math.inf, math.inf),
         adaptive=settings.get("adaptiveThrottle", _adaptive),
         dry_run=settings.get_or("dryRun", _Field.boolean, False),
     )

@@ -17,11 +17,15 @@ PERIOD = 1.0
 """Between two lines of a kind. Seconds."""
 
 
+To = tuple[logging.Logger, int]
+"""A logger and a level."""
+
+
 @dataclass(slots=True)
 class _Kind:
     logged_at: float
     held: str = ""
-    log: logging.Logger | None = None
+    to: To | None = None
     left_out: int = 0
 
 
@@ -33,29 +37,29 @@ class Limit:
         self._kinds: dict[str, _Kind] = {}
         self.holding = False
 
-    def take(self, kind: str, now: float, log: logging.Logger, text: str) -> str:
+    def take(self, kind: str, now: float, to: To, text: str) -> str:
         """The text to log now; empty when it is held back."""
         known = self._kinds.get(kind)
         if known is not None and now < known.logged_at + self._period:
             known.left_out += bool(known.held)
-            known.held, known.log = text, log
+            known.held, known.to = text, to
             self.holding = True
             return ""
         left_out = 0 if known is None else known.left_out + bool(known.held)
         self._kinds[kind] = _Kind(now)
         return _with(text, left_out)
 
-    def due(self, now: float) -> list[tuple[logging.Logger, str]]:
+    def due(self, now: float) -> list[tuple[To, str]]:
         """The lines that were held back for long enough."""
         lines = []
         self.holding = False
         for kind, known in self._kinds.items():
-            if known.log is None:
+            if known.to is None:
                 continue
             if now < known.logged_at + self._period:
                 self.holding = True
                 continue
-            lines.append((known.log, _with(known.held, known.left_out)))
+            lines.append((known.to, _with(known.held, known.left_out)))
             self._kinds[kind] = _Kind(now)
         return lines
 
@@ -71,15 +75,25 @@ _limit = Limit()
 
 def info(log: logging.Logger, kind: str, message: str, *arguments: object) -> None:
     """Log a line of ``kind`` at INFO, now or within about a second."""
+    _log((log, logging.INFO), kind, message, *arguments)
+
+
+def warning(log: logging.Logger, kind: str, message: str, *arguments: object) -> None:
+    """Log a line of ``kind`` at WARNING, now or within about a second."""
+    _log((log, logging.WARNING), kind, message, *arguments)
+
+
+def _log(to: To, kind: str, message: str, *arguments: object) -> None:
     global _flushing
-    if log.isEnabledFor(logging.INFO):
+    log, level = to
+    if log.isEnabledFor(level):
         text = message % arguments if arguments else message
         with _lock:
-            text = _limit.take(kind, time.monotonic(), log, text)
+            text = _limit.take(kind, time.monotonic(), to, text)
             start = _limit.holding and not _flushing
             _flushing |= start
         if text:
-            log.info("%s", text)
+            log.log(level, "%s", text)
         if start:
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 threading.Thread(target=_flush, name="mesh-lines", daemon=True).start()
@@ -95,8 +109,8 @@ def _flush() -> None:
             lines = _limit.due(time.monotonic())
             _flushing = _limit.holding
             over = not _flushing
-        for log, text in lines:
-            log.info("%s", text)
+        for (log, level), text in lines:
+            log.log(level, "%s", text)
 
 
 def _forked() -> None:

@@ -392,11 +392,16 @@ class Shop:
 
     def _greet(self, seconds: float) -> None:
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for column in ("name", "address", "pid", "log"):
-            table.add_column(column, no_wrap=True, justify="right" if column == "pid" else "left")
+        rows = []
         for replica in self.replicas:
             assert replica.process is not None
-            table.add_row(replica.name, replica.address, str(replica.process.pid), _short(replica.log))
+            rows.append((replica.name, replica.address, str(replica.process.pid), _short(replica.log)))
+        for place, column in enumerate(("name", "address", "pid", "log")):
+            # In a narrow terminal the log's path gives way, and nothing else.
+            width = max(len(column), *(len(row[place]) for row in rows)) if column != "log" else None
+            table.add_column(column, no_wrap=True, min_width=width, justify="right" if column == "pid" else "left")
+        for row in rows:
+            table.add_row(*row)
         self._console.print(table)
         # Past rich, which would wrap lines at the terminal's edge: these are to be copied.
         for line in copyable(self.plan):

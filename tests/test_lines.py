@@ -12,11 +12,12 @@ from mesh.lines import Limit
 from tests.processes import eventually
 
 LOG = logging.getLogger("mesh.test")
+TO = (LOG, logging.INFO)
 
 
 def test_a_flood_of_one_kind_is_a_line_a_second_that_says_how_many_were_left_out() -> None:
     limit = Limit()
-    said = [limit.take("lost", at / 100, LOG, f"lost {at}") for at in range(250)]
+    said = [limit.take("lost", at / 100, TO, f"lost {at}") for at in range(250)]
     assert [line for line in said if line] == [
         "lost 0",
         "lost 100 (99 more such lines left out)",
@@ -27,25 +28,25 @@ def test_a_flood_of_one_kind_is_a_line_a_second_that_says_how_many_were_left_out
 def test_the_last_line_of_a_flood_is_logged_when_its_second_is_over() -> None:
     limit = Limit()
     for text in ("lost a", "lost b", "lost c"):
-        limit.take("lost", 0.0, LOG, text)
+        limit.take("lost", 0.0, TO, text)
     assert limit.due(0.9) == []
-    assert limit.due(1.0) == [(LOG, "lost c (1 more such line left out)")]
+    assert limit.due(1.0) == [(TO, "lost c (1 more such line left out)")]
     assert (limit.due(5.0), limit.holding) == ([], False)
 
 
 def test_kinds_do_not_wait_for_each_other() -> None:
     limit = Limit()
-    assert limit.take("lost", 0.0, LOG, "lost a") == "lost a"
-    assert limit.take("added", 0.0, LOG, "added b") == "added b"
-    limit.take("lost", 0.5, LOG, "lost b")
-    assert limit.due(1.2) == [(LOG, "lost b")]
+    assert limit.take("lost", 0.0, TO, "lost a") == "lost a"
+    assert limit.take("added", 0.0, TO, "added b") == "added b"
+    limit.take("lost", 0.5, TO, "lost b")
+    assert limit.due(1.2) == [(TO, "lost b")]
 
 
 def test_a_line_that_is_held_back_goes_out_with_the_next_of_its_kind() -> None:
     limit = Limit()
-    assert limit.take("lost", 0.0, LOG, "lost a")
-    assert not limit.take("lost", 0.1, LOG, "lost b")
-    assert limit.take("lost", 3.0, LOG, "lost c") == "lost c (1 more such line left out)"
+    assert limit.take("lost", 0.0, TO, "lost a")
+    assert not limit.take("lost", 0.1, TO, "lost b")
+    assert limit.take("lost", 3.0, TO, "lost c") == "lost c (1 more such line left out)"
 
 
 def test_lines_are_logged_at_info(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_the_loser_of_a_hedge_was_cancelled_because_another_won() -> None:
     call.elapses()
     call.succeeds(2, at=1.5)
     loser, winner = explained(call).attempts
-    assert (loser.code, loser.seconds, loser.details) == ("CANCELLED", 1.5, "another attempt was the call")
+    assert (loser.code, loser.seconds, loser.details) == ("CANCELLED", 1.5, "another attempt answered first")
     assert (winner.code, winner.started, winner.seconds) == ("OK", 1.0, 0.5)
 
 

@@ -8,20 +8,21 @@ from typing import Any
 import grpc
 
 
-def text_of(target: Any) -> str:
-    """The target, which grpc also takes as bytes."""
-    if isinstance(target, bytes):
-        return target.decode()
-    if not isinstance(target, str):
-        raise TypeError(f"target: expected a string, got {target!r}")
-    return target
+def text_of(name: str, value: Any) -> str:
+    """The argument ``name``, a target or a method, which grpc also takes as bytes."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {value!r}")
+    return value
 
 
 def check_channel_credentials(credentials: Any) -> None:
     """Of ``secure_channel``."""
     if not isinstance(credentials, grpc.ChannelCredentials):
         raise TypeError(
-            f"credentials: expected grpc.ChannelCredentials, got {credentials!r}; for plaintext use insecure_channel"
+            f"credentials: expected grpc.ChannelCredentials, got {credentials!r}; for plaintext use insecure_channel, "
+            "and add call credentials with grpc.composite_channel_credentials"
         )
 
 

@@ -74,7 +74,7 @@ class Assembly:
         open_subchannel: OpenSubchannel,
     ) -> None:
         variables.warn_once()
-        target = text_of(target)
+        target = text_of("target", target)
         check_compression(compression)
         options = tuple(options or ())
         self._arguments = target, options, credentials, compression, open_subchannel
@@ -190,6 +190,7 @@ class Assembly:
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
         """The method of a multicallable; the same one for all that are alike."""
+        path = text_of("method", path)
         key = (kind, path, serializer, deserializer, registered)
         with self._lock:
             found = self._methods.get(key)

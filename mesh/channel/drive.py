@@ -160,7 +160,14 @@ class EventDriver:
 
     def cancel(self, details: str = CANCELLED_DETAILS) -> bool:
         """End the call here; False when it was over already."""
-        if not self._conclude(Verdict(Outcome(Code.CANCELLED, details, cancelled=True))):
+        return self._end_here(Outcome(Code.CANCELLED, details, cancelled=True))
+
+    def close(self) -> None:
+        """End the call because its channel closes: it has failed then, and nobody cancelled it."""
+        self._end_here(Outcome(Code.CANCELLED, CLOSED_DETAILS))
+
+    def _end_here(self, outcome: Outcome) -> bool:
+        if not self._conclude(Verdict(outcome)):
             return False
         self._send(None)
         return True

@@ -42,7 +42,7 @@ class Events:
         """The resolver has said something: where it fails, how; and that it no longer does."""
         name = self._cluster.name
         if update.endpoints is None:
-            _LOG.warning("%s: %s%s", name, update.error, self._kept())
+            lines.warning(_LOG, "discovery", "%s: %s%s", name, update.error, self._kept())
             self._failing = update.error
         elif self._failing:
             lines.info(_LOG, "found", "%s: discovery works again; endpoints: %d", name, len(update.endpoints))

@@ -381,7 +381,6 @@ class OwnPool(Pool):
 
     def __init__(self, cluster: Cluster, endpoint: Endpoint, subchannel: Subchannel) -> None:
         super().__init__(cluster)
-        cluster.gate.unlimited()
         self.subchannel = subchannel
         cluster.update((endpoint,))
         cluster.observe([(endpoint.address, Connectivity.READY)])

@@ -26,7 +26,6 @@ from mesh.channel import background, forking
 from mesh.channel.arguments import check_call, check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.drive import (
-    CLOSED_DETAILS,
     CODES,
     FORKED_DETAILS,
     NEVER_SENT,
@@ -186,7 +185,7 @@ class Channel(grpc.Channel):
                 return
             self.closed = True
         for driver in list(self._calls):
-            driver.cancel(CLOSED_DETAILS)
+            driver.close()
         self._watch.close()
         if self._stop is not None:
             self._stop.detach()  # what it would call later keeps the pool

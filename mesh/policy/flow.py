@@ -147,6 +147,12 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 last = verdict
                 # An attempt that its own timeout ended left the call time for another.
                 timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout
+                if timed_out:  # core says no more than "Deadline Exceeded"
+                    details = f"no answer within the attempt timeout of {policy.attempt_timeout:g} s"
+                    attempt.outcome = outcome = Outcome(
+                        outcome.code, details, committed=outcome.committed, result=outcome.result
+                    )
+                    last = Verdict(outcome, attempt)
                 if hedges:
                     delay = hedges.after(outcome, timed_out=timed_out, final=committed)
                 else:
@@ -199,5 +205,5 @@ def _abandon(running: dict[int, Attempt], tried: list[Node], outcome: Outcome, n
             node.ignore(attempt.started)
 
 
-BEATEN = Outcome(Code.CANCELLED, "another attempt was the call", cancelled=True)
+BEATEN = Outcome(Code.CANCELLED, "another attempt answered first", cancelled=True)
 CANCELLED = Outcome(Code.CANCELLED, "the call was cancelled", cancelled=True)

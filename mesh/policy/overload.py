@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
-from math import inf
 
 from mesh.config import AdaptiveConfig, OverloadConfig
 from mesh.context import CRITICALITY
@@ -24,9 +23,6 @@ from mesh.policy.admission import BY_NAME, SHARES, Criticality
 
 REFUSALS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
 """How a service says that it has too much to do."""
-
-LIMIT: float = 1024
-"""Calls outstanding where the config doesn't say; A32's."""
 
 PATIENCE = (2.0, 1.0, 0.75, 0.6)
 """What K is multiplied by for each criticality (K stays at 1.1 or more): how much refusal it takes to be held back."""
@@ -88,23 +84,17 @@ class Gate:
     def __init__(self, config: OverloadConfig, locks: Sequence[Lock] = ()) -> None:
         self.counts: Counter[str] = Counter()
         self.out: deque[None] = deque()
-        self._default = LIMIT
         self._locks = locks
         self.configure(config)
 
     def configure(self, config: OverloadConfig) -> None:
         """Take other settings. What is in flight stays counted; the throttle begins anew."""
         self.config = config
-        self.limit = self._default if config.max_outstanding is None else config.max_outstanding
+        self.limit = config.max_outstanding
         self.adaptive = config.adaptive is not None
         self.free = 0.0 if self.adaptive else self.limit * min(SHARES)
         self._most_refused = config.adaptive.max_refused if config.adaptive else 0.0
         self._throttled = _throttled(config.adaptive, self._locks) if config.adaptive else ()
-
-    def unlimited(self) -> None:
-        """Unless the config sets a limit there is none: gRPC balances by itself, and would have none."""
-        self._default = inf
-        self.configure(self.config)
 
     def refuses(self, call: CallSpec, now: float, rng: random.Random) -> Outcome | None:
         """The outcome that refuses a call which begins now, or None."""
@@ -114,7 +104,7 @@ class Gate:
             return Outcome(
                 Code.UNAVAILABLE,
                 f"refused by the client: {outstanding} calls are outstanding, and the limit for {criticality.name} "
-                f"calls is {most:g}",
+                f"calls is {most:g} (overload.maxOutstanding in the service config)",
             )
         if self._throttled:
             throttled = self._throttled[criticality]

@@ -36,7 +36,7 @@ def describe(seen: Mapping[str, Seen], causes: Mapping[str, str], now: float, wa
         return text
     ready = sum(each.state == Connectivity.READY for each in seen.values())
     after = "" if waited is None else f" after {waited:.1f} s"
-    return f"{ready} of {len(endpoints)} endpoint{'' if len(endpoints) == 1 else 's'} connected{after}: {text}"
+    return f"{ready} of {len(endpoints)} endpoints connected{after}: {text}"
 
 
 def _one(address: str, seen: Seen, cause: str, now: float) -> str:

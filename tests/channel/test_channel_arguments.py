@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -127,3 +128,55 @@ def test_settings_of_a_server_given_as_iterators_are_there_for_every_server_that
     for _ in range(2):
         assert list(settings.interceptors) == ["one"]
         assert ("grpc.so_reuseport", 1) in settings.server_options()
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_method_may_be_named_in_bytes(name: str, server: Server) -> None:
+    with OPEN[name](server.address) as channel:
+        method: Any = UNARY.encode()
+        assert channel.unary_unary(method)(b"ok", timeout=TIMEOUT) == b"ok"
+
+
+@pytest.mark.parametrize("name", OPEN_AIO)
+async def test_a_method_of_an_asyncio_channel_may_be_named_in_bytes(name: str, server: Server) -> None:
+    async with OPEN_AIO[name](server.address) as channel:
+        assert await channel.unary_unary(UNARY.encode())(b"ok", timeout=TIMEOUT) == b"ok"
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_future_whose_channel_is_closed_has_failed_and_was_not_cancelled(name: str, server: Server) -> None:
+    channel = OPEN[name](server.address)
+    future = channel.unary_unary(UNARY).future(b"hang", timeout=TIMEOUT, wait_for_ready=True)
+    assert channel.unary_unary(UNARY)(b"ok", timeout=TIMEOUT, wait_for_ready=True) == b"ok"
+    channel.close()
+    with pytest.raises(grpc.RpcError) as raised:
+        future.result()
+    assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.CANCELLED, "Channel closed!")
+    assert not future.cancelled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPEN_AIO)
+async def test_a_burst_of_calls_is_not_refused(name: str) -> None:
+    together = asyncio.Event()
+    begun = 0
+
+    async def handle(request: bytes, context: object) -> bytes:
+        nonlocal begun
+        begun += 1
+        if begun == 1500:
+            together.set()
+        await together.wait()
+        return request
+
+    server = grpc.aio.server(
+        options=[(f"grpc.server.max_pending_requests{each}", 10_000) for each in ("", "_hard_limit")]
+    )
+    handlers: dict[str, Any] = {"Wait": grpc.unary_unary_rpc_method_handler(handle)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Burst", handlers)])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with OPEN_AIO[name](address) as channel:
+        call = channel.unary_unary("/test.Burst/Wait")
+        assert await asyncio.gather(*(call(b"ok", timeout=60) for _ in range(1500))) == [b"ok"] * 1500
+    await server.stop(None)

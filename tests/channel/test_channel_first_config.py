@@ -205,9 +205,10 @@ def test_a_registry_that_is_silent_for_a_second_is_replaced_by_the_cache_and_its
         code, explanation = first_call(kind, registry.address, "Fail", 8)
     assert code is grpc.StatusCode.UNAVAILABLE
     assert len(explanation.attempts) == 3
-    # A second for the registry; the rest is for a busy machine.
+    # A second for the registry at the most (none, when its old connection breaks off first); the rest is for a busy
+    # machine.
     assert explanation.seconds is not None
-    assert 0.9 < explanation.seconds < 4
+    assert explanation.seconds < 4
 
 
 @pytest.mark.slow

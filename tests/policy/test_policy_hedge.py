@@ -42,7 +42,7 @@ def test_the_first_success_is_the_call_and_the_other_is_given_up(winner: int) ->
     loser = call.call.attempts[2 - winner]
     assert loser.outcome is not None
     assert (loser.outcome.cancelled, loser.ended) == (True, 1.5)
-    assert loser.outcome.details == "another attempt was the call"
+    assert loser.outcome.details == "another attempt answered first"
 
 
 def test_a_call_that_succeeds_before_the_delay_is_one_attempt() -> None:

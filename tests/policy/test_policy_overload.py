@@ -43,7 +43,10 @@ def test_a_call_beyond_the_limit_is_refused_here_and_is_told_why() -> None:
     assert call.verdict is not None
     assert call.verdict.outcome.code == Code.UNAVAILABLE
     assert call.call.attempts == []
-    said = "refused by the client: 10 calls are outstanding, and the limit for CRITICAL calls is 10"
+    said = (
+        "refused by the client: 10 calls are outstanding, and the limit for CRITICAL calls is 10 "
+        "(overload.maxOutstanding in the service config)"
+    )
     assert said in str(explain(call.call, "test", call.verdict, 0.0))
     assert cluster.gate.counts == {"refused: outstanding": 1}
     assert repr(cluster.gate) == "<Gate 10/10 outstanding>"
@@ -115,10 +118,8 @@ def test_criticality_is_read_among_other_metadata() -> None:
     assert criticality_of(()) is criticality_of(None) is Criticality.CRITICAL
 
 
-def test_by_default_1024_and_where_grpc_balances_no_limit() -> None:
+def test_by_default_there_is_no_limit() -> None:
     gate = Gate(OverloadConfig())
-    assert gate.limit == 1024
-    gate.unlimited()
     assert gate.limit == inf
     gate.configure(OverloadConfig(7))
     assert gate.limit == 7

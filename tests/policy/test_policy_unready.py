@@ -30,7 +30,7 @@ FAILED = Connectivity.TRANSIENT_FAILURE
             {"a:1": Seen(CONNECTING, 0.5)},
             {},
             9.5,
-            "0 of 1 endpoint connected after 9.5 s: a:1 CONNECTING for 9.5 s",
+            "0 of 1 endpoints connected after 9.5 s: a:1 CONNECTING for 9.5 s",
             id="one endpoint was waited for",
         ),
         pytest.param(
@@ -75,7 +75,7 @@ def test_the_time_in_a_state_counts_from_its_last_change() -> None:
     set_states(cluster, CONNECTING)
     call = Driven(cluster=cluster, now=3.0, deadline=5.0)
     call.elapses()
-    call.ends(Code.DEADLINE_EXCEEDED, "test: 0 of 1 endpoint connected after 2.0 s: e0 CONNECTING for 2.0 s")
+    call.ends(Code.DEADLINE_EXCEEDED, "test: 0 of 1 endpoints connected after 2.0 s: e0 CONNECTING for 2.0 s")
 
 
 def test_an_ejection_keeps_its_reason_and_its_time_until_it_ends() -> None:

@@ -105,9 +105,9 @@ class ServiceConfig(_message.Message):
     def overload(self) -> Global___Overload:
         """weft: what a client refuses to send.
 
-        Default: more than 1024 calls at once, for the mesh's targets.
+        Default: nothing.
         Source: gRFC A32; Google's SRE book, "Handling Overload".
-        Change: when a client makes more calls at once, or should hold back from a service that refuses it.
+        Change: when calls may pile up in a client, or it should hold back from a service that refuses it.
         """
 
     def __init__(
@@ -1054,9 +1054,9 @@ class Overload(_message.Message):
         """How many calls may be in flight at once, those that wait for an endpoint or a retry among them; streams count while they
         last. Sheddable calls may fill 80 or 90 % of it. 0: no limit.
 
-        Default: 1024 for the mesh's targets; no limit for gRPC's own.
-        Source: gRFC A32.
-        Change: up, for clients that make more calls at once.
+        Default: no limit, as in gRPC without xDS.
+        Source: gRFC A32, whose default is 1024.
+        Change: to what a client can hold while a service is slow or away.
         """
 
     @_builtins.property
