@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import os
 import tomllib
@@ -14,7 +15,7 @@ import pydantic
 import sqlalchemy as sa
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from mesh import files
+from mesh import files, variables
 from mesh.server.settings import ServerSettings
 
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
@@ -121,6 +122,14 @@ def describe(settings: type[Settings] = Settings) -> str:
     for setting in dataclasses.fields(ServerSettings):
         variable = setting.metadata.get("variable", "")
         if variable:
-            default = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
-            lines.append(f"  {variable:<{_WIDTH}}{default}".rstrip())
+            told = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
+            default = f" (default: {_as_written(told)})" if told not in ("", ()) else ""
+            lines.append(f"  {variable:<{_WIDTH}}{variables.SERVERS.get(variable, variables.KNOWN[variable])}{default}")
     return "\n".join([*lines, "", (inspect.getdoc(ServerSettings) or "").replace("``", "")])
+
+
+def _as_written(value: object) -> str:
+    """A default as one would write it in the environment."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value.value if isinstance(value, enum.Enum) else value)

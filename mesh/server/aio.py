@@ -129,7 +129,7 @@ class Server:
     async def _serve(self) -> None:
         settings = self.settings
         self._health.set(SERVING, self.services)
-        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services) or "no services", self.address)
         if settings.registry:
             self._registration = Registration(
                 settings.registry, instances(self.services, settings, self.address), settings.lease_ttl

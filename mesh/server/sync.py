@@ -146,7 +146,7 @@ class Server:
                 told = instances(self.services, settings, self.address)
                 self._registration = RegistrationThread(Registration(settings.registry, told, settings.lease_ttl))
                 self._registration.start()
-        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services), self.address)
+        lines.info(LOG, "serving", "serving %s on %s", ", ".join(self.services) or "no services", self.address)
 
     def drain(self) -> None:
         """Take no new work and finish the old: NOT_SERVING, deregister, let clients notice, and stop within the grace.
