@@ -16,7 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 
 
 def _wheel(folder: Path, name: str, version: str, *needs: str, extra: str = "") -> str:
