@@ -76,6 +76,8 @@ def call_from_finalizer(callback: Callable[[], object]) -> None:
 
 def _failed(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what a callback raised, and an exception that nobody took from its task."""
+    if OLD_CORE and isinstance(context.get("exception"), BlockingIOError):
+        return  # grpc.aio's, where several loops are in use; no call fails by it (grpc/grpc#42357)
     _LOG.error("%s: %r", context["message"], context.get("handle"), exc_info=context.get("exception"))
 
 
