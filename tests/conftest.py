@@ -30,7 +30,7 @@ SETTLE = 5.0
 LASTING = ("_poll_wrapper", "Dummy-", "mesh-", "execnet", "pytest", "MainThread")
 if background.OLD_CORE:
     background.loop()  # starts the thread that waits in core, whose name says nothing
-    # grpc.aio's own noise where event loops share a process (docs/compatibility.md), which tests of log lines don't mean.
+    # grpc.aio's own noise where event loops share a process (docs/compatibility.md); tests of log lines don't mean it.
     logging.getLogger("asyncio").addFilter(
         lambda record: not (record.exc_info and record.exc_info[0] is BlockingIOError)
     )
