@@ -38,6 +38,8 @@ GRACE = 2.0
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
+    # As mesh.server.settings has it: a client at the limit waits, and isn't refused.
+    ("grpc.http.overload_protection", 0),
     ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT * 1000)),
     # A port in use is an error, and not a port shared with another registry.
     ("grpc.so_reuseport", 0),

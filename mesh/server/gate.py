@@ -123,8 +123,9 @@ class ThreadGate(Gate):
     LONGEST = 0.3
     """Seconds after which a turn ends, whatever goes on."""
 
-    CROWD = 8
-    """Handlers at work at most between two turns: the next turn begins when they have ended."""
+    CROWD = 3
+    """Handlers at work at most between two turns: the next turn begins when they have ended, and while they compute,
+    each has Python's lock for only a part of the time."""
 
     SWEEP, SELDOM = 0.05, 0.5
     """Seconds between two looks at the queue by one of those that wait, and by each of the others."""

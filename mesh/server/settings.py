@@ -147,8 +147,8 @@ class ServerSettings:
     wait. ``max_streams``: streams open at once, of all clients.
     ``load_reports``: whether answers carry the load, for clients that balance by it.
     ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit. ``max_metadata_bytes``: the
-    largest metadata. ``max_connection_streams``: calls and streams at once on one
-    connection; where a client keeps many more than that waiting, core may refuse some.
+    largest metadata.
+    ``max_connection_streams``: calls and streams at once on one connection; further ones wait in the client.
     ``connection_age``: how long a connection is used for new calls, give or take a tenth, so that clients which live
     long find new replicas; 0 for as long as it lasts. ``connection_age_grace``: how long its calls may go on then.
     ``keepalive_time``, ``keepalive_timeout``: how often a quiet connection is pinged, and how long the answer may take,
@@ -189,7 +189,7 @@ class ServerSettings:
     max_receive_bytes: int = _setting(4 << 20, "MESH_MAX_RECEIVE_BYTES", _whole(-1, 2**31 - 1))
     max_send_bytes: int = _setting(-1, "MESH_MAX_SEND_BYTES", _whole(-1, 2**31 - 1))
     max_metadata_bytes: int = _setting(16 << 10, "MESH_MAX_METADATA_BYTES", _whole(1024, 2**31 - 1))
-    max_connection_streams: int = _setting(2000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
+    max_connection_streams: int = _setting(1000, "MESH_MAX_CONNECTION_STREAMS", _whole(1, 2**31 - 1))
     connection_age: float = _setting(300.0, "MESH_CONNECTION_AGE", _seconds(0, 86400))
     connection_age_grace: float = _setting(3600.0, "MESH_CONNECTION_AGE_GRACE", _seconds(0, 86400))
     keepalive_time: float = _setting(2.0, "MESH_KEEPALIVE_TIME", _seconds(0.1, 86400))
@@ -257,9 +257,10 @@ class ServerSettings:
             # Soft and hard alike: between the two core refuses by chance.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
-            # A client at this limit gets UNAVAILABLE (REFUSED_STREAM) now and then instead of waiting: core counts
-            # streams that are about to close. So the default is out of reach.
             ("grpc.max_concurrent_streams", self.max_connection_streams),
+            # With it core counts calls that have ended but are not yet freed, so it refuses calls (REFUSED_STREAM) of
+            # a client that keeps to the limit. Without it such a client's calls wait, and one that doesn't is cut off.
+            ("grpc.http.overload_protection", 0),
             # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
             # tell from a cancel of their own: let them come to where they are refused for a reason.
             ("grpc.server.max_pending_requests", 50_000),

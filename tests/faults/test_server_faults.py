@@ -149,15 +149,21 @@ class TestBadClients:
         served.rests()
         assert served.process.end(within=40) == 0
 
-    def test_one_that_floods_with_resets(self, start: Start, raw: Callable[[int], RawClient]) -> None:
-        served = start(MESH_GRACE="1")
+    @pytest.mark.parametrize(
+        ("limit", "calls_each"),
+        [pytest.param("1000", 2**29, id="on-one-connection"), pytest.param("100", 10_000, id="on-many-connections")],
+    )
+    def test_one_that_floods_with_resets(
+        self, start: Start, raw: Callable[[int], RawClient], limit: str, calls_each: int
+    ) -> None:
+        served = start(MESH_GRACE="1", MESH_MAX_CONNECTION_STREAMS=limit)
         flood = threading.Event()
 
         def flooding() -> None:
             while not flood.is_set():
                 client, stream = raw(served.port), 1
                 reset = True
-                while reset and not flood.is_set() and stream < 20_000:
+                while reset and not flood.is_set() and stream < 2 * calls_each:
                     burst = range(stream, stream + 200, 2)
                     reset = client.send(
                         b"".join(
@@ -170,8 +176,8 @@ class TestBadClients:
         flooder = threading.Thread(target=flooding, name="flooder")
         flooder.start()
         try:
-            for _ in range(5):
-                served.rests(within=20)
+            for _ in range(500):
+                served.rests(within=5)
         finally:
             flood.set()
             flooder.join()

@@ -63,6 +63,10 @@ class TestAsyncio:
             for at_once, rounds in ((50, 4), (200, 3), (1000, 2)):
                 assert calls(port, f"Wait-{seconds}", at_once, rounds) == {"OK": at_once * rounds}
 
+    def test_more_calls_than_a_connection_takes_wait_in_their_client(self) -> None:
+        with serving("mesh", "aio") as port:
+            assert calls(port, "Wait-0.05", 3000, 3) == {"OK": 9000}
+
     @pytest.mark.parametrize(("method", "at_once"), [("Again-1", 21), ("Again-1", 60), ("Again-3", 60), ("Fan-10", 10)])
     def test_a_service_may_call_itself(self, kind: str, method: str, at_once: int) -> None:
         with serving(kind, "aio") as port:
