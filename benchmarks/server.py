@@ -46,6 +46,9 @@ CPU_TIME = 0.01
 
 DEADLINE = 0.5
 
+ONSET = 2.0
+"""Seconds from the beginning of an overload in which the server finds out (decision 0017)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -302,8 +305,9 @@ async def overload() -> list[Row]:
     critical, sheddable = limited["work"].critical, limited["work"].sheddable
     return [
         *rows,
-        Row("the same, CRITICAL that succeeds while SHEDDABLE is shed", critical.success, 0.99, at_least=True),
-        Row("  the same without the limit", unlimited.critical.success),
+        Row("the first of these: CRITICAL that succeeds after the first 2 s", critical.success, 0.99, at_least=True),
+        Row("  in the first 2 s, until the method is limited", limited["work"].onset.success),
+        Row("  after the first 2 s, without the limit", unlimited.critical.success),
         Row("  SHEDDABLE that succeeds, with the limit", sheddable.success),
         Row("  p99 of CRITICAL that succeeds, with the limit", critical.quantile(0.99) * 1e3, unit=" ms"),
         Row("recovery after the overload ends, to 1.5 of the normal p99", limited["work"].recovery, 2.0, " s"),
@@ -313,8 +317,10 @@ async def overload() -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """What became of it. ``goodput`` is of the capacity; ``recovery`` in seconds."""
+    """What became of it. ``onset``: CRITICAL calls of the first 2 s; ``critical``, ``sheddable``: those after. ``goodput``
+    is of the capacity, from the beginning; ``recovery`` in seconds."""
 
+    onset: Result
     critical: Result
     sheddable: Result
     goodput: float
@@ -332,11 +338,18 @@ async def overloaded(port: int, seconds: float) -> Overload:
 
         capacity = await saturate(lambda: method(REQUEST), 500, SLOTS)
         normal = await offer(calls("CRITICAL"), capacity / 4, 4)
-        critical, sheddable = await asyncio.gather(
-            offer(calls("CRITICAL"), capacity / 2, seconds), offer(calls("SHEDDABLE"), capacity * 1.5, seconds)
-        )
-        goodput = (critical.codes["OK"] + sheddable.codes["OK"]) / seconds / capacity
-        return Overload(critical, sheddable, goodput, await recovery(method, capacity / 4, normal.quantile(0.99)))
+
+        async def both(seconds: float) -> list[Result]:
+            critical = offer(calls("CRITICAL"), capacity / 2, seconds)
+            return await asyncio.gather(critical, offer(calls("SHEDDABLE"), capacity * 1.5, seconds))
+
+        beginning = asyncio.create_task(both(ONSET))
+        await asyncio.sleep(ONSET)
+        critical, sheddable = await both(seconds - ONSET)
+        onset, *_ = began = await beginning
+        goodput = sum(result.codes["OK"] for result in (*began, critical, sheddable)) / seconds / capacity
+        recovered = await recovery(method, capacity / 4, normal.quantile(0.99))
+        return Overload(onset, critical, sheddable, goodput, recovered)
 
 
 async def recovery(method: Any, rate: float, normal: float) -> float:
