@@ -317,8 +317,8 @@ async def overload() -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """What became of it. ``onset``: CRITICAL calls of the first 2 s; ``critical``, ``sheddable``: those after. ``goodput``
-    is of the capacity, from the beginning; ``recovery`` in seconds."""
+    """What became of it. ``onset``: CRITICAL calls of the first 2 s; ``critical``, ``sheddable``: those after.
+    ``goodput`` is of the capacity, from the beginning; ``recovery`` in seconds."""
 
     onset: Result
     critical: Result
@@ -339,17 +339,17 @@ async def overloaded(port: int, seconds: float) -> Overload:
         capacity = await saturate(lambda: method(REQUEST), 500, SLOTS)
         normal = await offer(calls("CRITICAL"), capacity / 4, 4)
 
-        async def both(seconds: float) -> list[Result]:
+        async def both(seconds: float) -> tuple[Result, Result]:
             critical = offer(calls("CRITICAL"), capacity / 2, seconds)
             return await asyncio.gather(critical, offer(calls("SHEDDABLE"), capacity * 1.5, seconds))
 
         beginning = asyncio.create_task(both(ONSET))
         await asyncio.sleep(ONSET)
         critical, sheddable = await both(seconds - ONSET)
-        onset, *_ = began = await beginning
+        began = await beginning
         goodput = sum(result.codes["OK"] for result in (*began, critical, sheddable)) / seconds / capacity
         recovered = await recovery(method, capacity / 4, normal.quantile(0.99))
-        return Overload(onset, critical, sheddable, goodput, recovered)
+        return Overload(began[0], critical, sheddable, goodput, recovered)
 
 
 async def recovery(method: Any, rate: float, normal: float) -> float:
