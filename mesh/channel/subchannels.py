@@ -85,11 +85,19 @@ class Subchannel(abc.ABC):
     when idle.
     """
 
-    def __init__(self, address: str, options: ChannelOptions) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: ChannelOptions,
+        credentials: grpc.ChannelCredentials | None,
+        compression: grpc.Compression | None,
+    ) -> None:
         self.address = address
         self.options = options
         self._options = (*options, ("grpc.enable_retries", 1))
         self._retry_options = (*options, ("grpc.enable_retries", 0))
+        self._credentials = credentials
+        self._compression = compression
         self.closed = False
         self._channel: Any = None
         self._retry_channel: Any = None
@@ -195,17 +203,6 @@ class Subchannel(abc.ABC):
 class SyncSubchannel(Subchannel):
     """A subchannel of ``grpc.Channel``."""
 
-    def __init__(
-        self,
-        address: str,
-        options: ChannelOptions,
-        credentials: grpc.ChannelCredentials | None,
-        compression: grpc.Compression | None,
-    ) -> None:
-        super().__init__(address, options)
-        self._credentials = credentials
-        self._compression = compression
-
     def _open(self, options: ChannelOptions) -> grpc.Channel:
         return core.channel(self.address, options, self._credentials, self._compression)
 
@@ -230,17 +227,6 @@ class SyncSubchannel(Subchannel):
 
 class AioSubchannel(Subchannel):
     """A subchannel of ``grpc.aio.Channel``."""
-
-    def __init__(
-        self,
-        address: str,
-        options: ChannelOptions,
-        credentials: grpc.ChannelCredentials | None,
-        compression: grpc.Compression | None,
-    ) -> None:
-        super().__init__(address, options)
-        self._credentials = credentials
-        self._compression = compression
 
     def _open(self, options: ChannelOptions) -> grpc.aio.Channel:
         return core.aio_channel(self.address, options, self._credentials, self._compression)

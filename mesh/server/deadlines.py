@@ -213,8 +213,12 @@ class AioContext:
         await self.abort(status.code, status.details, status.trailing_metadata)
 
 
-async def _aio_raised(behavior: Behavior, error: Exception, context: AioContext, scope: Scope) -> None:
+async def _aio_raised(behavior: Behavior, error: BaseException, context: AioContext, scope: Scope) -> None:
     """Settle a call whose handler raised; returns when the error is grpc's own to deal with."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        scope.cancel()
+    if not isinstance(error, Exception):
+        return
     if context.done():  # aborted: the status is sent
         return
     if isinstance(error, UnparsableError):
@@ -231,10 +235,7 @@ def _aio_coroutine(behavior: Behavior, gate: Gate | None) -> Behavior:
         wrapped = AioContext(context, scope, gate)
         try:
             response = await behavior(request, wrapped)
-        except asyncio.CancelledError:
-            scope.cancel()
-            raise
-        except Exception as error:
+        except BaseException as error:
             await _aio_raised(behavior, error, wrapped, scope)
             raise
         finally:
@@ -253,10 +254,7 @@ def _aio_generator(behavior: Behavior, gate: Gate | None) -> Behavior:
             async with aclosing(behavior(request, wrapped)) as responses:
                 async for response in responses:
                     yield response
-        except (asyncio.CancelledError, GeneratorExit):
-            scope.cancel()
-            raise
-        except Exception as error:
+        except BaseException as error:
             await _aio_raised(behavior, error, wrapped, scope)
             raise
         finally:

@@ -177,6 +177,14 @@ async def _aio_begin_stream(gate: AioGate, method: Method, scope: Scope, context
         await context.abort(*gate.refusal(reason))
 
 
+async def _aio_drained(gate: AioGate, task: asyncio.Task[Any], scope: Scope, context: Any) -> None:
+    """End a cancelled stream with UNAVAILABLE where the drain cancelled it; returns where something else did."""
+    if gate.ending and not context.done():
+        task.uncancel()
+        scope.cancel()
+        await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+
+
 def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler of a stream in any direction that is a coroutine."""
     admission = gate.admission
@@ -193,11 +201,7 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
             response = await behavior(request, context)
             ending = Ending.OK
         except asyncio.CancelledError:
-            if not gate.ending or context.done():
-                raise
-            task.uncancel()
-            scope.cancel()
-            await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+            await _aio_drained(gate, task, scope, context)
             raise
         finally:
             gate.streams.discard(task.cancel)
@@ -238,11 +242,7 @@ def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
                         await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
             ending = Ending.OK
         except asyncio.CancelledError:
-            if not gate.ending or context.done():
-                raise
-            task.uncancel()
-            scope.cancel()
-            await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+            await _aio_drained(gate, task, scope, context)
             raise
         finally:
             gate.streams.discard(end)
