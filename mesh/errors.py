@@ -191,12 +191,14 @@ class AioRpcError(RpcError, grpc.aio.AioRpcError):
 def terminated(
     name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None, endpoint: str = ""
 ) -> str:
-    """What grpc prints of an RPC that is over; its last line, which is for people, also names the endpoint."""
+    """What grpc prints of an RPC that is over; where nothing in it names the endpoint, a last sentence does."""
     lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
     if code is not grpc.StatusCode.OK:
-        where = f', endpoint = "{endpoint}"' if endpoint else ""
-        lines.append(f'\tdebug_error_string = "{debug}"{where}')
-    return "\n".join([*lines, ">"])
+        lines.append(f'\tdebug_error_string = "{debug}"')
+    text = "\n".join([*lines, ">"])
+    if not endpoint or re.search(rf"(?<![\w.]){re.escape(endpoint)}(?!\w)", text):
+        return text
+    return f"{text} The call went to endpoint {endpoint}."
 
 
 _LONGEST = 200  # characters of core's that an error repeats

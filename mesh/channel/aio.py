@@ -146,8 +146,7 @@ class Channel(grpc.aio.Channel):
         loop = self.loop
         if running is not loop:
             raise RuntimeError(
-                f"{self!r} belongs to the event loop that it was first used on, {loop!r} at {id(loop):#x}; this is "
-                f"{running!r} at {id(running):#x}: make a channel for each event loop, and close it there"
+                f"{self!r} belongs to another event loop, {loop!r} at {id(loop):#x}. Make a channel for each loop."
             )
 
     async def close(self, grace: float | None = None) -> None:

@@ -36,7 +36,7 @@ from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subcha
 from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
 from mesh.core import ChannelOptions
 from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
-from mesh.discovery.target import resolver_for
+from mesh.discovery.target import in_short, resolver_for
 from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.cluster import Cluster
 from mesh.policy.deadline import deadline_of
@@ -91,13 +91,15 @@ class Assembly:
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         if forking.generation:  # core must not take the parent's connection for one with the same options
             given.setdefault("weft.forks", forking.generation)
-        self._configs = Configs(target, service=found.health_service or "", balanced_by_core=resolver is None)
+        name = in_short(target)
+        self._configs = Configs(name, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
         # Whether a config is yet to come that calls wait for.
         self._pending = resolver is not None and resolver.configures and not text
         # With an option the others are never asked.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
-        self.cluster = Cluster(target, self.config, self.rng, time.monotonic(), threading.Lock)
+        source = resolver.source if resolver is not None else ""
+        self.cluster = Cluster(name, self.config, self.rng, time.monotonic(), threading.Lock, source)
         self.cluster.locality = Locality(
             *(os.environ.get(f"MESH_{each}", "") for each in ("REGION", "ZONE", "SUB_ZONE"))
         )
@@ -142,7 +144,9 @@ class Assembly:
 
     async def _run(self, config_file: ConfigFile) -> None:
         reading = asyncio.create_task(
-            keep_running("reading the config file", functools.partial(self._reread, config_file), where=self.target)
+            keep_running(
+                "reading the config file", functools.partial(self._reread, config_file), where=self.cluster.name
+            )
         )
         try:
             await self.pool.run()

@@ -103,12 +103,11 @@ class Configs:
         """A source said what can't be taken: say so, once for each reason."""
         if self._complaints.get(source) != why:
             self._complaints[source] = why
-            _LOG.error(
-                "%s: service config from the %s rejected; keeping the previous one: %s",
-                self._channel,
-                source.name.lower(),
-                why,
-            )
+            if source in self._parsed:
+                kept = "keeping the previous one"
+            else:
+                kept = f"keeping the {min(self._parsed).name.lower()}'s" if self._parsed else "none is in use"
+            _LOG.error("%s: service config from the %s rejected; %s: %s", self._channel, source.name.lower(), kept, why)
 
     def __repr__(self) -> str:
         return f"<Configs {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"

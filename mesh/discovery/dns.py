@@ -46,6 +46,8 @@ async def lookup(host: str, port: int) -> list[str]:
 class DnsResolver(Resolver):
     """Polls the addresses of ``host``, and yields them, sorted, when they have changed."""
 
+    source = "DNS"
+
     def __init__(
         self,
         host: str,

@@ -76,6 +76,7 @@ class RegistryResolver(Resolver):
         cache: Cache | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        self.source = f"registry {registry}"
         self._registry = registry
         self._service = service
         self._patience = patience

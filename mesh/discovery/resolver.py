@@ -31,9 +31,11 @@ class Resolver(abc.ABC):
     """Finds the endpoints of one target. Made without IO; everything happens in ``updates``.
 
     ``configures``: its updates bring a service config, so calls wait for the first one that does.
+    ``source``: what it asks, as errors name it.
     """
 
     configures = False
+    source = "the resolver"
 
     @abc.abstractmethod
     def updates(self) -> AsyncGenerator[Update, None]:

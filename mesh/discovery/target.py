@@ -51,6 +51,17 @@ class Target:
     authority: str | None = None
 
 
+LISTED = 2
+"""How many addresses of a target log lines and errors repeat."""
+
+
+def in_short(text: str) -> str:
+    """A target as log lines and errors name it: of many addresses the first two."""
+    addresses = text.split(",")
+    more = len(addresses) - LISTED
+    return f"{','.join(addresses[:LISTED])} (+{more} more)" if more > 0 else text
+
+
 def resolver_for(text: str) -> tuple[Target, Resolver | None]:
     """Take a target apart and make its resolver; None when gRPC resolves it by itself, as one endpoint.
 

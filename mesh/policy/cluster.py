@@ -62,7 +62,13 @@ class Cluster:
     """
 
     def __init__(
-        self, name: str, config: ServiceConfig, rng: random.Random, now: float, new_lock: Callable[[], Lock]
+        self,
+        name: str,
+        config: ServiceConfig,
+        rng: random.Random,
+        now: float,
+        new_lock: Callable[[], Lock],
+        source: str = "the resolver",
     ) -> None:
         self.name = name
         self.config = config
@@ -90,7 +96,7 @@ class Cluster:
         self._weigh_at = now
         self._subset = Subset()
         self._levels = Levels()
-        self.picker = self._inner = Picker(error=f"{name}: not resolved yet")
+        self.picker = self._inner = Picker(error=f"{name}: {source} has not answered")
 
     def latencies(self, method: str) -> Latencies:
         """What a method's attempts took, from which its hedging learns."""
@@ -268,7 +274,8 @@ class Cluster:
         states, since = dict(self.states), dict(self.since)
         seen = {address: Seen(state, since.get(address, now)) for address, state in states.items()}
         if not seen:
-            return picker.error if waited is None else f"{picker.error} after {waited:.1f} s"
+            how = "after" if self._resolved or self._refused else "for"
+            return picker.error if waited is None else f"{picker.error} {how} {waited:.1f} s"
         return f"{self.name}: {describe(seen, self.causes, now, waited)}"
 
     def _serving(self, place: int, ready: Sequence[Node]) -> Picker:

@@ -164,7 +164,7 @@ def test_a_channel_that_is_used_from_a_second_loop_says_at_once_which_it_belongs
         return id(asyncio.get_running_loop())
 
     async def second() -> None:
-        with pytest.raises(RuntimeError, match=f"belongs to the event loop .*closed=True.* at {loop:#x}"):
+        with pytest.raises(RuntimeError, match=f"belongs to another event loop, .*closed=True.* at {loop:#x}"):
             await asyncio.wait_for(_use(channel, USES[use]), 1)
         await channel.close()
         await channel.close()
@@ -188,7 +188,7 @@ def test_a_channel_whose_loop_runs_in_another_thread_is_neither_used_nor_closed_
 
     async def here() -> None:
         for wrong in (call(), channel.close()):
-            with pytest.raises(RuntimeError, match=f"belongs to the event loop .*running=True.* at {id(loop):#x}"):
+            with pytest.raises(RuntimeError, match=f"belongs to another event loop, .*running=True.* at {id(loop):#x}"):
                 await wrong
 
     assert there(call()) == b"ok"
@@ -201,7 +201,7 @@ def test_a_channel_whose_loop_runs_in_another_thread_is_neither_used_nor_closed_
 
 
 async def _through_an_interceptor(server: Server, channel: Any) -> None:
-    with pytest.raises(RuntimeError, match="belongs to the event loop"):
+    with pytest.raises(RuntimeError, match="belongs to another event loop"):
         await channel.unary_unary(UNARY)(b"ok", timeout=TIMEOUT)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,8 @@ def error(error: Any) -> Any:
     if not isinstance(error, grpc.aio.AioRpcError):
         return type(error)
     assert isinstance(error.debug_error_string(), str)
-    lines = [line for line in str(error).splitlines() if "debug_error_string" not in line]
+    text = re.sub(r"(?<=\n>) The call went to endpoint \S+\.$", "", str(error))  # the mesh's own
+    lines = [line for line in text.splitlines() if "debug_error_string" not in line]
     return [
         isinstance(error, grpc.RpcError),
         error.code(),

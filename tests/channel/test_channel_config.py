@@ -189,11 +189,13 @@ def test_a_bad_file_is_named_once_with_the_fields_path_and_what_was_good_holds(
 def test_a_file_that_is_away_takes_nothing_away(served: Served, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mesh.insecure_channel(f"static:///{served.address}") as channel:
         assert attempted(channel) == 1, "it isn't there yet"
+        assert "from the file rejected; none is in use: " in caplog.text
         assert "No such file" in caplog.text
         write(file, attempts(2))
         eventually(lambda: attempted(channel) == 2)
         file.unlink()
         eventually(lambda: caplog.text.count("No such file") == 2)
+        assert "from the file rejected; keeping the previous one: " in caplog.text
         assert attempted(channel) == 2
 
 

@@ -110,7 +110,7 @@ def test_a_new_client_starts_whatever_config_its_registry_gives_out(
 ) -> None:
     assert called(f"mesh://{registry_of(text)}/{SERVICE}") == b"x"
     (error,) = errors(caplog)
-    assert "from the registry rejected; keeping the previous one" in error
+    assert "from the registry rejected; none is in use: " in error
     assert why in error
 
 

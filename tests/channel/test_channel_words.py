@@ -166,9 +166,32 @@ def test_an_error_names_its_endpoint_and_keeps_the_servers_words(fail: Fail, ser
     error = fail(f"static:///{served.address}", method=ABORT)
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert error.details() == "no such thing"
-    assert f'endpoint = "{served.address}"' in str(error)
+    assert str(error).endswith(f"\n> The call went to endpoint {served.address}.")
     assert isinstance(error, RpcError)
     assert error.explain().endpoint == served.address
+
+
+def test_an_error_names_an_endpoint_once(fail: Fail, free_port: Callable[[], int]) -> None:
+    error = fail(f"127.0.0.1:{free_port()}")
+    assert "The call went to" not in str(error)
+
+
+@pytest.mark.slow
+def test_a_registry_that_says_nothing_is_named_with_how_long_it_was_waited_for(fail: Fail) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        registry = f"127.0.0.1:{silent.getsockname()[1]}"
+        error = fail(f"mesh://{registry}/{SERVICE}", within=0.5)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert error.details() == f"mesh://{registry}/{SERVICE}: registry {registry} has not answered for 0.5 s"
+
+
+def test_a_long_static_target_is_shortened_to_two_addresses(fail: Fail, free_port: Callable[[], int]) -> None:
+    one, two, three, four = (f"127.0.0.1:{free_port()}" for _ in range(4))
+    error = fail(f"static:///{one},{two},{three},{four}")
+    assert error.details().startswith(f"static:///{one},{two} (+2 more): 0 of 4 endpoints connected: ")
+    assert error.explain().target == f"static:///{one},{two},{three},{four}"
 
 
 def test_every_error_is_what_grpc_raises_and_an_error_of_the_mesh(fail: Fail, served: Served) -> None:

@@ -74,14 +74,14 @@ def test_it_waits_for_the_first_resolution_and_then_has_its_methods_policy(deadl
 def test_it_ends_at_its_deadline() -> None:
     early = Early(cluster_of(0), 11.0)
     early.happens(Elapsed(11.0))
-    early.ends(Code.DEADLINE_EXCEEDED, "test: not resolved yet after 1.0 s")
+    early.ends(Code.DEADLINE_EXCEEDED, "test: the resolver has not answered for 1.0 s")
 
 
 def test_it_ends_at_its_methods_timeout_when_that_is_over_by_then() -> None:
     early = Early(cluster_of(0))
     early.told = True
     early.happens(Elapsed(13.5))
-    early.ends(Code.DEADLINE_EXCEEDED, "test: not resolved yet after 3.5 s")
+    early.ends(Code.DEADLINE_EXCEEDED, "test: the resolver has not answered for 3.5 s")
 
 
 def test_it_fails_when_nobody_can_say_who_is_there_unless_it_waits_for_ready() -> None:

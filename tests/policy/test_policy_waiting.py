@@ -88,7 +88,7 @@ def test_before_anything_is_known_calls_wait() -> None:
     call = Driven(cluster=cluster, deadline=5.0)
     call.waits(until=5.0)
     call.elapses()
-    call.ends(Code.DEADLINE_EXCEEDED, "test: not resolved yet after 5.0 s")
+    call.ends(Code.DEADLINE_EXCEEDED, "test: the resolver has not answered for 5.0 s")
 
 
 def test_a_final_word_from_the_resolver_fails_calls_at_once() -> None:
