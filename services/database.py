@@ -135,7 +135,14 @@ class Database:
         self._writers = ThreadPoolExecutor(workers, "database-write")
 
     def __repr__(self) -> str:
-        return f"<Database {self._url.render_as_string(hide_password=True)}>"
+        return f"<Database {self.where}>"
+
+    @property
+    def where(self) -> str:
+        """SQLite's file, or PostgreSQL's URL without the password."""
+        if self.file is not None:
+            return str(self.file)
+        return self._url.set(query={}).render_as_string(hide_password=True)  # a password may be in the query, too
 
     async def read(self, work: Callable[[sa.Connection], Result]) -> Result:
         """Run ``work`` in a transaction that sees one state of the database and changes nothing.

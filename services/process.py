@@ -55,7 +55,7 @@ def main(service: str, versions: Path, serve: Serve[Own], kind: type[Own]) -> in
         database = _open(service, own, versions)
     except CANNOT as error:
         return _cannot_start(service, error.orig if isinstance(error, sa.exc.DBAPIError) else error)
-    log.info("starting", listen=server.listen, database=repr(database))
+    log.info("starting", listen=server.listen, database=database.where)
     try:
         return asyncio.run(serve(database, own, server))
     except CannotStartError as error:

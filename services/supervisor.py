@@ -228,8 +228,8 @@ class Shop:
             lock = files.lock(data)
         except files.InUseError as error:
             raise CannotRunError(
-                f"{data} is in use by another mesh (pid {error.holder}): "
-                f"make run-mesh DATA={data}-2 PORT={_another(self.plan.port)} runs beside it"
+                f"{data} is in use by another mesh (pid {error.holder}); "
+                f"to run beside it: {self._with(data=f'{data}-2', elsewhere=self._taken_port() is not None)}"
             ) from None
         except OSError as error:
             raise CannotRunError(f"can't write to {error.filename}: {(error.strerror or '').lower()}") from None
@@ -259,17 +259,29 @@ class Shop:
 
     def _check_ports(self) -> None:
         # Before anything starts: gRPC's servers would otherwise share a port with another mesh's (SO_REUSEPORT).
+        taken = self._taken_port()
+        if taken is not None:
+            replica, reason = taken
+            raise CannotRunError(
+                f"{replica.name} can't listen on {replica.address}: {reason}; "
+                f"with other ports: {self._with(data=self.plan.data, elsewhere=True)}"
+            )
+
+    def _with(self, *, data: Path | str, elsewhere: bool) -> str:
+        """The command that runs this with other ``data`` or, ``elsewhere``, on other ports."""
+        port = _another(self.plan.port) if elsewhere else self.plan.port
+        return f"make run-mesh DATA={data} PORT={port}"
+
+    def _taken_port(self) -> tuple[Replica, str] | None:
+        """The first replica that can't listen, and why."""
         for replica in self.replicas:
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((HOST, replica.port))
                 except OSError as error:
-                    reason = os.strerror(error.errno or 0).lower()
-                    raise CannotRunError(
-                        f"{replica.name} can't listen on {replica.address}: {reason} (is another mesh running? "
-                        f"make run-mesh PORT={_another(self.plan.port)} runs beside it)"
-                    ) from None
+                    return replica, os.strerror(error.errno or 0).lower()
+        return None
 
     def _prepare_logs(self) -> None:
         try:

@@ -123,6 +123,13 @@ class _Client(Client):
             return None  # then it is no CloudEvent
         return found
 
+    leaving = False
+    """Whether this process ends the connection."""
+
+    async def lost(self) -> None:
+        if not self.leaving:
+            log.warning("broker disconnected; reconnecting")
+
 
 # The broker takes every character in a subject but these four; nats-py ends a subject at others, too (a form feed).
 for _name in ("MSG_RE", "HMSG_RE"):
@@ -224,7 +231,7 @@ class NatsBus:
                     # have tried again by then, in the right order.
                     pending_size=0,
                     error_cb=_quiet,
-                    disconnected_cb=_disconnected,
+                    disconnected_cb=client.lost,
                     reconnected_cb=_reconnected,
                     closed_cb=closed,
                 )
@@ -238,6 +245,7 @@ class NatsBus:
             finally:
                 self._client = None
                 self._up.clear()
+                client.leaving = True
                 with contextlib.suppress(*_AWAY):
                     await client.close()
             await asyncio.sleep(RECONNECT)
@@ -367,10 +375,6 @@ async def _declare(js: JetStreamContext) -> None:
 
 async def _quiet(error: Exception) -> None:
     log.debug("broker connection", error=str(error))
-
-
-async def _disconnected() -> None:
-    log.warning("broker disconnected; reconnecting")
 
 
 async def _reconnected() -> None:

@@ -230,6 +230,10 @@ def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> N
     assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 
+def _another(port: int) -> int:
+    return port + 1000 if port + 2000 < 65536 else port - 1000
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
     mesh_port = free_ports(32)[0]
     with socket.socket() as taken:
@@ -238,7 +242,8 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
         process = spawn.python("-m", "services", "--port", str(mesh_port), "--data", tmp_path / "data")
         assert process.wait() == 2
     assert process.said.count("\n") == 1
-    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use" in process.said
+    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use; with other ports: " in process.said
+    assert process.said.endswith(f"make run-mesh DATA={tmp_path / 'data'} PORT={_another(mesh_port)}\n")
 
 
 def test_a_folder_in_use_is_one_line_that_names_another_and_exit_code_2(spawn: Spawn, tmp_path: Path) -> None:
@@ -246,12 +251,17 @@ def test_a_folder_in_use_is_one_line_that_names_another_and_exit_code_2(spawn: S
     data = tmp_path / "data"
     mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
     mesh.process.wait_for("Starting")
-    second = spawn.python("-m", "services", "--port", str(free_ports(32)[0]), "--data", data)
+    in_use = f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}); to run beside it: make run-mesh "
+    port = free_ports(32)[0]
+    second = spawn.python("-m", "services", "--port", str(port), "--data", data)
     assert second.wait() == 2
-    assert second.said.startswith(
-        f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}): make run-mesh DATA={data}-2 PORT="
-    )
-    assert second.said.count("\n") == 1
+    assert second.said == f"{in_use}DATA={data}-2 PORT={port}\n", "its ports are free"
+    with socket.socket() as taken:
+        taken.bind((HOST, port))
+        taken.listen()
+        third = spawn.python("-m", "services", "--port", str(port), "--data", data)
+        assert third.wait() == 2
+    assert third.said == f"{in_use}DATA={data}-2 PORT={_another(port)}\n"
     assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 

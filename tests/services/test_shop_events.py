@@ -236,6 +236,20 @@ async def test_a_broker_that_is_away_refuses_at_once(free_port: Callable[[], int
             assert not bus.connected
 
 
+async def test_who_leaves_the_broker_does_not_warn_that_it_is_lost(
+    spawn: Spawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = Broker(spawn, tmp_path / "nats")
+    broker.start()
+    for lost in (False, True):
+        async with NatsBus(broker.url) as bus:
+            await publish(bus, event())
+            if lost:
+                broker.kill()
+                await until(lambda: not bus.connected)
+        assert ("broker disconnected" in capsys.readouterr().out) is lost
+
+
 @pytest.mark.faults
 async def test_a_killed_broker_loses_nothing_and_all_go_on_when_it_is_back(spawn: Spawn, tmp_path: Path) -> None:
     broker = Broker(spawn, tmp_path / "nats")

@@ -156,6 +156,7 @@ def test_it_serves_keeps_its_users_and_drains_on_sigterm(
     lines = [json.loads(line) for line in service.said.splitlines()]
     assert {line["service"] for line in lines} == {"user"}
     assert [line["event"] for line in lines if line["logger"] == "services.process"] == ["starting", "stopped"]
+    assert [line["database"] for line in lines if "database" in line] == [str(tmp_path / "data" / "user.db")]
 
     again = spawn.python("-m", "services.user", environment=environment)
     with grpc.insecure_channel(address) as channel:
