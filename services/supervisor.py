@@ -249,7 +249,8 @@ class Shop:
                 self._up = True
                 self._greet(time.monotonic() - began)
                 await stop.wait()
-            say("Draining (again Ctrl-C to kill)")
+            # Below the ^C that a terminal shows.
+            say(f"{chr(10) if self._console.is_terminal else ''}Draining (Ctrl-C again kills)")
         finally:
             started.cancel()
             await asyncio.gather(started, return_exceptions=True)

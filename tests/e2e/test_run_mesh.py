@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
                 terminal.stdin.write(b"\x03")
                 terminal.stdin.flush()
     assert terminal.returncode == 0, said.decode()
-    assert b"All ended" in said
+    assert b"\r\nDraining (Ctrl-C again kills)\r\nAll ended\r\n" in said, "on a line below the ^C"
 
 
 def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> None:
