@@ -42,7 +42,7 @@ load: $(READY) ## a realistic mix of calls against a running shop, with live fig
 
 # -- tests ------------------------------------------------------------------------------------------------------------
 .PHONY: test
-test: lint types check-generated floors coverage unit ## lint, types, generated code, floors and tests
+test: lint types check-generated layers coverage unit ## lint, types, generated code, layers and tests
 
 .PHONY: lint
 lint: $(READY) $(DEV) ## ruff and buf: rules and layout
@@ -70,9 +70,9 @@ same-generated: $(READY) $(DEV) $(OLDEST)/.ready
 	@diff -r -x __pycache__ generated $(FRESH) || { echo "generated/ is not what protos/ give: make generate"; exit 1; }
 	@rm -rf $(FRESH)
 
-.PHONY: floors
-floors: $(READY) $(DEV) ## a file imports only from floors below its own
-	@echo '== floors'
+.PHONY: layers
+layers: $(READY) $(DEV) ## a file imports only from layers below its own
+	@echo '== layers'
 	@$(BIN)/lint-imports --no-logo
 
 # Without the tests of the rest: only what tests/policy reaches counts. (`unit` leaves out what ran here.)

@@ -1,4 +1,4 @@
-"""What the floors ask for beyond import-linter's contracts in pyproject.toml."""
+"""What the layers ask for beyond import-linter's contracts in pyproject.toml."""
 
 from __future__ import annotations
 
