@@ -86,13 +86,14 @@ class MethodPolicy:
     """What holds for the calls of one method.
 
     ``timeout`` caps a call's own; ``default_timeout`` is for calls that bring none; ``attempt_timeout`` is for one
-    attempt. ``wait_for_ready`` None: as the call says, else false. ``retry`` None: what the method's descriptor
-    allows.
+    attempt, ``receive_timeout`` for what comes before the first response of a stream. ``wait_for_ready`` None: as the
+    call says, else false. ``retry`` None: what the method's descriptor allows.
     """
 
     timeout: float = math.inf
     default_timeout: float = math.inf
     attempt_timeout: float = math.inf
+    receive_timeout: float = math.inf
     wait_for_ready: bool | None = None
     retry: RetryPolicy | None = None
     hedge: HedgingPolicy = NEVER_HEDGE

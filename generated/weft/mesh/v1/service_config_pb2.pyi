@@ -1324,8 +1324,8 @@ class RetryPolicy(_message.Message):
     @_builtins.property
     def per_attempt_recv_timeout(self) -> _duration_pb2.Duration:
         """The longest that one attempt may take to give its response; then the call is tried again, whatever the codes above.
-        As attemptTimeout, of which the shorter holds; a method with a stream of responses has attemptTimeout alone. gRPC core
-        ignores this key unless an experiment is on, and lets the last attempt go on.
+        As attemptTimeout, of which the shorter holds. A stream of responses must have begun by then, with its headers or a
+        response, and may last. gRPC core ignores this key unless an experiment is on, and lets the last attempt go on.
 
         Default: what is left of the call's deadline.
         Source: gRPC core's key.
