@@ -704,6 +704,13 @@ DEADLINES = [
         why="core ends some calls with a timeout of its config's before they are sent",
     ),
     Case(
+        "a config's timeout of 0 is none",
+        "gRPC core, client_channel",
+        config({"timeout": "0s"}),
+        [LATE],
+        Expect("OK", 1),
+    ),
+    Case(
         "an attempt that its own timeout ended is followed by another",
         "Envoy, per_try_timeout",
         retry(method={"attemptTimeout": "0.05s"}),

@@ -1169,7 +1169,7 @@ class MethodConfig(_message.Message):
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins. As all timeouts and
-        backoffs here, 0.001s or more.
+        backoffs here, 0.001s or more; "0s", here alone, is no limit, as in gRPC core.
 
         Default: no limit.
         Source: gRPC's service config.
