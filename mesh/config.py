@@ -86,13 +86,14 @@ class MethodPolicy:
     """What holds for the calls of one method.
 
     ``timeout`` caps a call's own; ``default_timeout`` is for calls that bring none; ``attempt_timeout`` is for one
-    attempt. ``wait_for_ready`` None: as the call says, else false. ``retry`` None: what the method's descriptor
-    allows.
+    attempt, ``receive_timeout`` for what comes before the first response of a stream. ``wait_for_ready`` None: as the
+    call says, else false. ``retry`` None: what the method's descriptor allows.
     """
 
     timeout: float = math.inf
     default_timeout: float = math.inf
     attempt_timeout: float = math.inf
+    receive_timeout: float = math.inf
     wait_for_ready: bool | None = None
     retry: RetryPolicy | None = None
     hedge: HedgingPolicy = NEVER_HEDGE
@@ -516,6 +517,10 @@ class _Field:
     def timeout(self) -> float:
         return self._at_least(MIN_TIMEOUT)
 
+    def timeout_or_none(self) -> float:
+        """A timeout, of which 0 is none at all, as in core."""
+        return self.timeout() if self.duration() else math.inf
+
     def period(self) -> float:
         return self._at_least(MIN_PERIOD)
 
@@ -632,7 +637,7 @@ def _method(config: _Object) -> MethodPolicy:
     if retry and hedge:
         raise config.field("hedgingPolicy").fail("excludes retryPolicy")
     return MethodPolicy(
-        timeout=config.get_or("timeout", _Field.timeout, math.inf),
+        timeout=config.get_or("timeout", _Field.timeout_or_none, math.inf),
         default_timeout=config.get_or("defaultTimeout", _Field.timeout, math.inf),
         attempt_timeout=config.get_or("attemptTimeout", _Field.timeout, math.inf),
         wait_for_ready=config.get("waitForReady", _Field.boolean),

@@ -226,7 +226,21 @@ class Commit:
         return f"<Commit {self.number}>"
 
 
-Step = Attempt | Wait | Commit
+class Cancel:
+    """Step: cancel attempt ``number``, whose end is reported as any other's."""
+
+    __slots__ = ("number",)
+
+    until = None
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"<Cancel {self.number}>"
+
+
+Step = Attempt | Wait | Commit | Cancel
 
 
 # -- wake-ups: what a driver sends

@@ -254,6 +254,11 @@ def test_durations(given: str, taken: float) -> None:
     assert of_method({"timeout": given}).timeout == taken
 
 
+@pytest.mark.parametrize("given", ["0s", "0.000s", "-0s"])
+def test_a_timeout_of_zero_is_none_at_all_as_in_core(given: str) -> None:
+    assert of_method({"timeout": given}).timeout == INFINITE
+
+
 @pytest.mark.parametrize(
     ("given", "taken"),
     [(0.1, 0.1), (0.1239, 0.123), (1.001, 1.001), ("0.5", 0.5), (1e308, 1000.0), (0.001, 0.001)],
@@ -413,7 +418,8 @@ REFUSED: list[Case] = [
     at("methodConfig[0].hedgingPolicy", "excludes", {"methodConfig": [{"retryPolicy": RETRY, "hedgingPolicy": HEDGE}]}),
     *each(method, TIMEOUTS, DURATION, *WRONG_DURATIONS),
     *each(method, TIMEOUTS, "0 or more", "-1s"),
-    *each(method, TIMEOUTS, TOO_SHORT, "0s", NANOSECOND, "0.000999999s"),
+    *each(method, TIMEOUTS, TOO_SHORT, NANOSECOND, "0.000999999s"),
+    *each(method, TIMEOUTS[1:], TOO_SHORT, "0s"),
     # retries
     *each(retry, RETRY, "required", None),
     *each(retry, ["maxAttempts"], NUMBER, *WRONG_NUMBERS),

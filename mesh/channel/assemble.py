@@ -188,8 +188,10 @@ class Assembly:
         policy = self.config.method(path, idempotency_of(path))
         if not self._retries:
             return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
-        if policy.retry is None or kind.endswith("stream"):  # a stream of responses may rightly last longer
+        if policy.retry is None:
             return policy
+        if kind.endswith("stream"):  # it may rightly last longer, once it has begun
+            return replace(policy, receive_timeout=policy.retry.receive_timeout)
         return replace(policy, attempt_timeout=min(policy.attempt_timeout, policy.retry.receive_timeout))
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:

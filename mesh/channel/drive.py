@@ -24,6 +24,7 @@ from mesh.channel.subchannels import Pool
 from mesh.model import (
     Attempt,
     CallSpec,
+    Cancel,
     Code,
     Commit,
     Elapsed,
@@ -222,6 +223,10 @@ class EventDriver:
             self._cancel_running()
             self.running[step.number] = self.committed
             self.changed()
+        elif type(step) is Cancel:
+            inner = self.running.get(step.number)
+            if inner is not None:  # else it has just ended
+                inner.cancel()
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
             self.pool.wanted()

@@ -563,7 +563,7 @@ class _Driver(LockedDriver):
         self._credentials = credentials
         self._compression = compression
         self._serializer = serializer
-        self._hedged = False  # known with the first attempt
+        self._hedged = self._watched = False  # known with the first attempt
         self._unary = method.kind.endswith("unary")
         self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self._request = requests
@@ -582,7 +582,9 @@ class _Driver(LockedDriver):
         self.running, self.committed, self._callbacks = {}, None, None
 
     def begin(self, attempt: Attempt) -> None:
-        self._hedged = self.call.policy.hedge.max_attempts > 1
+        policy = self.call.policy
+        self._hedged = policy.hedge.max_attempts > 1
+        self._watched = not self._unary and (self._hedged or policy.receive_timeout < math.inf)
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
@@ -611,8 +613,9 @@ class _Driver(LockedDriver):
             over()
         elif (self._hedged or self._replay is not None) and self._unrepeatable():
             self.overflow(number)
-        elif self._hedged and not self._unary:
-            # The user's thread can wait for one attempt's headers; of several, each has a thread that does.
+        elif self._watched:
+            # The user's thread can wait for one attempt's headers, when it reads; of several, or with a time by which
+            # they are to come, each has a thread that does.
             threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
 
     def wake_at(self, until: float | None) -> None:
@@ -669,7 +672,7 @@ class _Driver(LockedDriver):
                 if self.verdict is not None:
                     return self.verdict.outcome.result
                 number, inner = max(self.running.items(), key=lambda item: item[0], default=(0, None))
-            if number > asked and not self._hedged:
+            if number > asked and not self._watched:
                 self._await_headers(number, inner)
             asked = max(asked, number)
         return self.committed

@@ -68,12 +68,12 @@ CODES = {
     Reason.STARTING: (Code.UNAVAILABLE, "not ready yet"),
     Reason.DRAINING: (Code.UNAVAILABLE, "shutting down"),
     Reason.DELAY: (Code.RESOURCE_EXHAUSTED, "overloaded: calls miss their deadlines in the queue"),
-    Reason.FULL: (Code.RESOURCE_EXHAUSTED, "overloaded: the queue is full (MESH_QUEUE_SIZE)"),
-    Reason.STREAMS: (Code.RESOURCE_EXHAUSTED, "too many streams are open (MESH_MAX_STREAMS)"),
+    Reason.FULL: (Code.RESOURCE_EXHAUSTED, "overloaded: the queue is full"),
+    Reason.STREAMS: (Code.RESOURCE_EXHAUSTED, "too many streams are open"),
     Reason.EXPIRED: (Code.DEADLINE_EXCEEDED, "the deadline passed before the call could begin"),
     Reason.LATE: (Code.DEADLINE_EXCEEDED, "overloaded: less time is left than the method takes"),
 }
-"""What the caller is told."""
+"""What the caller is told, before the figures."""
 
 
 class Mode(enum.Enum):
@@ -132,9 +132,10 @@ class Lane:
 class Method:
     """A method's queue and its limit. ``waiting``: its calls in the queue."""
 
-    __slots__ = ("bounds", "lanes", "limited", "limiter", "waiting")
+    __slots__ = ("bounds", "lanes", "limited", "limiter", "name", "waiting")
 
-    def __init__(self, limiter: Limiter, bounds: tuple[int, ...]) -> None:
+    def __init__(self, limiter: Limiter, bounds: tuple[int, ...], name: str) -> None:
+        self.name = name
         self.limiter = limiter
         self.limited = False
         self.bounds = bounds
@@ -221,9 +222,9 @@ class Admission:
         self.failed = 0
         self.last_loss = -math.inf
 
-    def method(self) -> Method:
+    def method(self, name: str = "the method") -> Method:
         """A method that is served."""
-        return Method(Limiter(self.config.least, self.config.most, self.config.after), self._bounds)
+        return Method(Limiter(self.config.least, self.config.most, self.config.after), self._bounds, name)
 
     @property
     def utilization(self) -> float:

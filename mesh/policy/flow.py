@@ -19,7 +19,7 @@ from collections.abc import Generator
 from math import inf
 
 from mesh.config import NEVER_RETRY
-from mesh.model import Attempt, CallSpec, Code, Commit, Ended, Headers, Outcome, Step, Verdict, Wait, Wake
+from mesh.model import Attempt, CallSpec, Cancel, Code, Commit, Ended, Headers, Outcome, Step, Verdict, Wait, Wake
 from mesh.policy.cluster import Cluster
 from mesh.policy.hedge import Hedges
 from mesh.policy.load import Node
@@ -52,6 +52,8 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     pauses = 0  # how often every endpoint had been tried, and none could send it
     committed = False
     committing = 0  # the attempt to hand over next
+    answer_by = inf  # when the attempt that runs is to have begun to answer
+    overdue = 0  # the attempt that hadn't
     step: Step
     call.started = call.started or now  # it may have waited for its policy before
     gate = cluster.gate
@@ -82,9 +84,16 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     timeout = min(left, policy.attempt_timeout)
                     due = inf if hedges is None else now + hedges.delay()
                     paid = False
-                    until = due if due < deadline else None
+                    answer_by = now + policy.receive_timeout
+                    until = min(due, answer_by)
                     attempt = Attempt(
-                        number, node.endpoint, None if timeout == inf else timeout, call.metadata, until, sent, now
+                        number,
+                        node.endpoint,
+                        None if timeout == inf else timeout,
+                        call.metadata,
+                        until if until < deadline else None,
+                        sent,
+                        now,
                     )
                     if picker.note:
                         attempt.note = picker.note
@@ -103,8 +112,12 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     return last or Verdict(Outcome(Code.UNAVAILABLE, cluster.why(picker, now)))
             elif committing:
                 step, committing = Commit(committing), 0
+            elif running and now >= answer_by:
+                overdue, answer_by = max(running), inf
+                step = Cancel(overdue)
             elif running:
-                step = Wait(due if due < deadline else None)
+                until = min(due, answer_by)
+                step = Wait(until if until < deadline else None)
             elif due < deadline:
                 step = Wait(due)
             else:
@@ -118,6 +131,10 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if number not in running:
                     continue
                 attempt = running.pop(number)
+                was_late = number == overdue and outcome.code == Code.CANCELLED
+                if was_late:
+                    details = f"no response within perAttemptRecvTimeout, {policy.receive_timeout:g} s"
+                    outcome = Outcome(Code.DEADLINE_EXCEEDED, details, committed=outcome.committed)
                 attempt.ended = now
                 attempt.outcome = outcome
                 if committed and outcome.code == Code.DEADLINE_EXCEEDED:
@@ -147,7 +164,9 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 last = verdict
                 # An attempt that its own timeout ended left the call time for another.
                 timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout
-                if timed_out:  # core says no more than "Deadline Exceeded"
+                if was_late:
+                    timed_out = True
+                elif timed_out:  # core says no more than "Deadline Exceeded"
                     details = f"no answer within the attempt timeout of {policy.attempt_timeout:g} s"
                     attempt.outcome = outcome = Outcome(
                         outcome.code, details, committed=outcome.committed, result=outcome.result
@@ -164,8 +183,8 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if delay is None or (delay == inf and not running):
                     return last
                 due = now + delay
-            elif isinstance(wake, Headers) and wake.number in running and not committed:
-                committed, committing, due = True, wake.number, inf
+            elif isinstance(wake, Headers) and wake.number in running and not committed and wake.number != overdue:
+                committed, committing, due, answer_by = True, wake.number, inf, inf
                 attempt = running.pop(committing)
                 _abandon(running, tried, BEATEN, now)
                 running[committing] = attempt

@@ -53,11 +53,22 @@ class Gate:
         """Streams are to end: a drain has waited for them long enough."""
         self._rng = random.Random()
 
-    def refusal(self, reason: Reason, *, begun: bool = False) -> tuple[grpc.StatusCode, str, tuple[Metadatum, ...]]:
-        """Status, details and trailers for a call that is refused, or, when its handler has ``begun``, ended."""
+    def refusal(
+        self, reason: Reason, method: Method, waited: float, *, begun: bool = False
+    ) -> tuple[grpc.StatusCode, str, tuple[Metadatum, ...]]:
+        """Status, details and trailers for a call that is refused after it ``waited``, or, when its handler has
+        ``begun``, ended."""
         if not begun:
             REFUSED.set(reason.value)
         code, details = CODES[reason]
+        if reason is Reason.DELAY:
+            if method.limited:
+                details = f"overloaded: {method.name} is limited to {method.limiter.limit} at a time"
+            details += f" and the call waited for {1000 * waited:.0f} ms"
+        elif reason is Reason.FULL:
+            details += f" (MESH_QUEUE_SIZE={self.admission.config.queue_size})"
+        elif reason is Reason.STREAMS:
+            details += f" (MESH_MAX_STREAMS={self.admission.config.max_streams})"
         trailers: tuple[Metadatum, ...] = ()
         if reason in PUSHBACKS:
             milliseconds = 1000 * PUSHBACKS[reason] * self._rng.uniform(0.5, 1.5)

@@ -36,6 +36,15 @@ def _expired(gate: Gate, method: Method, criticality: Criticality, scope: Scope,
     return reason
 
 
+def _waited(scope: Scope) -> float:
+    return time.monotonic() - scope.arrived
+
+
+def _name(behavior: Behavior) -> str:
+    """The method's name, as far as its handler tells."""
+    return getattr(behavior, "__qualname__", "").rpartition(".")[2] or "the method"
+
+
 def _left(scope: Scope, now: float) -> float:
     return math.inf if scope.deadline is None else scope.deadline - now
 
@@ -43,8 +52,8 @@ def _left(scope: Scope, now: float) -> float:
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse(gate: Gate, reason: Reason, context: Any, *, begun: bool = False) -> None:
-    code, details, trailers = gate.refusal(reason, begun=begun)
+def _refuse(gate: Gate, reason: Reason, method: Method, scope: Scope, context: Any, *, begun: bool = False) -> None:
+    code, details, trailers = gate.refusal(reason, method, _waited(scope), begun=begun)
     context.set_trailing_metadata(trailers)
     context.abort(code, details)
 
@@ -55,10 +64,10 @@ def _admitted(gate: ThreadGate, method: Method, criticality: Criticality, scope:
     if not gate.enter(method, criticality, now):
         reason = gate.wait(method, criticality, scope)
         if reason is not None:
-            _refuse(gate, reason, context)
+            _refuse(gate, reason, method, scope, context)
         now = time.monotonic()
     if scope.deadline is not None and scope.deadline <= now:
-        _refuse(gate, _expired(gate, method, criticality, scope, now), context)
+        _refuse(gate, _expired(gate, method, criticality, scope, now), method, scope, context)
     return now
 
 
@@ -69,13 +78,13 @@ def _begin_stream(gate: ThreadGate, method: Method, context: Any) -> None:
     reason = gate.admission.begin_stream(method, criticality)
     gate.settle()
     if reason is not None:
-        _refuse(gate, reason, context)
+        _refuse(gate, reason, method, scope, context)
 
 
 def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False) -> Behavior:
     """A handler with one response."""
     admission = gate.admission
-    method = admission.method()
+    method = admission.method(_name(behavior))
 
     def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -110,15 +119,16 @@ def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False)
 
 def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = True) -> Behavior:  # noqa: ARG001
     """A handler with a stream of responses."""
-    method = gate.admission.method()
+    method = gate.admission.method(_name(behavior))
 
     def gated(request: Any, context: Any) -> Iterator[Any]:
+        scope = _scope()
         _begin_stream(gate, method, context)
         ending = Ending.FAILED
         try:
             for response in behavior(request, context):
                 if gate.ending:
-                    _refuse(gate, Reason.DRAINING, context, begun=True)
+                    _refuse(gate, Reason.DRAINING, method, scope, context, begun=True)
                 yield response
             ending = Ending.OK
         finally:
@@ -134,7 +144,7 @@ def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: boo
 def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler of a unary call."""
     admission = gate.admission
-    method = admission.method()
+    method = admission.method(_name(behavior))
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -143,10 +153,12 @@ def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
         if not gate.enter(method, criticality, started):
             reason = await gate.wait(method, criticality, scope)
             if reason is not None:
-                await context.abort(*gate.refusal(reason))
+                await context.abort(*gate.refusal(reason, method, _waited(scope)))
             started = time.monotonic()
         if scope.deadline is not None and scope.deadline <= started:
-            await context.abort(*gate.refusal(_expired(gate, method, criticality, scope, started)))
+            await context.abort(
+                *gate.refusal(_expired(gate, method, criticality, scope, started), method, _waited(scope))
+            )
         ending = Ending.FAILED
         try:
             response = await behavior(request, context)
@@ -174,21 +186,21 @@ async def _aio_begin_stream(gate: AioGate, method: Method, scope: Scope, context
         reason = gate.admission.begin_stream(method, criticality)
         gate.settle()
     if reason is not None:
-        await context.abort(*gate.refusal(reason))
+        await context.abort(*gate.refusal(reason, method, _waited(scope)))
 
 
-async def _aio_drained(gate: AioGate, task: asyncio.Task[Any], scope: Scope, context: Any) -> None:
+async def _aio_drained(gate: AioGate, task: asyncio.Task[Any], scope: Scope, method: Method, context: Any) -> None:
     """End a cancelled stream with UNAVAILABLE where the drain cancelled it; returns where something else did."""
     if gate.ending and not context.done():
         task.uncancel()
         scope.cancel()
-        await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+        await context.abort(*gate.refusal(Reason.DRAINING, method, _waited(scope), begun=True))
 
 
 def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler of a stream in any direction that is a coroutine."""
     admission = gate.admission
-    method = admission.method()
+    method = admission.method(_name(behavior))
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -201,7 +213,7 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
             response = await behavior(request, context)
             ending = Ending.OK
         except asyncio.CancelledError:
-            await _aio_drained(gate, task, scope, context)
+            await _aio_drained(gate, task, scope, method, context)
             raise
         finally:
             gate.streams.discard(task.cancel)
@@ -215,7 +227,7 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
 def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
     """A handler with a stream of responses that is an async generator."""
     admission = gate.admission
-    method = admission.method()
+    method = admission.method(_name(behavior))
 
     async def gated(request: Any, context: Any) -> AsyncIterator[Any]:
         scope = _scope()
@@ -239,10 +251,10 @@ def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
                     sending = False
                     if gate.ending:
                         scope.cancel()
-                        await context.abort(*gate.refusal(Reason.DRAINING, begun=True))
+                        await context.abort(*gate.refusal(Reason.DRAINING, method, _waited(scope), begun=True))
             ending = Ending.OK
         except asyncio.CancelledError:
-            await _aio_drained(gate, task, scope, context)
+            await _aio_drained(gate, task, scope, method, context)
             raise
         finally:
             gate.streams.discard(end)

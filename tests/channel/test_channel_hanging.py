@@ -18,7 +18,7 @@ import pytest
 import mesh
 import mesh.aio
 
-METHOD, WATCH = "/test.Hanging/Unary", "/test.Hanging/Watch"
+METHOD, WATCH, STREAM = "/test.Hanging/Unary", "/test.Hanging/Watch", "/test.Hanging/Stream"
 TIMEOUT = 0.2  # seconds
 RETRIES = {
     "maxAttempts": 3,
@@ -42,6 +42,8 @@ class Replica(grpc.GenericRpcHandler):
         self.server.start()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if handler_call_details.method == STREAM:
+            return grpc.unary_stream_rpc_method_handler(self._stream)
         if handler_call_details.method == WATCH:
             return grpc.unary_stream_rpc_method_handler(self._watch)
         return grpc.unary_unary_rpc_method_handler(self._answer)
@@ -51,6 +53,12 @@ class Replica(grpc.GenericRpcHandler):
         over = threading.Event()
         if context.add_callback(over.set):
             over.wait(10)
+
+    def _stream(self, request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
+        with self.lock:
+            yield request
+        time.sleep(2 * TIMEOUT)  # longer than a stream may take to begin
+        yield request
 
     def _answer(self, request: bytes, _: grpc.ServicerContext) -> bytes:
         with self.lock:
@@ -154,3 +162,26 @@ def test_watches_that_last_to_their_deadline_eject_nobody(world: str, target: st
             cluster = opened.assembly.cluster
     assert dict(cluster.ejections.counts) == {}
     assert [node.failures for node in cluster.nodes.values()] == [0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["sync", "aio"])
+def test_streams_that_do_not_begin_in_time_are_taken_by_another_replica(world: str, target: str) -> None:
+    options = config(retryPolicy={**RETRIES, "perAttemptRecvTimeout": f"{TIMEOUT}s"})
+
+    async def in_asyncio() -> list[list[bytes]]:
+        async with mesh.aio.insecure_channel(target, options) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 10)
+            stream: Any = channel.unary_stream(STREAM)
+            streams = [stream(b"x", timeout=10) for _ in range(6)]
+            return [[response async for response in each] for each in streams]
+
+    if world == "aio":
+        responses = asyncio.run(in_asyncio())
+    else:
+        with mesh.insecure_channel(target, options) as channel:
+            grpc.channel_ready_future(channel).result(10)
+            stream: Any = channel.unary_stream(STREAM)
+            # Those that are read last have begun long before.
+            responses = [list(each) for each in [stream(b"x", timeout=10) for _ in range(6)]]
+    assert responses == [[b"x", b"x"]] * 6

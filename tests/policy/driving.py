@@ -10,7 +10,7 @@
     call.ends(Code.OK)
 
 Each word either tells the flow what happened (fails, succeeds, elapses, answers, overflows) or holds what the flow
-then does (sends, waits, commits, ends).
+then does (sends, waits, commits, cancels, ends).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mesh.config import NEVER_HEDGE, HedgingPolicy, MethodPolicy, RetryPolicy, S
 from mesh.model import (
     Attempt,
     CallSpec,
+    Cancel,
     Code,
     Commit,
     Connectivity,
@@ -71,6 +72,7 @@ class Driven:
         hedge: HedgingPolicy = NEVER_HEDGE,
         deadline: float = inf,
         attempt_timeout: float = inf,
+        receive_timeout: float = inf,
         wait_for_ready: bool = False,
         may_retry: bool = True,
         metadata: tuple[Metadatum, ...] | None = None,
@@ -79,7 +81,9 @@ class Driven:
         now: float = 0.0,
     ) -> None:
         self.cluster = cluster or cluster_of(seed=seed, now=now)
-        policy = MethodPolicy(retry=retry, hedge=hedge, attempt_timeout=attempt_timeout)
+        policy = MethodPolicy(
+            retry=retry, hedge=hedge, attempt_timeout=attempt_timeout, receive_timeout=receive_timeout
+        )
         self.call = CallSpec(METHOD, policy, deadline, metadata, wait_for_ready, may_retry)
         self.now = now
         self.verdict: Verdict | None = None
@@ -111,6 +115,10 @@ class Driven:
 
     def succeeds(self, number: int, at: float | None = None) -> None:
         self.ended(number, Outcome(Code.OK), at)
+
+    def is_cancelled(self, number: int, at: float | None = None) -> None:
+        """Its cancellation by this side is reported."""
+        self.ended(number, Outcome(Code.CANCELLED, "cancelled", cancelled=True), at)
 
     def never_sends(self, number: int, at: float | None = None) -> None:
         self.ended(number, Outcome(Code.UNAVAILABLE, "no connection", never_sent=True), at)
@@ -161,6 +169,10 @@ class Driven:
 
     def commits(self, number: int) -> None:
         assert isinstance(self.step, Commit), self.step
+        assert self.step.number == number
+
+    def cancels(self, number: int) -> None:
+        assert isinstance(self.step, Cancel), self.step
         assert self.step.number == number
 
     def ends(self, code: Code, details: str | None = None, *, of: int | None = None) -> Verdict:

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mesh.config import HedgingPolicy, RetryPolicy
-from mesh.model import Attempt, Code, Commit, Connectivity, Elapsed, Ended, Endpoint, Headers, Outcome, Overflow, Wait
+from mesh.model import (
+    Attempt,
+    Cancel,
+    Code,
+    Commit,
+    Connectivity,
+    Elapsed,
+    Ended,
+    Endpoint,
+    Headers,
+    Outcome,
+    Overflow,
+    Wait,
+)
 from tests.policy.driving import Driven, cluster_of
 
 CODES = frozenset({Code.UNAVAILABLE, Code.ABORTED})
@@ -39,6 +52,7 @@ class AnyCall(RuleBasedStateMachine):
         hedged=st.booleans(),
         deadline=st.sampled_from([inf, 4.0, 0.0]),
         attempt_timeout=st.sampled_from([inf, 0.5]),
+        receive_timeout=st.sampled_from([inf, 0.4]),
         wait_for_ready=st.booleans(),
         may_retry=st.booleans(),
         endpoints=st.integers(0, 3),
@@ -51,6 +65,7 @@ class AnyCall(RuleBasedStateMachine):
         hedged: bool,
         deadline: float,
         attempt_timeout: float,
+        receive_timeout: float,
         wait_for_ready: bool,
         may_retry: bool,
         endpoints: int,
@@ -68,6 +83,7 @@ class AnyCall(RuleBasedStateMachine):
             hedge=hedge if hedged else HedgingPolicy(1),
             deadline=deadline,
             attempt_timeout=attempt_timeout,
+            receive_timeout=receive_timeout,
             wait_for_ready=wait_for_ready,
             may_retry=may_retry,
             cluster=self.cluster,
@@ -93,6 +109,9 @@ class AnyCall(RuleBasedStateMachine):
             assert step.number in self.running
             self.committed = step.number
             self.running = {step.number}
+        elif isinstance(step, Cancel):
+            assert not self.committed, "cancels the call"
+            assert step.number in self.running
         else:
             assert isinstance(step, Wait)
             if step.until is None:

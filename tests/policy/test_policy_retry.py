@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.config import BudgetConfig, RetryPolicy, ServiceConfig, ThrottleConfig
-from mesh.model import Code, Connectivity, Outcome, Wait
+from mesh.model import Code, Connectivity, Elapsed, Outcome, Wait
 from mesh.policy.backoff import Backoff
 from mesh.policy.flow import MAX_PAUSES, PAUSE
 from tests.policy.driving import Driven, cluster_of, set_states
@@ -211,6 +211,46 @@ def test_a_deadline_exceeded_that_the_server_gave_early_is_not_the_attempts_time
     call = Driven(retry=THREE, deadline=10.0, attempt_timeout=1.0)
     call.fails(1, Code.DEADLINE_EXCEEDED, at=0.5)
     call.ends(Code.DEADLINE_EXCEEDED)
+
+
+def test_an_attempt_that_does_not_begin_to_answer_in_time_is_cancelled_and_retried_whatever_the_codes_say() -> None:
+    call = Driven(retry=THREE, receive_timeout=0.1)
+    assert call.sends(1, until=0.1).timeout is None
+    call.elapses(at=0.05)
+    call.waits(until=0.1)
+    call.elapses()
+    call.cancels(1)
+    call.is_cancelled(1, at=0.11)
+    call.elapses()
+    call.sends(2, previous=1)
+
+
+def test_an_attempt_that_has_begun_to_answer_may_last() -> None:
+    call = Driven(retry=THREE, receive_timeout=0.1)
+    call.answers(1, at=0.05)
+    call.commits(1)
+    call.happens(Elapsed(0.2))
+    call.waits()
+    call.succeeds(1, at=9.0)
+    call.ends(Code.OK, of=1)
+
+
+def test_without_attempts_left_a_late_answer_is_deadline_exceeded() -> None:
+    call = Driven(receive_timeout=0.1)
+    call.elapses()
+    call.cancels(1)
+    call.answers(1)  # too late: it is cancelled
+    call.waits()
+    call.is_cancelled(1)
+    call.ends(Code.DEADLINE_EXCEEDED, "no response within perAttemptRecvTimeout, 0.1 s", of=1)
+
+
+def test_an_attempt_that_ended_just_before_it_is_cancelled_keeps_its_outcome() -> None:
+    call = Driven(retry=THREE, receive_timeout=0.1)
+    call.elapses()
+    call.cancels(1)
+    call.succeeds(1)
+    call.ends(Code.OK, of=1)
 
 
 def test_an_attempt_that_the_calls_deadline_ended_is_final() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,7 +19,7 @@ import mesh.server.aio
 import mesh.server.sync
 from mesh.policy.admission import AdmissionConfig, Criticality, Mode, Reason
 from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor
-from mesh.server.gate import AioGate, ThreadGate
+from mesh.server.gate import AioGate, Gate, ThreadGate
 from mesh.server.load import KEYS, SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.server.settings import ServerSettings
 from mesh.server.threads import ThreadPool
@@ -182,7 +183,11 @@ class TestOverload:
                     group.create_task(ask())
                     with contextlib.suppress(TimeoutError):
                         code, details, trailers = await asyncio.wait_for(answers.get(), 0.02)
-            assert details == "overloaded: calls miss their deadlines in the queue"
+            assert re.fullmatch(
+                r"overloaded: (calls miss their deadlines in the queue|\w+ is limited to \d+ at a time)"
+                r" and the call waited for (2\d\d|3\d\d) ms",
+                details,
+            )
             assert 50 <= int(trailers["grpc-retry-pushback-ms"]) <= 150
             assert b"too much" not in client.work.ran
             assert client.admission.refusals[Reason.DELAY, Criticality.CRITICAL] >= 1
@@ -196,7 +201,7 @@ class TestOverload:
             code, details, _ = await refused(sheddable)
             assert (code, details) == (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "overloaded: the queue is full (MESH_QUEUE_SIZE)",
+                "overloaded: the queue is full (MESH_QUEUE_SIZE=1)",
             )
 
     async def test_a_caller_that_gives_up_waiting_is_not_waited_for(self, serve: Serve) -> None:
@@ -241,7 +246,7 @@ class TestOverload:
             code, details, _ = await refused(client.stream(b"", timeout=BOUND).read())
             assert (code, details) == (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "too many streams are open (MESH_MAX_STREAMS)",
+                "too many streams are open (MESH_MAX_STREAMS=5)",
             )
             streams[0].cancel()
             client.work.go.set()
@@ -486,3 +491,13 @@ def test_a_gate_s_numbers_come_from_the_settings(threaded: bool) -> None:
         queue_size=7,
         late=Mode.DRY_RUN,
     )
+
+
+@pytest.mark.parametrize("kind", [ThreadGate, AioGate])
+def test_a_refusal_names_the_limit_that_the_method_has_and_how_long_the_call_waited(kind: type[Gate]) -> None:
+    gate = kind(AdmissionConfig())
+    method = gate.admission.method("GetUser")
+    method.limited, method.limiter.limit = True, 20
+    code, details, _ = gate.refusal(Reason.DELAY, method, 0.25)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details == "overloaded: GetUser is limited to 20 at a time and the call waited for 250 ms"

@@ -1169,7 +1169,7 @@ class MethodConfig(_message.Message):
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins. As all timeouts and
-        backoffs here, 0.001s or more.
+        backoffs here, 0.001s or more; "0s", here alone, is no limit, as in gRPC core.
 
         Default: no limit.
         Source: gRPC's service config.
@@ -1324,8 +1324,8 @@ class RetryPolicy(_message.Message):
     @_builtins.property
     def per_attempt_recv_timeout(self) -> _duration_pb2.Duration:
         """The longest that one attempt may take to give its response; then the call is tried again, whatever the codes above.
-        As attemptTimeout, of which the shorter holds; a method with a stream of responses has attemptTimeout alone. gRPC core
-        ignores this key unless an experiment is on, and lets the last attempt go on.
+        As attemptTimeout, of which the shorter holds. A stream of responses must have begun by then, with its headers or a
+        response, and may last. gRPC core ignores this key unless an experiment is on, and lets the last attempt go on.
 
         Default: what is left of the call's deadline.
         Source: gRPC core's key.
