@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import lines
-from mesh.registry import checks, paging
+from mesh.registry import checks, memory, paging
 from mesh.registry.book import Book, Delta
 from mesh.registry.limits import MAX_LEASE_IDS, MAX_PARTS, MAX_SETTING, STALLED, STEP_BYTES
 from mesh.registry.state import State
@@ -50,6 +50,9 @@ QUIET = 0.5
 """After so long without any keep-alive the process may have been stopped, in any part of that time. A shorter stop lets
 no lease end, as keep-alives come every third of a time to live. Seconds."""
 
+TRIM_PERIOD = 1.0
+"""How long after a watcher left unread messages memory is given back, once for all that do meanwhile. Seconds."""
+
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._streams: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # those of them that wait for a watcher to receive a message
         self._expiry: asyncio.TimerHandle | None = None
+        self._trimming: asyncio.TimerHandle | None = None
         self._heard = -QUIET  # when the last keep-alive came
         self._quiet_until = -QUIET  # when the last quiet time ended
         self._closed = False
@@ -220,6 +224,8 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._closed = True
         if self._expiry is not None:
             self._expiry.cancel()
+        if self._trimming is not None:
+            self._trimming.cancel()
         # A stream that is sending ends after that: a cancel would end it without a status.
         for stream in self._streams - self._sending:
             stream.cancel()
@@ -275,11 +281,20 @@ class RegistryService(pb_grpc.RegistryServicer):
         self._sending.add(task)
         try:
             yield
+        except BaseException:
+            # The watcher left, or was dropped. Of hundreds of them, what they didn't read is tens of megabytes.
+            if self._trimming is None and not self._closed:
+                self._trimming = asyncio.get_running_loop().call_later(TRIM_PERIOD, self._trim)
+            raise
         finally:
             timer.cancel()
             self._sending.discard(task)
         if self._closed:
             raise asyncio.CancelledError
+
+    def _trim(self) -> None:
+        self._trimming = None
+        memory.trim()
 
     def _drop(self, service: str, context: _Context, task: asyncio.Task[Any]) -> None:
         # A generator may outlive its call, whose context can't be used any more: core crashes.
