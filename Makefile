@@ -85,7 +85,7 @@ coverage: $(READY) $(DEV) ## every branch of mesh/policy is tested
 .PHONY: unit
 unit: $(READY) $(DEV) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
 	@echo '== tests'
-	@$(BIN)/pytest -n 2 --dist=loadscope -m 'not faults' $(or $(ARGS),--ignore=tests/policy)
+	@$(BIN)/pytest -n 3 --dist=loadscope -m 'not faults' $(or $(ARGS),--ignore=tests/policy)
 
 .PHONY: test-oldest
 test-oldest: $(OLDEST)/.ready ## the mesh's tests on the oldest grpcio and protobuf that are supported

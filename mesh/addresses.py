@@ -45,7 +45,7 @@ class Address(NamedTuple):
 
 def is_local(text: str) -> bool:
     """Whether this is a socket of this machine: ``unix:path`` and the like."""
-    return _LOCAL.fullmatch(text) is not None
+    return text.isprintable() and _LOCAL.fullmatch(text) is not None
 
 
 def is_ip(host: str) -> bool:
@@ -62,6 +62,8 @@ def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address
 
     Raises ValueError, saying what is wrong with it and how to write it.
     """
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a character that can't be printed")
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or rest[:1] not in ("", ":"):
@@ -94,7 +96,7 @@ def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address
 
 def check_target(text: str) -> None:
     """Raise ValueError unless ``text`` is an address, or another target that gRPC takes (``dns:///name:port``)."""
-    if not _TARGET.fullmatch(text):
+    if not (text.isprintable() and _TARGET.fullmatch(text)):
         parse(text)
 
 

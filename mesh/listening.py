@@ -16,6 +16,9 @@ from typing import Any
 
 from mesh.addresses import is_local, parse
 
+MAX_SOCKET_PATH = 107
+"""The longest path of a unix socket on Linux, in bytes (``sun_path`` without its last NUL)."""
+
 _numbers = itertools.count()
 
 
@@ -55,8 +58,10 @@ def bind(server: Any, listen: str, *, share: bool = False) -> Listener:
 def _bind_file(server: Any, path: Path) -> Listener:
     if not os.access(path.parent, os.W_OK):
         raise OSError(errno.EACCES, f"{path.parent} isn't a folder that can be written to")
+    if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"the path has {size} bytes; a socket's has at most {MAX_SOCKET_PATH}")
     _refuse_to_replace(path)
-    # As short as can be: a socket's path has 107 bytes.
+    # As short as can be, for the same reason.
     beside = path.with_name(f".{os.getpid():x}.{next(_numbers):x}")
     server.add_insecure_port(f"unix:{beside}")
     beside.replace(path)
@@ -67,7 +72,7 @@ def _refuse_to_replace(path: Path) -> None:
     """Raise OSError when a server listens on ``path``, or something else is there."""
     try:
         if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OSError(errno.EEXIST, "there is a file that is no socket")
+            raise OSError(errno.EEXIST, "there is something that is no socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(str(path))

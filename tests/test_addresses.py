@@ -148,6 +148,10 @@ def test_a_host_alone_is_taken_where_the_port_is_known(text: str, advertised: st
         "::1:50051",
         "a:1:b",
         "http://users:80",
+        "us\0ers:80",
+        "users\x1b[31m:80",
+        "[fe80::1%eth\0]:7",
+        "unix:/tmp/a\0b",
     ],
 )
 def test_what_is_no_address_is_refused_everywhere(user: Callable[[str], str], text: str) -> None:

@@ -183,7 +183,8 @@ class Admission:
     ``in_flight``: calls that hold a permit. ``streams``: streams that are open; they need a permit to begin and hold
     none after that, as how long they last says nothing. ``ended`` counts calls whose handlers are through, ``failed``
     those that failed. ``refusals`` counts by reason and criticality, ``dry_run`` what would have been refused (reason
-    DELAY there: had to wait). ``limited``: the methods that have a limit now. ``last_loss``: when a call last ran out
+    DELAY there: had to wait). ``limited``: the methods that have a limit now. ``changed``: those whose limit has begun
+    or ended, for its owner to take out and to log. ``last_loss``: when a call last ran out
     of time before its handler began, or because of the queue.
     """
 
@@ -193,6 +194,7 @@ class Admission:
         "_held",
         "_lock",
         "_queued",
+        "changed",
         "config",
         "dry_run",
         "ended",
@@ -213,6 +215,7 @@ class Admission:
         self._held = 0  # calls that wait for the limit of their own method
         self._closed: Reason | None = None
         self.limited: dict[Method, None] = {}
+        self.changed: deque[Method] = deque()
         self.waiting = 0
         self.in_flight = 0
         self.streams = 0
@@ -448,6 +451,7 @@ class Admission:
         if method.limiter.limited is method.limited:
             return
         method.limited = not method.limited
+        self.changed.append(method)
         if method.limited:
             self.limited[method] = None
             self._held += method.waiting

@@ -31,16 +31,23 @@ def instance(told: pb.Instance, peer: str) -> Violations:
     if not told.id:
         violations.append(("instance.id", "must be set"))
     violations += _address("instance.address", told.address, peer)
+    # These go to logs and screens, where a line break or an escape sequence would pass for something else.
+    names = {
+        "instance.id": told.id,
+        "instance.locality.region": told.locality.region,
+        "instance.locality.zone": told.locality.zone,
+        "instance.locality.sub_zone": told.locality.sub_zone,
+    }
+    violations += [
+        (path, "has a character that can't be printed") for path, text in names.items() if not text.isprintable()
+    ]
     if told.weight > MAX_WEIGHT:
         violations.append(("instance.weight", f"must be from 1 to {MAX_WEIGHT}, or 0 for 1"))
     if len(told.metadata) > MAX_METADATA:
         violations.append(("instance.metadata", f"has more than {MAX_METADATA} labels"))
     texts = {
-        "instance.id": told.id,
+        **names,
         "instance.address": told.address,
-        "instance.locality.region": told.locality.region,
-        "instance.locality.zone": told.locality.zone,
-        "instance.locality.sub_zone": told.locality.sub_zone,
         "instance.metadata": max((text for label in told.metadata.items() for text in label), key=len, default=""),
     }
     violations += [(path, f"is longer than {MAX_TEXT}") for path, text in texts.items() if len(text) > MAX_TEXT]
@@ -130,6 +137,6 @@ def _ip(host: str) -> _IP | None:
     except ValueError:
         try:
             ip = ipaddress.IPv4Address(socket.inet_aton(host))
-        except OSError:
+        except (OSError, ValueError):  # a NUL
             return None
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

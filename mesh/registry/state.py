@@ -27,12 +27,18 @@ _log = logging.getLogger(__name__)
 class State:
     """The folder, which is this process's alone from now on.
 
-    Raises files.InUseError when another registry has it, or OSError.
+    Raises files.InUseError when another registry has it, or OSError; also when the folder, or the file in it, belongs
+    to another user or is everybody's to write: what it says decides where calls go.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._lock = files.lock(folder)
+        try:
+            files.check_private(folder.stat())
+        except OSError:
+            self._lock.close()
+            raise
 
     def load(self) -> dict[str, str]:
         """The services' configs that are valid. What can't be understood is kept aside, and an ERROR says where.
@@ -40,7 +46,7 @@ class State:
         Raises OSError when it can't be read.
         """
         try:
-            data, _ = files.read(self._path, MAX_FILE)
+            data, _ = files.read(self._path, MAX_FILE, private=True)
         except FileNotFoundError:
             return {}
         try:

@@ -7,6 +7,8 @@ A gate belongs to one server, or to one that its owner keeps: give it to ``Serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import random
 import threading
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 import grpc
 
+from mesh import lines
 from mesh.context import REFUSED, Scope
 from mesh.model import Metadatum
 from mesh.policy.admission import BY_NAME, CODES, Admission, AdmissionConfig, Criticality, Method, Mode, Reason, Ticket
@@ -37,6 +40,7 @@ are told, so all that are refused together would come back together."""
 UNGATED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.", "/xds.service.orca.")
 """Methods that no gate stands before, by how they begin."""
 
+_LOG = logging.getLogger("mesh.server")
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -78,6 +82,19 @@ class Gate:
     def settle(self) -> None:
         """Hand out what permits there are, and drop what waited too long."""
         raise NotImplementedError
+
+    def _log_changes(self) -> None:
+        """Log which methods' limits have begun or ended."""
+        changed = self.admission.changed
+        while changed:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                method = changed.popleft()
+                if method.limited:
+                    only = " (dry-run: it is only counted)" if self.admission.config.overload is Mode.DRY_RUN else ""
+                    message = "%s is limited to %d calls at a time: its calls miss their deadlines because of load%s"
+                    lines.info(_LOG, "limited", message, method.name, method.limiter.limit, only)
+                else:
+                    lines.info(_LOG, "not limited", "%s is no longer limited", method.name)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.admission!r}>"
@@ -188,6 +205,8 @@ class ThreadGate(Gate):
         if not self._turning:
             most = max(0, self.CROWD - self.admission.in_flight) if self._crowded else None
             _wake(self.admission.dispatch(time.monotonic(), most))
+        if self.admission.changed:
+            self._log_changes()
 
     def _turn(self) -> None:
         """Hold handlers back until no more calls come in, if the process was busy since the last turn. The thread that
@@ -300,6 +319,8 @@ class AioGate(Gate):
         return ticket.refused
 
     def settle(self) -> None:
+        if self.admission.changed:
+            self._log_changes()
         if not self._pumping and self.admission.waiting:
             self._pumping = True
             self._passed = time.monotonic()
@@ -341,6 +362,8 @@ class AioGate(Gate):
             self._batch = min(2 * self._batch, self.BATCH)
         settled = self.admission.dispatch(now, self._batch)
         _wake(settled)
+        if self.admission.changed:
+            self._log_changes()
         if any(ticket.admitted for ticket in settled):
             if now - self._turned >= self._every:
                 self._turn_begins(now)

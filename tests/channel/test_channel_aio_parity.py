@@ -164,9 +164,9 @@ async def the_deadline(channel: Any) -> object:
     await channel.unary_unary(UNARY)(b"ok", wait_for_ready=True)
     seen = [
         await outcome(channel.unary_unary(UNARY)(b"hang", timeout=0.1)),
-        await read(channel.unary_stream(RESPONSES)(b"count 2 hang", timeout=0.1)),
+        await read(channel.unary_stream(RESPONSES)(b"count 2 hang", timeout=0.3)),
         await outcome(channel.stream_unary(REQUESTS)(asynchronously(b"hang"), timeout=0.1)),
-        await read(channel.stream_stream(BOTH)(asynchronously(b"count 2 hang"), timeout=0.1)),
+        await read(channel.stream_stream(BOTH)(asynchronously(b"count 2 hang"), timeout=0.3)),
     ]
     return without_texts(seen)  # core itself has several for this
 
@@ -456,9 +456,10 @@ async def requests_that_never_end(channel: Any) -> object:
             yield request
             await asyncio.sleep(0)
 
+    # A short deadline: grpc.aio waits for it before it lets go of such a call.
     # grpc may be told by a failed write sooner than by the status, and then says INTERNAL.
-    calls = [channel.stream_unary(REQUESTS)(forever(), timeout=TIMEOUT)]
-    calls.append(channel.stream_stream(BOTH)(forever(), timeout=TIMEOUT))
+    calls = [channel.stream_unary(REQUESTS)(forever(), timeout=2)]
+    calls.append(channel.stream_stream(BOTH)(forever(), timeout=2))
     return [await call.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL) for call in calls]
 
 

@@ -140,7 +140,7 @@ def test_watches_that_last_to_their_deadline_eject_nobody(world: str, target: st
         async with mesh.aio.insecure_channel(target, config()) as channel:
             watch: Any = channel.unary_stream(WATCH)
             for _ in range(12):
-                call = watch(b"x", timeout=0.05, wait_for_ready=True)
+                call = watch(b"x", timeout=0.2, wait_for_ready=True)
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     async for _ in call:
                         pass
@@ -154,7 +154,7 @@ def test_watches_that_last_to_their_deadline_eject_nobody(world: str, target: st
         with mesh.insecure_channel(target, config()) as channel:
             watch: Any = channel.unary_stream(WATCH)
             for _ in range(12):
-                call = watch(b"x", timeout=0.05, wait_for_ready=True)
+                call = watch(b"x", timeout=0.2, wait_for_ready=True)
                 with contextlib.suppress(grpc.RpcError):
                     list(call)
                 assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED

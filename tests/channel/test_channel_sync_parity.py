@@ -155,9 +155,9 @@ def the_deadline(channel: Any, server: Any) -> object:
     seen = [
         outcome(unary, b"hang", timeout=0.1),
         future_ending(unary.future(b"hang", timeout=0.1)),
-        read(channel.unary_stream(RESPONSES)(b"count 2 hang", timeout=0.1)),
+        read(channel.unary_stream(RESPONSES)(b"count 2 hang", timeout=0.3)),
         outcome(channel.stream_unary(REQUESTS), iter([b"hang"]), timeout=0.1),
-        read(channel.stream_stream(BOTH)(iter([b"count 2 hang"]), timeout=0.1)),
+        read(channel.stream_stream(BOTH)(iter([b"count 2 hang"]), timeout=0.3)),
     ]
     return without_texts(seen)  # core itself has several for this
 

@@ -71,3 +71,10 @@ def test_weights_are_from_1_to_1000(weight: int, accepted: bool) -> None:
     told = pb.Instance(id="a", service="weft.A", address="10.0.0.1:80", weight=weight)
     expected = [] if accepted else [("instance.weight", "must be from 1 to 1000, or 0 for 1")]
     assert checks.instance(told, HERE[0]) == expected
+
+
+@pytest.mark.parametrize("text", ["a\nINFO registered", "a\x1b[31m", "a\0b", "a\u2028b"])
+def test_what_would_pass_for_something_else_in_a_log_is_refused(text: str) -> None:
+    told = pb.Instance(id=text, service="weft.A", address="10.0.0.1:80", locality=pb.Locality(zone=text))
+    why = "has a character that can't be printed"
+    assert checks.instance(told, HERE[0]) == [("instance.id", why), ("instance.locality.zone", why)]

@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from mesh import files
+from mesh.registry.limits import MAX_SETTING
 from mesh.registry.state import FILE, VARIABLE, State
 from tests.processes import Process, Spawn
 from tests.registry.serving import BOUND, USER, instance, serving
@@ -91,7 +92,7 @@ def test_a_corrupt_file_is_set_aside_and_named(text: bytes, tmp_path: Path, capl
         ("", "{}", "it names no service"),
         ("a.B", 3, "it is no text"),
         ("a.B", '{"methodConfig": 3}', "service config: methodConfig: expected a list, got 3"),
-        ("a.B", '{"methodConfig": [{"name": [{}], "timeout": "0s"}]}', "service config: methodConfig[0].timeout: "),
+        ("a.B", '{"methodConfig": [{"name": [{}], "timeout": "-1s"}]}', "service config: methodConfig[0].timeout: "),
     ],
 )
 def test_a_config_that_is_not_valid_any_more_is_named_and_the_others_hold(
@@ -151,6 +152,21 @@ def test_a_folder_is_for_one_registry(tmp_path: Path) -> None:
     State(tmp_path).close()
 
 
+def test_a_folder_or_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(files.RefusedError, match=r"writable by everybody \(mode 0777\); run chmod o-w on it"):
+        State(folder)
+    folder.chmod(0o700)
+    state = State(folder)
+    state.save({})
+    (folder / FILE).chmod(0o666)
+    with pytest.raises(files.RefusedError, match=r"writable by everybody \(mode 0666\)"):
+        state.load()
+    state.close()
+
+
 # -- the service
 
 
@@ -176,7 +192,7 @@ async def test_a_config_that_cannot_be_kept_is_refused_and_the_one_before_holds(
 async def test_configs_set_at_once_are_all_kept(tmp_path: Path) -> None:
     async with serving() as registry:
         state = registry.service.state = State(tmp_path)
-        names = [f"a.S{number}" for number in range(20)]
+        names = [f"a.S{number}" for number in range(MAX_SETTING)]
         await asyncio.gather(
             *(
                 registry.stub.SetServiceConfig(

@@ -165,9 +165,15 @@ def test_a_drain_leaves_the_file_of_another_server(kind: Any, tmp_path: Path) ->
 def test_a_file_that_is_no_socket_is_left_alone(kind: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
-    with pytest.raises(OSError, match="there is a file that is no socket"):
+    with pytest.raises(OSError, match="there is something that is no socket"):
         kind(told(f"unix:{file}"))
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_path_that_no_client_could_connect_to_is_refused(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"the path has \d+ bytes; a socket's has at most 107"):
+        kind(told(f"unix:{tmp_path}/{'a' * 107}"))
 
 
 @pytest.mark.slow

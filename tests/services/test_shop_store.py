@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -408,8 +409,9 @@ async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_har
     go_on.set()
     await first
     ended = await asyncio.gather(*writes, return_exceptions=True)
-    kinds = [type(ending) for ending in ended]
-    assert kinds == [User, User, User, RuntimeError, User, User, EmailTakenError]
+    assert type(ended[3]) is RuntimeError
+    # Two have one address: which of them is first is not promised.
+    assert Counter(type(ending) for ending in ended) == {User: 5, EmailTakenError: 1, RuntimeError: 1}
     kept = await users.list(10)
     assert {each.name.whole for each in kept.items} == {"Ann"}
     assert {each.email for each in kept.items} - {"gone@example.com"} == {f"{n}@example.com" for n in range(5)}
