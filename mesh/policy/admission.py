@@ -130,7 +130,7 @@ class Lane:
 
 
 class Method:
-    """A method's queue and its limit. ``waiting``: its calls in the queue."""
+    """A method's queue and its limit. ``name``: as people read it. ``waiting``: its calls in the queue."""
 
     __slots__ = ("bounds", "lanes", "limited", "limiter", "name", "waiting")
 
@@ -225,7 +225,7 @@ class Admission:
         self.failed = 0
         self.last_loss = -math.inf
 
-    def method(self, name: str = "the method") -> Method:
+    def method(self, name: str = "") -> Method:
         """A method that is served."""
         return Method(Limiter(self.config.least, self.config.most, self.config.after), self._bounds, name)
 

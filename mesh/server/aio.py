@@ -91,7 +91,10 @@ class Server:
             options=settings.server_options(),
         )
         recorder = Recorder(
-            server, lambda handler: wrap_aio(handler, self._pool, self.gate), self._arrived, settings.observer
+            server,
+            lambda handler, method: wrap_aio(handler, method, self._pool, self.gate),
+            self._arrived,
+            settings.observer,
         )
         recorder.add(self._servicers)
         self.services = recorder.services

@@ -56,7 +56,7 @@ class Recorder:
     def __init__(
         self,
         server: Any,
-        wrap: Callable[[Handler], Handler],
+        wrap: Callable[[Handler, str], Handler],
         arrived: Arrived,
         observer: ServerObserver | None = None,
     ) -> None:

@@ -291,8 +291,8 @@ def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior], parse: Call
 # deadline, and what goes wrong anywhere below gets its plain end there.
 
 
-def wrap_sync(handler: Handler, gate: ThreadGate | None = None) -> Handler:
-    """``handler``, of a ``grpc.Server``, inside its inbound call's scope, behind ``gate``."""
+def wrap_sync(handler: Handler, method: str = "", gate: ThreadGate | None = None) -> Handler:
+    """``handler``, of a ``grpc.Server``, inside its inbound call's scope, behind ``gate``. ``method`` is its full name."""
 
     def wrap(behavior: Behavior) -> Behavior:
         if getattr(behavior, "experimental_non_blocking", False):
@@ -302,7 +302,9 @@ def wrap_sync(handler: Handler, gate: ThreadGate | None = None) -> Handler:
             parsed = sync_parsed(behavior, request_streaming=handler.request_streaming)
         if gate is not None:
             gated = sync_gated_responses if handler.response_streaming else sync_gated
-            parsed = gated(parsed, gate, is_stream=handler.request_streaming or handler.response_streaming)
+            parsed = gated(
+                parsed, method.lstrip("/"), gate, is_stream=handler.request_streaming or handler.response_streaming
+            )
         wrapped = (_sync_stream if handler.response_streaming else _sync_unary)(parsed, gate)
         pool = getattr(behavior, "experimental_thread_pool", None)
         if pool is not None:
@@ -312,9 +314,9 @@ def wrap_sync(handler: Handler, gate: ThreadGate | None = None) -> Handler:
     return _rebuilt(handler, wrap, kept)
 
 
-def wrap_aio(handler: Handler, pool: Executor | None = None, gate: AioGate | None = None) -> Handler:
-    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope, behind ``gate``. One that isn't async
-    runs in ``pool``."""
+def wrap_aio(handler: Handler, method: str = "", pool: Executor | None = None, gate: AioGate | None = None) -> Handler:
+    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope, behind ``gate``. ``method`` is its full
+    name. One that isn't async runs in ``pool``."""
 
     def wrap(behavior: Behavior) -> Behavior:
         if not (inspect.isasyncgenfunction(behavior) or inspect.iscoroutinefunction(behavior)):
@@ -331,7 +333,7 @@ def wrap_aio(handler: Handler, pool: Executor | None = None, gate: AioGate | Non
         if gate is not None:
             is_stream = handler.request_streaming or handler.response_streaming
             gated = aio_gated_responses if generates else aio_gated_stream if is_stream else aio_gated
-            behavior = gated(behavior, gate)
+            behavior = gated(behavior, method.lstrip("/"), gate)
         return (_aio_generator if generates else _aio_coroutine)(behavior, gate)
 
     # A stream's messages are parsed where its handler reads them, so there it may raise.
@@ -363,7 +365,7 @@ class Wrapped:
 
     __slots__ = ("_known", "_observer", "_wrap")
 
-    def __init__(self, wrap: Callable[[Handler], Handler], observer: ServerObserver | None = None) -> None:
+    def __init__(self, wrap: Callable[[Handler, str], Handler], observer: ServerObserver | None = None) -> None:
         self._wrap = wrap
         self._observer = observer
         self._known: dict[str, tuple[Handler, Handler]] = {}
@@ -373,7 +375,7 @@ class Wrapped:
         if known is None or known[0] is not handler:
             if handler is None:
                 return None
-            wrapped = self._wrap(handler)
+            wrapped = self._wrap(handler, method)
             if self._observer is not None:
                 wrapped = observe(wrapped, method, self._observer)
             if method not in self._known and len(self._known) >= METHODS:  # a generic handler takes whatever is called
@@ -392,7 +394,7 @@ class ServerInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, gate: ThreadGate | None = None) -> None:
         self._gate = gate
-        self._gated = Wrapped(lambda handler: wrap_sync(handler, gate))
+        self._gated = Wrapped(lambda handler, method: wrap_sync(handler, method, gate))
         self._ungated = Wrapped(wrap_sync)
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -413,8 +415,8 @@ class AioServerInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, pool: Executor | None = None, gate: AioGate | None = None) -> None:
         self._gate = gate
-        self._gated = Wrapped(lambda handler: wrap_aio(handler, pool, gate))
-        self._ungated = Wrapped(lambda handler: wrap_aio(handler, pool))
+        self._gated = Wrapped(lambda handler, method: wrap_aio(handler, method, pool, gate))
+        self._ungated = Wrapped(lambda handler, method: wrap_aio(handler, method, pool))
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method

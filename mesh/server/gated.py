@@ -40,11 +40,6 @@ def _waited(scope: Scope) -> float:
     return time.monotonic() - scope.arrived
 
 
-def _name(behavior: Behavior) -> str:
-    """The method's name, as far as its handler tells."""
-    return getattr(behavior, "__qualname__", "").rpartition(".")[2] or "the method"
-
-
 def _left(scope: Scope, now: float) -> float:
     return math.inf if scope.deadline is None else scope.deadline - now
 
@@ -81,10 +76,10 @@ def _begin_stream(gate: ThreadGate, method: Method, context: Any) -> None:
         _refuse(gate, reason, method, scope, context)
 
 
-def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False) -> Behavior:
+def sync_gated(behavior: Behavior, name: str, gate: ThreadGate, *, is_stream: bool = False) -> Behavior:
     """A handler with one response."""
     admission = gate.admission
-    method = admission.method(_name(behavior))
+    method = admission.method(name)
 
     def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -117,9 +112,9 @@ def sync_gated(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = False)
     return chosen
 
 
-def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: bool = True) -> Behavior:  # noqa: ARG001
+def sync_gated_responses(behavior: Behavior, name: str, gate: ThreadGate, *, is_stream: bool = True) -> Behavior:  # noqa: ARG001
     """A handler with a stream of responses."""
-    method = gate.admission.method(_name(behavior))
+    method = gate.admission.method(name)
 
     def gated(request: Any, context: Any) -> Iterator[Any]:
         scope = _scope()
@@ -141,10 +136,10 @@ def sync_gated_responses(behavior: Behavior, gate: ThreadGate, *, is_stream: boo
 # -- asyncio ----------------------------------------------------------------------------------------------------------
 
 
-def aio_gated(behavior: Behavior, gate: AioGate) -> Behavior:
+def aio_gated(behavior: Behavior, name: str, gate: AioGate) -> Behavior:
     """A handler of a unary call."""
     admission = gate.admission
-    method = admission.method(_name(behavior))
+    method = admission.method(name)
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -197,10 +192,10 @@ async def _aio_drained(gate: AioGate, task: asyncio.Task[Any], scope: Scope, met
         await context.abort(*gate.refusal(Reason.DRAINING, method, _waited(scope), begun=True))
 
 
-def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
+def aio_gated_stream(behavior: Behavior, name: str, gate: AioGate) -> Behavior:
     """A handler of a stream in any direction that is a coroutine."""
     admission = gate.admission
-    method = admission.method(_name(behavior))
+    method = admission.method(name)
 
     async def gated(request: Any, context: Any) -> Any:
         scope = _scope()
@@ -224,10 +219,10 @@ def aio_gated_stream(behavior: Behavior, gate: AioGate) -> Behavior:
     return gated
 
 
-def aio_gated_responses(behavior: Behavior, gate: AioGate) -> Behavior:
+def aio_gated_responses(behavior: Behavior, name: str, gate: AioGate) -> Behavior:
     """A handler with a stream of responses that is an async generator."""
     admission = gate.admission
-    method = admission.method(_name(behavior))
+    method = admission.method(name)
 
     async def gated(request: Any, context: Any) -> AsyncIterator[Any]:
         scope = _scope()

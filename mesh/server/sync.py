@@ -99,7 +99,9 @@ class Server:
             interceptors=list(settings.interceptors),
             options=settings.server_options(),
         )
-        recorder = Recorder(server, lambda handler: wrap_sync(handler, self.gate), self._arrived, settings.observer)
+        recorder = Recorder(
+            server, lambda handler, method: wrap_sync(handler, method, self.gate), self._arrived, settings.observer
+        )
         recorder.add(self._servicers)
         self.services = recorder.services
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

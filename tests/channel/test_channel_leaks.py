@@ -163,7 +163,7 @@ def test_blocking_channels_that_were_dropped_leave_no_descriptor_and_no_thread(s
 
 
 def test_a_server_keeps_no_more_wrapped_handlers_than_it_has_methods() -> None:
-    wrapped = Wrapped(lambda handler: handler)
+    wrapped = Wrapped(lambda handler, _: handler)
     handlers: list[Any] = [grpc.unary_unary_rpc_method_handler(_echo(number)) for number in range(METHODS + 1)]
     for number, handler in enumerate(handlers):
         assert wrapped(f"/any.Any{number}/Method", handler) is handler

@@ -184,7 +184,7 @@ class TestOverload:
                     with contextlib.suppress(TimeoutError):
                         code, details, trailers = await asyncio.wait_for(answers.get(), 0.02)
             assert re.fullmatch(
-                r"overloaded: (calls miss their deadlines in the queue|\w+ is limited to \d+ at a time)"
+                r"overloaded: (calls miss their deadlines in the queue|[\w./]+ is limited to \d+ at a time)"
                 r" and the call waited for (2\d\d|3\d\d) ms",
                 details,
             )

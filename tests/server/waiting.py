@@ -1,7 +1,7 @@
 """A server whose handlers wait, and its client, as processes of their own.
 
-``python waiting.py serve mesh|off|plain aio|sync [WORKERS]`` prints its port; off: without overload protection. Method
-names tell what a handler does: ``Wait-SECONDS``; ``Spin-SECONDS`` computes; ``Slot-SECONDS`` waits so long in one of
+``python waiting.py serve mesh|off|plain aio|sync [WORKERS]`` prints its port, and logs to stderr; off: without
+overload protection. Method names tell what a handler does: ``Wait-SECONDS``; ``Spin-SECONDS`` computes; ``Slot-SECONDS`` waits so long in one of
 eight slots; ``Again-LEVELS`` calls its own server, so many levels deep; ``Fan-COUNT`` calls ``Again-1`` so many times
 at once; ``Via-PORT-PORT`` calls the server at the first port, which calls the one at the second.
 
@@ -13,6 +13,7 @@ whatever becomes of them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -190,6 +191,7 @@ async def call(port: int, method: str, at_once: int, rounds: int, seconds: float
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if sys.argv[1] in ("call", "offer"):
         run = call if sys.argv[1] == "call" else offer
         asyncio.run(run(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])))
