@@ -292,7 +292,10 @@ def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior], parse: Call
 
 
 def wrap_sync(handler: Handler, method: str = "", gate: ThreadGate | None = None) -> Handler:
-    """``handler``, of a ``grpc.Server``, inside its inbound call's scope, behind ``gate``. ``method`` is its full name."""
+    """``handler``, of a ``grpc.Server``, inside its inbound call's scope, behind ``gate``.
+
+    ``method``: its full name.
+    """
 
     def wrap(behavior: Behavior) -> Behavior:
         if getattr(behavior, "experimental_non_blocking", False):
@@ -315,8 +318,8 @@ def wrap_sync(handler: Handler, method: str = "", gate: ThreadGate | None = None
 
 
 def wrap_aio(handler: Handler, method: str = "", pool: Executor | None = None, gate: AioGate | None = None) -> Handler:
-    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope, behind ``gate``. ``method`` is its full
-    name. One that isn't async runs in ``pool``."""
+    """``handler``, of a ``grpc.aio.Server``, inside its inbound call's scope, behind ``gate``. One that isn't async
+    runs in ``pool``. ``method``: its full name."""
 
     def wrap(behavior: Behavior) -> Behavior:
         if not (inspect.isasyncgenfunction(behavior) or inspect.iscoroutinefunction(behavior)):

@@ -1,9 +1,10 @@
 """A server whose handlers wait, and its client, as processes of their own.
 
 ``python waiting.py serve mesh|off|plain aio|sync [WORKERS]`` prints its port, and logs to stderr; off: without
-overload protection. Method names tell what a handler does: ``Wait-SECONDS``; ``Spin-SECONDS`` computes; ``Slot-SECONDS`` waits so long in one of
-eight slots; ``Again-LEVELS`` calls its own server, so many levels deep; ``Fan-COUNT`` calls ``Again-1`` so many times
-at once; ``Via-PORT-PORT`` calls the server at the first port, which calls the one at the second.
+overload protection. Method names tell what a handler does: ``Wait-SECONDS``; ``Spin-SECONDS`` computes;
+``Slot-SECONDS`` waits so long in one of eight slots; ``Again-LEVELS`` calls its own server, so many levels deep;
+``Fan-COUNT`` calls ``Again-1`` so many times at once; ``Via-PORT-PORT`` calls the server at the first port, which calls
+the one at the second.
 
 ``python waiting.py call PORT METHOD AT_ONCE ROUNDS TIMEOUT`` prints how many calls ended with which status, and the
 seconds that it took. ``python waiting.py offer PORT METHOD RATE SECONDS TIMEOUT`` does for calls that begin at a rate,
