@@ -79,18 +79,19 @@ layers: $(READY) $(DEV) ## a file imports only from layers below its own
 .PHONY: coverage
 coverage: $(READY) $(DEV) ## every branch of mesh/policy is tested
 	@echo '== coverage of mesh/policy'
-	@$(BIN)/pytest -q -n 2 tests/policy --cov=mesh.policy --cov-branch --cov-report=term-missing:skip-covered \
+	@$(BIN)/pytest -q -n 3 tests/policy --cov=mesh.policy --cov-branch --cov-report=term-missing:skip-covered \
 		--cov-fail-under=100
 
+# More processes than cores: many tests wait for processes and deadlines.
 .PHONY: unit
 unit: $(READY) $(DEV) ## the tests, without those that kill processes (ARGS='tests/policy -x' for some of them)
 	@echo '== tests'
-	@$(BIN)/pytest -n 3 --dist=loadscope -m 'not faults' $(or $(ARGS),--ignore=tests/policy)
+	@$(BIN)/pytest -n 4 --dist=loadscope -m 'not faults' $(or $(ARGS),--ignore=tests/policy)
 
 .PHONY: test-oldest
 test-oldest: $(OLDEST)/.ready ## the mesh's tests on the oldest grpcio and protobuf that are supported
 	@echo '== tests on the oldest packages'
-	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadscope -m 'not faults' \
+	@$(OLDEST)/bin/python -m pytest -n 3 --dist=loadscope -m 'not faults' \
 		$(or $(ARGS),tests/channel tests/server tests/registry tests/discovery tests/test_config.py tests/test_context.py)
 
 .PHONY: test-faults

@@ -122,6 +122,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.discovery.registry", "MAX_BACKOFF", "seconds", "Pauses don't get longer."),
     ),
     "Servers": (
+        Limit("mesh.listening", "MAX_SOCKET_PATH", "bytes", "The server doesn't start; the error names the length."),
         Limit(SETTINGS, "max_concurrency", "calls", "Calls wait for their turn."),
         Limit(SETTINGS, "queue_size", "calls", "The call is refused, RESOURCE_EXHAUSTED."),
         Limit(SETTINGS, "max_streams", "streams", "The stream is refused, RESOURCE_EXHAUSTED."),

@@ -151,7 +151,7 @@ def test_a_host_alone_is_taken_where_the_port_is_known(text: str, advertised: st
         "us\0ers:80",
         "users\x1b[31m:80",
         "[fe80::1%eth\0]:7",
-        "unix:/tmp/a\0b",
+        "unix:/run/a\0b",
     ],
 )
 def test_what_is_no_address_is_refused_everywhere(user: Callable[[str], str], text: str) -> None:

@@ -55,7 +55,7 @@ def at_base(measured: list[dict[str, Any]]) -> None:
     assert not grown
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(120)
 def test_a_few_rounds_of_everything_leave_nothing() -> None:
     at_base(rounds(0, 8, within=100))
