@@ -22,6 +22,16 @@ MAX_SOCKET_PATH = 107
 _numbers = itertools.count()
 
 
+def limit_streams(most: int) -> list[tuple[str, int]]:
+    """A server's options by which a connection has at most so many calls and streams at once.
+
+    Core's overload protection also counts calls that have ended but are not yet freed, so it refuses calls
+    (REFUSED_STREAM) of a client that keeps to the limit. Without it such a client's calls wait, and core closes the
+    connection of a client that exceeds the limit.
+    """
+    return [("grpc.max_concurrent_streams", most), ("grpc.http.overload_protection", 0)]
+
+
 class Listener:
     """What a server listens on. ``port`` is 0 for a unix socket."""
 

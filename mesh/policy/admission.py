@@ -184,8 +184,8 @@ class Admission:
     none after that, as how long they last says nothing. ``ended`` counts calls whose handlers are through, ``failed``
     those that failed. ``refusals`` counts by reason and criticality, ``dry_run`` what would have been refused (reason
     DELAY there: had to wait). ``limited``: the methods that have a limit now. ``changed``: those whose limit has begun
-    or ended, for its owner to take out and to log. ``last_loss``: when a call last ran out
-    of time before its handler began, or because of the queue.
+    or ended, for its owner to take out and to log. ``last_loss``: when a call last ran out of time before its handler
+    began, or because of the queue.
     """
 
     __slots__ = (

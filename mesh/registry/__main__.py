@@ -18,7 +18,7 @@ from mesh import variables
 from mesh.addresses import is_local, parse
 from mesh.files import InUseError
 from mesh.health import NOT_SERVING, SERVING, AioHealth
-from mesh.listening import bind
+from mesh.listening import bind, limit_streams
 from mesh.registry.book import Book
 from mesh.registry.limits import HANDSHAKE_TIMEOUT, MAX_MESSAGE_BYTES, MAX_STREAMS
 from mesh.registry.service import SERVICE_NAME, RegistryService
@@ -37,9 +37,7 @@ GRACE = 2.0
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
-    # As mesh.server.settings has it: a client at the limit waits, and isn't refused.
-    ("grpc.http.overload_protection", 0),
+    *limit_streams(MAX_STREAMS),
     ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT * 1000)),
     # A port in use is an error, and not a port shared with another registry.
     ("grpc.so_reuseport", 0),

@@ -137,6 +137,6 @@ def _ip(host: str) -> _IP | None:
     except ValueError:
         try:
             ip = ipaddress.IPv4Address(socket.inet_aton(host))
-        except (OSError, ValueError):  # a NUL
+        except OSError:
             return None
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

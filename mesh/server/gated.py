@@ -66,8 +66,7 @@ def _admitted(gate: ThreadGate, method: Method, criticality: Criticality, scope:
     return now
 
 
-def _begin_stream(gate: ThreadGate, method: Method, context: Any) -> None:
-    scope = _scope()
+def _begin_stream(gate: ThreadGate, method: Method, scope: Scope, context: Any) -> None:
     criticality = criticality_of(scope.criticality)
     _admitted(gate, method, criticality, scope, context)
     reason = gate.admission.begin_stream(method, criticality)
@@ -98,7 +97,7 @@ def sync_gated(behavior: Behavior, name: str, gate: ThreadGate, *, is_stream: bo
         return response
 
     def gated_stream(requests: Any, context: Any) -> Any:
-        _begin_stream(gate, method, context)
+        _begin_stream(gate, method, _scope(), context)
         ending = Ending.FAILED
         try:
             response = behavior(requests, context)
@@ -118,7 +117,7 @@ def sync_gated_responses(behavior: Behavior, name: str, gate: ThreadGate, *, is_
 
     def gated(request: Any, context: Any) -> Iterator[Any]:
         scope = _scope()
-        _begin_stream(gate, method, context)
+        _begin_stream(gate, method, scope, context)
         ending = Ending.FAILED
         try:
             for response in behavior(request, context):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.addresses import FORMS, check_target, is_local, parse
+from mesh.listening import limit_streams
 from mesh.model import MAX_WEIGHT
 from mesh.observe import ServerObserver
 from mesh.policy.admission import AdmissionConfig, Mode
@@ -257,10 +258,7 @@ class ServerSettings:
             # Soft and hard alike: between the two core refuses by chance.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
-            ("grpc.max_concurrent_streams", self.max_connection_streams),
-            # With it core counts calls that have ended but are not yet freed, so it refuses calls (REFUSED_STREAM) of
-            # a client that keeps to the limit. Without it such a client's calls wait, and one that doesn't is cut off.
-            ("grpc.http.overload_protection", 0),
+            *limit_streams(self.max_connection_streams),
             # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
             # tell from a cancel of their own: let them come to where they are refused for a reason.
             ("grpc.server.max_pending_requests", 50_000),
