@@ -28,10 +28,10 @@ import mesh
 import mesh.aio
 from benchmarks.harness import Row, Work, cpu_seconds, interleaved, ratio, replicas, table
 from benchmarks.replica import RETRY, retrying
-from mesh.config import ServiceConfig
-from mesh.model import CallSpec, Connectivity, Ended, Endpoint, Idempotency, Outcome
-from mesh.policy.cluster import Cluster
-from mesh.policy.flow import call_flow
+from mesh.config.settings import Idempotency, ServiceConfig
+from mesh.model import CallSpec, Connectivity, Ended, Endpoint, Outcome
+from mesh.policy.call.flow import call_flow
+from mesh.policy.cluster.cluster import Cluster
 
 UNARY, STREAM, FAIL = "/bench.Echo/Unary", "/bench.Echo/Stream", "/bench.Echo/Fail"
 THROUGH, FAILED = "/bench.Echo/Through", "/bench.Echo/Failed"

@@ -33,12 +33,13 @@ import mesh.aio
 from benchmarks.call import REQUEST, UNARY, calling, service_config
 from benchmarks.harness import Row, interleaved, ratio, replicas, table
 from benchmarks.replica import RETRY
-from mesh.config import BalancerConfig, ServiceConfig, parse
+from mesh.config.parse import parse
+from mesh.config.settings import BalancerConfig, Idempotency, ServiceConfig
 from mesh.discovery.probation import Probation
 from mesh.discovery.registry import PROBATION
 from mesh.discovery.roster import Roster
-from mesh.model import CallSpec, Connectivity, Endpoint, Idempotency
-from mesh.policy.cluster import Cluster
+from mesh.model import CallSpec, Connectivity, Endpoint
+from mesh.policy.cluster.cluster import Cluster
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 

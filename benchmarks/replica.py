@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 import mesh
-from mesh.server.deadlines import ServerInterceptor
+from mesh.server.handlers.interceptors import ServerInterceptor
 
 MESSAGE = b"x" * 64
 

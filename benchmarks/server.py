@@ -30,7 +30,7 @@ import grpc.aio
 
 import mesh.aio
 import mesh.server.sync
-from mesh.policy.admission import Mode
+from mesh.policy.server.admission import Mode
 from mesh.server.aio import Server
 from mesh.server.settings import ServerSettings
 from weft.mesh.v1 import registry_pb2 as pb

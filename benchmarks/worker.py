@@ -20,7 +20,8 @@ from typing import Any
 
 import grpc
 
-from mesh.server.load import KEYS, OrcaLoadReport
+from mesh.orca import OrcaLoadReport
+from mesh.wire import LOAD, ORCA_LOAD
 
 REPORT_PERIOD = 0.1
 SMOOTHING = 0.2
@@ -78,7 +79,7 @@ class Worker:
                 before = getattr(self._report, field)
                 setattr(self._report, field, before + (value / (now - last) - before) * SMOOTHING)
             last = now
-            self._trailers = tuple((key, self._report.SerializeToString()) for key in KEYS)
+            self._trailers = tuple((key, self._report.SerializeToString()) for key in (ORCA_LOAD, LOAD))
 
 
 def main() -> None:

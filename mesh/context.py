@@ -10,9 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-CRITICALITY = "weft-criticality"
-"""The metadata key that says how much a call matters: CRITICAL_PLUS, CRITICAL, SHEDDABLE_PLUS or SHEDDABLE."""
-
 
 class Scope:
     """The inbound call being handled.
@@ -21,7 +18,7 @@ class Scope:
     retry or a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was
     allowed to retry and failed, so that the server can tell the caller above not to retry. ``criticality``: the
     inbound call's ("CRITICAL", "SHEDDABLE", ...; empty when it said nothing), for the calls below it: they send it
-    as ``CRITICALITY``. ``arrived``: when this process first saw it. ``begun``: its handler runs.
+    as ``weft-criticality``. ``arrived``: when this process first saw it. ``begun``: its handler runs.
     """
 
     __slots__ = (

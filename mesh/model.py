@@ -1,6 +1,6 @@
 """The values that the mesh passes around: endpoints, calls, the flow's steps and wake-ups, outcomes and verdicts.
 
-A flow (``policy/flow.py``) yields steps and is sent wake-ups; a driver (``channel/drive.py``) performs the steps.
+A flow (``policy/call/flow.py``) yields steps and is sent wake-ups; a driver (``channel/driver.py``) performs the steps.
 Nothing here does IO or knows gRPC's classes. Instants (``now``, ``until``, ``deadline``) are monotonic seconds;
 timeouts are spans in seconds. What is made for every call is slotted and not frozen: freezing costs up to a
 microsecond each.
@@ -12,37 +12,14 @@ import enum
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mesh.config import MethodPolicy
+from mesh.codes import Code
+from mesh.config.settings import MethodPolicy
 
 Metadatum = tuple[str, str | bytes]
 
 Lock = AbstractContextManager[object]
 """Held for arithmetic alone. Policies are given their locks, as they are given time and chance."""
-
-
-class Code(enum.IntEnum):
-    """gRPC's status codes by number."""
-
-    OK = 0
-    CANCELLED = 1
-    UNKNOWN = 2
-    INVALID_ARGUMENT = 3
-    DEADLINE_EXCEEDED = 4
-    NOT_FOUND = 5
-    ALREADY_EXISTS = 6
-    PERMISSION_DENIED = 7
-    RESOURCE_EXHAUSTED = 8
-    FAILED_PRECONDITION = 9
-    ABORTED = 10
-    OUT_OF_RANGE = 11
-    UNIMPLEMENTED = 12
-    INTERNAL = 13
-    UNAVAILABLE = 14
-    DATA_LOSS = 15
-    UNAUTHENTICATED = 16
 
 
 class Connectivity(enum.IntEnum):
@@ -53,14 +30,6 @@ class Connectivity(enum.IntEnum):
     READY = 2
     TRANSIENT_FAILURE = 3
     SHUTDOWN = 4
-
-
-class Idempotency(enum.Enum):
-    """What a method's descriptor says of its side effects (``idempotency_level``)."""
-
-    UNKNOWN = 0
-    NO_SIDE_EFFECTS = 1
-    IDEMPOTENT = 2
 
 
 @dataclass(frozen=True, slots=True)

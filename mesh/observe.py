@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.model import CallSpec, Code, Outcome, Verdict
+from mesh.codes import Code
+from mesh.model import CallSpec, Outcome, Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine
 from concurrent import futures
 from typing import Any
 
-from mesh.config import RetryPolicy
-from mesh.policy.backoff import Backoff
+from mesh.config.settings import RetryPolicy
+from mesh.policy.call.backoff import Backoff
 
 _LOG = logging.getLogger("mesh.tasks")
 

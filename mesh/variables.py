@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from mesh.config import nearest
+from mesh.config.reader import nearest
 
 _LOG = logging.getLogger("mesh.config")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from mesh.channel import background
+from mesh import background
 from mesh.channel.assemble import Assembly
-from mesh.channel.subchannels import OwnPool, ResolvedPool
+from mesh.channel.pool import OwnPool, ResolvedPool
 from tests.processes import Spawn, free_ports
 
 SETTLE = 5.0

@@ -28,8 +28,8 @@ from google.protobuf.duration_pb2 import Duration
 import mesh
 import mesh.aio
 from mesh.server import aio as aio_server
-from mesh.server import deadlines
 from mesh.server import sync as sync_server
+from mesh.server.handlers import interceptors
 from mesh.server.settings import ServerSettings
 from tests.registry.serving import Serving, serving
 from weft.mesh.v1 import registry_pb2 as pb
@@ -304,7 +304,7 @@ async def settled() -> dict[str, Any]:
 
 
 async def main(seconds: float, count: int) -> None:
-    deadlines.METHODS = METHODS
+    interceptors.METHODS = METHODS
     end = time.monotonic() + seconds
     settings: dict[str, Any] = {"listen": "127.0.0.1:0", "drain_wait": 0.0}
     async with serving(log_size=64) as registry:

@@ -13,7 +13,7 @@ from mesh.addresses import Address, check_target, is_local, parse
 from mesh.discovery.target import resolver_for
 from mesh.registry import checks
 from mesh.registry.__main__ import SettingError, check
-from mesh.server.assembly import advertised
+from mesh.server.listening import advertised
 from mesh.server.settings import ServerSettings
 from weft.mesh.v1 import registry_pb2 as pb
 

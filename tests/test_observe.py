@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.config import HedgingPolicy, RetryPolicy
-from mesh.model import Code
+from mesh.codes import Code
+from mesh.config.settings import HedgingPolicy, RetryPolicy
 from mesh.observe import AttemptRecord, Explanation, explain
 from tests.policy.driving import METHOD, Driven, cluster_of
 

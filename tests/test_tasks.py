@@ -9,7 +9,7 @@ import random
 import pytest
 
 from mesh import tasks
-from mesh.config import RetryPolicy
+from mesh.config.settings import RetryPolicy
 from mesh.tasks import keep_running, log_failure
 
 

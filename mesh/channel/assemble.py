@@ -29,19 +29,22 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool
 
-from mesh import context, variables
-from mesh.channel import forking
+from mesh import context, forking, variables
 from mesh.channel.arguments import check_compression, checked, text_of
-from mesh.channel.subchannels import Method, OwnPool, Pool, ResolvedPool, Subchannel
-from mesh.config import NEVER_HEDGE, NEVER_RETRY, MethodPolicy, ServiceConfig, for_core
+from mesh.channel.pool import OwnPool, Pool, ResolvedPool
+from mesh.channel.subchannel import Method, Subchannel
+from mesh.codes import Code
+from mesh.config.parse import for_core
+from mesh.config.settings import NEVER_HEDGE, NEVER_RETRY, Idempotency, MethodPolicy, ServiceConfig
+from mesh.config.sources import PERIOD, ConfigFile, Configs, Source
 from mesh.core import ChannelOptions
-from mesh.discovery.configs import PERIOD, ConfigFile, Configs, Source
+from mesh.criticality import CRITICALITY
 from mesh.discovery.target import in_short, resolver_for
-from mesh.model import CallSpec, Code, Endpoint, Idempotency, Locality, Metadatum, Outcome, Verdict
-from mesh.policy.cluster import Cluster
-from mesh.policy.deadline import deadline_of
-from mesh.policy.early import PENDING, EarlyCall, early_flow
-from mesh.policy.flow import Flow, call_flow
+from mesh.model import CallSpec, Endpoint, Locality, Metadatum, Outcome, Verdict
+from mesh.policy.call.deadline import deadline_of
+from mesh.policy.call.early import PENDING, EarlyCall, early_flow
+from mesh.policy.call.flow import Flow, call_flow
+from mesh.policy.cluster.cluster import Cluster
 from mesh.tasks import keep_running
 
 # A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
@@ -279,8 +282,8 @@ class Assembly:
 
 def _with_criticality(metadata: Sequence[Metadatum] | None, scope: context.Scope) -> Sequence[Metadatum] | None:
     """``metadata``, with the criticality of the inbound call unless it has one."""
-    if scope.criticality and not any(key == context.CRITICALITY for key, _ in metadata or ()):
-        return (*(metadata or ()), (context.CRITICALITY, scope.criticality))
+    if scope.criticality and not any(key == CRITICALITY for key, _ in metadata or ()):
+        return (*(metadata or ()), (CRITICALITY, scope.criticality))
     return metadata
 
 

@@ -24,7 +24,7 @@ from mesh.errors import in_short
 from mesh.model import Connectivity
 
 if TYPE_CHECKING:
-    from mesh.channel.subchannels import Subchannel
+    from mesh.channel.subchannel import Subchannel
 
 AT_ONCE = 3
 """How many endpoints are asked at a time."""

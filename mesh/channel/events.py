@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from mesh import lines
 from mesh.discovery.resolver import Update
 from mesh.model import Connectivity, Endpoint
-from mesh.policy.cluster import Cluster
+from mesh.policy.cluster.cluster import Cluster
 
 _LOG = logging.getLogger("mesh.channel")
 

@@ -10,9 +10,9 @@ import re
 import socket
 from urllib.parse import unquote
 
-from mesh import config
 from mesh.addresses import is_local, parse
-from mesh.descriptors import unknown_names
+from mesh.config.descriptors import unknown_names
+from mesh.config.parse import parse as parse_config
 from mesh.model import MAX_WEIGHT
 from mesh.registry.limits import MAX_CONFIG, MAX_INSTANCE_BYTES, MAX_METADATA, MAX_TEXT
 from weft.mesh.v1 import registry_pb2 as pb
@@ -71,7 +71,7 @@ def service_config(name: str, text: str) -> tuple[Violations, tuple[str, ...]]:
     if (size := len(text.encode())) > MAX_CONFIG:
         return [*violations, ("service_config", f"has {size} bytes; the limit is {MAX_CONFIG}")], ()
     try:
-        parsed = config.parse(text)
+        parsed = parse_config(text)
     except ValueError as error:
         # "service config: methodConfig[0].timeout: expected ...", or "service config: not JSON: ..."
         path, _, what = str(error).removeprefix("service config: ").partition(": ")

@@ -11,7 +11,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from mesh import config, files
+from mesh import files
+from mesh.config.parse import parse
 
 VARIABLE = "MESH_REGISTRY_STATE"
 """The environment variable that names the folder. Without it configs are kept in memory."""
@@ -101,7 +102,7 @@ def _violation(service: str, text: object) -> str:
     if not isinstance(text, str):
         return "it is no text"
     try:
-        config.parse(text)
+        parse(text)
     except ValueError as error:
         return str(error)
     return ""

@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh.health import SERVICE_UNKNOWN
-from mesh.server.threads import responses
+from mesh.server.thread_pool import responses
 
 
 class _Watch:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from mesh.config import RetryPolicy
-from mesh.policy.backoff import Backoff
+from mesh.config.settings import RetryPolicy
+from mesh.policy.call.backoff import Backoff
 
 LOG = logging.getLogger("mesh.server")
 

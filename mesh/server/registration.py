@@ -21,9 +21,9 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mesh import core, lines
-from mesh.config import RetryPolicy
+from mesh.config.settings import RetryPolicy
 from mesh.errors import in_short
-from mesh.policy.backoff import Backoff
+from mesh.policy.call.backoff import Backoff
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 

@@ -16,8 +16,8 @@ from mesh.addresses import FORMS, check_target, is_local, parse
 from mesh.listening import limit_streams
 from mesh.model import MAX_WEIGHT
 from mesh.observe import ServerObserver
-from mesh.policy.admission import AdmissionConfig, Mode
-from mesh.server.threads import SPARE
+from mesh.policy.server.admission import AdmissionConfig, Mode
+from mesh.server.thread_pool import SPARE
 
 Option = tuple[str, str | int]
 

@@ -18,31 +18,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
-from mesh import lines, variables
-from mesh.channel import forking
+from mesh import forking, lines, variables
 from mesh.health import NOT_SERVING, SERVING
 from mesh.listening import Listener
-from mesh.policy.admission import Reason
-from mesh.server import load
-from mesh.server.assembly import (
-    BAD_START,
-    SIGNALS,
-    Recorder,
-    Servicers,
-    add_channelz,
-    add_reflection,
-    advertised,
-    instances,
-    listen,
-    listening,
-)
-from mesh.server.deadlines import LOG, arriving, wrap_sync
-from mesh.server.gate import ThreadGate
+from mesh.policy.server.admission import Reason
+from mesh.server import load_report
+from mesh.server.handlers.gate import ThreadGate
+from mesh.server.handlers.registrar import Recorder, Servicers
+from mesh.server.handlers.scope import LOG, arriving
+from mesh.server.handlers.wrap import wrap_sync
 from mesh.server.health import Health
+from mesh.server.lifecycle import BAD_START, SIGNALS, add_channelz, add_reflection, instances
+from mesh.server.listening import advertised, listen, listening
 from mesh.server.readiness import Readiness
 from mesh.server.registration import Registration, RegistrationThread
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import SPARE, ThreadPool
+from mesh.server.thread_pool import SPARE, ThreadPool
 from mesh.tasks import keep_running
 
 _AT_ONCE = 1.0
@@ -107,7 +98,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self.services, health.SERVICE_NAME), server, settings)
         add_channelz(server, settings)
-        load.add_to_threaded_server(self.gate.load, server, self._held)
+        load_report.add_to_threaded_server(self.gate.load, server, self._held)
         self._listener = listen(server, settings)
         self.port = self._listener.port
         self.address = advertised(settings, self.port)

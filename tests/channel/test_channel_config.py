@@ -15,8 +15,8 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel.sync import Channel
-from mesh.discovery.configs import FILE_VARIABLE
+from mesh.channel.sync.channel import Channel
+from mesh.config.sources import FILE_VARIABLE
 from mesh.errors import AioRpcError
 from tests.processes import Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb

@@ -15,8 +15,8 @@ import grpc
 import pytest
 
 import mesh
+from mesh.config.sources import FILE_VARIABLE
 from mesh.discovery.cache import VARIABLE, Cache
-from mesh.discovery.configs import FILE_VARIABLE
 from tests.registry.serving import serving
 from weft.mesh.v1 import registry_pb2 as pb
 

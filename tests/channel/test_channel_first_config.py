@@ -16,8 +16,8 @@ import pytest
 
 import mesh
 import mesh.aio
+from mesh.config.sources import FILE_VARIABLE
 from mesh.discovery.cache import VARIABLE
-from mesh.discovery.configs import FILE_VARIABLE
 from mesh.observe import Explanation
 from tests.processes import Process, Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb

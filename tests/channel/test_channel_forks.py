@@ -22,8 +22,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 import mesh
-from mesh.channel import forking
-from mesh.channel.background import OLD_CORE
+from mesh import forking
+from mesh.background import OLD_CORE
 from tests.channel.suite import UNARY, Server
 from tests.processes import REPOSITORY, Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb
@@ -255,7 +255,7 @@ def test_core_and_grpc_aio_in_use_are_seen() -> None:
     """The names of core's threads and of grpc.aio's, which nobody promises."""
     program = """
 import asyncio, gc, time, grpc, grpc.aio
-from mesh.channel.forking import aio_in_use, core_in_use
+from mesh.forking import aio_in_use, core_in_use
 from tests.processes import eventually
 print(core_in_use(), aio_in_use())
 async def use():

@@ -19,7 +19,7 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel.background import OLD_CORE
+from mesh.background import OLD_CORE
 from tests.channel.suite import RESPONSES, UNARY
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

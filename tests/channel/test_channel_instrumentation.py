@@ -17,8 +17,8 @@ import pytest
 import mesh
 import mesh.aio
 from mesh.channel import instrumentation
-from mesh.channel.aio import Channel as AioChannel
-from mesh.channel.sync import Channel as SyncChannel
+from mesh.channel.aio.channel import Channel as AioChannel
+from mesh.channel.sync.channel import Channel as SyncChannel
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
 from tests.processes import eventually
 

@@ -16,9 +16,9 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel import background
-from mesh.channel.subchannels import Method
-from mesh.server.deadlines import METHODS, Wrapped
+from mesh import background
+from mesh.channel.subchannel import Method
+from mesh.server.handlers.interceptors import METHODS, Wrapped
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
 from tests.processes import eventually
 

@@ -17,9 +17,9 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel.aio import _write_failed
-from mesh.channel.drive import pushback_of
-from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor
+from mesh.channel.aio.driver import _write_failed
+from mesh.channel.outcome import pushback_of
+from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
 from tests.channel.suite import REQUESTS, UNARY, Server
 from tests.processes import Spawn, free_ports
 

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from mesh.channel.background import OLD_CORE
+from mesh.background import OLD_CORE
 from tests.channel.suite import Server
 
 HEAD = """

@@ -14,8 +14,8 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel.reports import KEY
-from mesh.server.load import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.wire import LOAD
 from tests.processes import eventually
 
 UNARY = "/test.Load/Unary"
@@ -43,7 +43,7 @@ class Replica:
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         self.calls += 1
         if not self.aside:
-            context.set_trailing_metadata(((KEY, self.report.SerializeToString()),))
+            context.set_trailing_metadata(((LOAD, self.report.SerializeToString()),))
         return request
 
     def _stream(self, _: Any, context: grpc.ServicerContext) -> Iterator[Any]:

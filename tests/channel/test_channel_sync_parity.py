@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 import mesh
-from mesh.channel.background import OLD_CORE
+from mesh.background import OLD_CORE
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server, own
 
 Scenario = Callable[[Any, Any], object]

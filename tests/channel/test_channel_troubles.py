@@ -17,7 +17,7 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel import background
+from mesh import background
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
 from tests.channel.suite import RESPONSES, UNARY, Server

@@ -20,11 +20,12 @@ import mesh
 import mesh.aio
 from mesh import lines
 from mesh.channel.events import Events
-from mesh.channel.sync import Channel
-from mesh.config import EjectionConfig, ServiceConfig
+from mesh.channel.sync.channel import Channel
+from mesh.codes import Code
+from mesh.config.settings import EjectionConfig, ServiceConfig
 from mesh.discovery.resolver import Update
 from mesh.errors import AioRpcError, CallError, RpcError, in_short
-from mesh.model import Code, Endpoint
+from mesh.model import Endpoint
 from tests.policy.driving import Driven, cluster_of
 from tests.processes import eventually
 

@@ -17,10 +17,11 @@ from math import inf
 
 import pytest
 
-from mesh.config import MethodPolicy, RetryPolicy, ServiceConfig
-from mesh.model import Attempt, CallSpec, Code, Connectivity, Elapsed, Ended, Endpoint, Outcome, Verdict, Wait, Wake
-from mesh.policy.cluster import Cluster
-from mesh.policy.flow import call_flow
+from mesh.codes import Code
+from mesh.config.settings import MethodPolicy, RetryPolicy, ServiceConfig
+from mesh.model import Attempt, CallSpec, Connectivity, Elapsed, Ended, Endpoint, Outcome, Verdict, Wait, Wake
+from mesh.policy.call.flow import call_flow
+from mesh.policy.cluster.cluster import Cluster
 
 RATE = 1000  # calls a second
 SETTLED = 2.0  # seconds, within which the reserve is spent: 1,000 calls/s want 2,000 retries each second

@@ -14,7 +14,7 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor
+from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
 from tests.conformance.cases import retry
 from tests.conformance.servers import PREVIOUS_ATTEMPTS, PUSHBACK
 

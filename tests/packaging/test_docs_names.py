@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 
 from mesh import variables
-from mesh.config import parse
+from mesh.config.parse import parse
 from mesh.server.settings import ServerSettings
 from mesh.server.sync import Server
 from weft.mesh.v1 import registry_pb2, service_config_pb2

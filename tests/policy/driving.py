@@ -21,12 +21,12 @@ from math import inf
 
 import pytest
 
-from mesh.config import NEVER_HEDGE, HedgingPolicy, MethodPolicy, RetryPolicy, ServiceConfig
+from mesh.codes import Code
+from mesh.config.settings import NEVER_HEDGE, HedgingPolicy, MethodPolicy, RetryPolicy, ServiceConfig
 from mesh.model import (
     Attempt,
     CallSpec,
     Cancel,
-    Code,
     Commit,
     Connectivity,
     Elapsed,
@@ -41,8 +41,8 @@ from mesh.model import (
     Wait,
     Wake,
 )
-from mesh.policy.cluster import Cluster
-from mesh.policy.flow import call_flow
+from mesh.policy.call.flow import call_flow
+from mesh.policy.cluster.cluster import Cluster
 
 METHOD = "/weft.test.v1.Test/Do"
 ANY = -1.0

@@ -1,4 +1,4 @@
-"""A server in virtual time: what ``mesh.policy.admission`` makes of a load, without the noise of a machine.
+"""A server in virtual time: what ``mesh.policy.server.admission`` makes of a load, without the noise of a machine.
 
 Its handlers wait, share a downstream of fixed capacity, share one CPU, or call the server that they run on.
 """
@@ -14,8 +14,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator
 from typing import Any
 
-from mesh.policy.admission import Admission, AdmissionConfig, Criticality, Method, Ticket
-from mesh.policy.limiter import Ending
+from mesh.criticality import Criticality
+from mesh.policy.server.admission import Admission, AdmissionConfig, Method, Ticket
+from mesh.policy.server.limiter import Ending
 
 CRITICAL = Criticality.CRITICAL
 

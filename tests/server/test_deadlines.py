@@ -13,8 +13,9 @@ import grpc
 import pytest
 
 import mesh.context
-from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor, wrap_aio, wrap_sync
-from mesh.server.threads import ThreadPool
+from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
+from mesh.server.handlers.wrap import wrap_aio, wrap_sync
+from mesh.server.thread_pool import ThreadPool
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 

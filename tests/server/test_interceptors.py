@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc  # type:
 import mesh.server.aio
 import mesh.server.sync
 from mesh.observe import ServerObserver
-from mesh.server.load import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import SPARE
+from mesh.server.thread_pool import SPARE
 from tests.instrumentation.calls import aio_calls, sync_calls
 from tests.instrumentation.echo import add_aio, add_sync
 from tests.processes import eventually

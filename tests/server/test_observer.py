@@ -14,7 +14,7 @@ import pytest
 import mesh.server.aio
 import mesh.server.sync
 from mesh.observe import ServerObserver
-from mesh.policy.admission import Reason
+from mesh.policy.server.admission import Reason
 from mesh.server.settings import ServerSettings
 
 NAME = "test.Observed"

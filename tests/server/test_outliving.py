@@ -18,6 +18,7 @@ import mesh
 import mesh.aio
 from mesh import context as mesh_context
 from mesh.context import Scope
+from mesh.criticality import CRITICALITY
 from tests.processes import eventually
 from tests.server.test_deadlines import KINDS, acall, asynchronous, call, threaded
 
@@ -69,7 +70,7 @@ async def test_a_task_that_a_handler_started_works_on_when_its_deadline_has_pass
                 return b"started"
 
             async with asynchronous("unary_unary", handle) as above:
-                metadata = ((mesh_context.CRITICALITY, "SHEDDABLE"),)
+                metadata = ((CRITICALITY, "SHEDDABLE"),)
                 assert await acall(above, "unary_unary", timeout=SHORT, metadata=metadata) == [b"started"]
                 over(scopes)
                 await wanted.put(None)
@@ -77,7 +78,7 @@ async def test_a_task_that_a_handler_started_works_on_when_its_deadline_has_pass
                     assert await worked.get() == (b"done", None)
                 workers[0].cancel()
                 await asyncio.wait(workers)
-    assert mesh_context.CRITICALITY not in seen[0]
+    assert CRITICALITY not in seen[0]
 
 
 @pytest.mark.slow

@@ -17,12 +17,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 import mesh.context
 import mesh.server.aio
 import mesh.server.sync
-from mesh.policy.admission import AdmissionConfig, Criticality, Mode, Reason
-from mesh.server.deadlines import AioServerInterceptor, ServerInterceptor
-from mesh.server.gate import AioGate, Gate, ThreadGate
-from mesh.server.load import KEYS, SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.criticality import Criticality
+from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
+from mesh.policy.server.admission import AdmissionConfig, Mode, Reason
+from mesh.server.handlers.gate import AioGate, Gate, ThreadGate
+from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
 from mesh.server.settings import ServerSettings
-from mesh.server.threads import ThreadPool
+from mesh.server.thread_pool import ThreadPool
+from mesh.wire import LOAD, ORCA_LOAD
 from tests.processes import eventually
 
 NAME = "test.Work"
@@ -419,7 +421,7 @@ class TestLoad:
             for number, value in ((1, 0.5), (6, 2.0), (7, 3.0), (9, 4.0))
         )
         assert report.SerializeToString() == expected
-        assert KEYS == ("endpoint-load-metrics-bin", "weft-load-bin")
+        assert (ORCA_LOAD, LOAD) == ("endpoint-load-metrics-bin", "weft-load-bin")
 
     def test_a_server_that_idles_still_has_a_report_to_send(self) -> None:
         gate = ThreadGate()

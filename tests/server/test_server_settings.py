@@ -2,7 +2,8 @@
 
 import pytest
 
-from mesh.server.assembly import advertised, instances
+from mesh.server.lifecycle import instances
+from mesh.server.listening import advertised
 from mesh.server.settings import ServerSettings
 
 

@@ -27,7 +27,7 @@ import grpc.aio
 
 import mesh.server.aio
 import mesh.server.sync
-from mesh.policy.admission import Mode
+from mesh.policy.server.admission import Mode
 from mesh.server.settings import ServerSettings
 
 NAME = "test.Waiting"

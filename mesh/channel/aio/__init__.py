@@ -1,0 +1,1 @@
+"""``grpc.aio.Channel`` over a cluster."""

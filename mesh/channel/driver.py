@@ -1,0 +1,304 @@
+"""The drivers of a flow: they perform its steps and tell it what happened.
+
+``run_blocking`` runs a flow in the caller's thread, over grpc's own blocking path. ``EventDriver`` runs one by
+events, for futures, streams and asyncio; nothing in it blocks.
+
+Rule 1: StopIteration is caught around ``next`` and ``send`` alone.
+Rule 2: events come from any thread and at any time, also from within a step (grpc runs a callback inline when the
+call is already over): they go through a queue that one thread at a time empties, the trampoline.
+Rule 3: whatever happens the flow is closed, so that what is in flight is given back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mesh.channel.outcome import CANCELLED_DETAILS, CLOSED_DETAILS
+from mesh.channel.pool import Pool
+from mesh.codes import Code
+from mesh.model import (
+    Attempt,
+    CallSpec,
+    Cancel,
+    Commit,
+    Elapsed,
+    Ended,
+    Headers,
+    Outcome,
+    Overflow,
+    Step,
+    Verdict,
+    Wait,
+    Wake,
+)
+from mesh.policy.call.flow import Flow
+
+
+def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) -> Verdict:
+    """Run ``flow`` in this thread; ``perform`` makes an attempt and blocks until it has ended."""
+    clock = time.monotonic
+    try:
+        step = next(flow)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    try:
+        while True:
+            wake: Wake
+            if pool.closed:
+                return Verdict(Outcome(Code.CANCELLED, CLOSED_DETAILS, cancelled=True))
+            if type(step) is Attempt:
+                outcome = perform(step)
+                wake = Ended(clock(), step.number, outcome)
+            else:
+                _wait(step, pool)
+                wake = Elapsed(clock())
+            try:
+                step = flow.send(wake)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+    finally:
+        flow.close()
+
+
+def _wait(step: Step, pool: Pool) -> None:
+    """Block until the step's time is over, or something changed. (Nothing else runs beside a blocking attempt.)"""
+    assert isinstance(step, Wait)
+    happened = threading.Event()
+    if step.picker is not None:
+        pool.wanted()
+    pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
+    try:
+        happened.wait(until(step.until))
+    finally:
+        pool.forget(happened.set)
+
+
+class TimerFired(Elapsed):
+    """The timer of ``wake_at`` has ended."""
+
+    __slots__ = ()
+
+
+class EventDriver:
+    """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
+
+    A world gives it ``begin`` and ``wake_at``, and hears of ``changed``. ``committed`` is the inner call that is
+    the call now; ``verdict`` is set once, when the call is over.
+    """
+
+    def __init__(self, call: CallSpec, flow: Flow, pool: Pool) -> None:
+        self.call = call
+        self.pool = pool
+        self.running: dict[int, Any] = {}  # the inner calls of the attempts that run, by number
+        self.committed: Any = None
+        self.verdict: Verdict | None = None
+        self.finished_at = 0.0
+        self._flow = flow
+        self._wakes: deque[Wake | None] = deque()
+        self._advancing = False
+        self._until: float | None = None
+        self._queued = False
+
+    # -- what a world gives
+
+    def begin(self, attempt: Attempt) -> None:
+        """Start ``attempt``: put its inner call into ``running``, or report at once how it ended. Doesn't block."""
+        raise NotImplementedError
+
+    def wake_at(self, until: float | None) -> None:
+        """Have ``timer_fired`` called at ``until``, in place of what was set before; None: not at all."""
+        raise NotImplementedError
+
+    def changed(self) -> None:
+        """An attempt began or was committed, or the call is over: tell whoever waits for that."""
+        raise NotImplementedError
+
+    # -- events
+
+    def start(self) -> None:
+        """Run the flow's first step, in this thread."""
+        self._send(START)
+
+    def ended(self, number: int, outcome: Outcome) -> None:
+        """Attempt ``number`` has ended."""
+        self._send(Ended(time.monotonic(), number, outcome))
+
+    def headers(self, number: int) -> None:
+        """The server has begun to answer attempt ``number``."""
+        self._send(Headers(time.monotonic(), number))
+
+    def overflow(self, number: int) -> None:
+        """What attempt ``number`` has sent can't be sent again."""
+        self._send(Overflow(time.monotonic(), number))
+
+    def timer_fired(self) -> None:
+        """The time that ``wake_at`` was given has come."""
+        self._send(TimerFired(time.monotonic()))
+
+    def picker_replaced(self) -> None:
+        """The picker was replaced."""
+        self._send(Elapsed(time.monotonic()))
+
+    def cancel(self, details: str = CANCELLED_DETAILS) -> bool:
+        """End the call here; False when it was over already."""
+        return self._end_here(Outcome(Code.CANCELLED, details, cancelled=True))
+
+    def close(self) -> None:
+        """End the call because its channel closes: it has failed then, and nobody cancelled it."""
+        self._end_here(Outcome(Code.CANCELLED, CLOSED_DETAILS))
+
+    def _end_here(self, outcome: Outcome) -> bool:
+        if not self._conclude(Verdict(outcome)):
+            return False
+        self._send(None)
+        return True
+
+    def _send(self, wake: Wake | None) -> None:
+        """Have the flow advanced with ``wake``, now or by whoever is at it. None: the call was concluded."""
+        if self._advancing:
+            self._wakes.append(wake)
+            return
+        self._advancing = True
+        try:
+            self._drain(wake)
+        finally:
+            self._advancing = False
+
+    def _drain(self, wake: Wake | None) -> None:
+        try:
+            self._advance(wake)
+            while self._wakes:
+                self._advance(self._wakes.popleft())
+        except BaseException as error:
+            self._conclude(Verdict(Outcome(Code.INTERNAL, f"{type(error).__name__}: {error}")))
+            self._clean_up()
+            raise
+
+    # -- by one thread at a time
+
+    def _advance(self, wake: Wake | None) -> None:
+        kind = type(wake)
+        if kind is Ended:
+            self.running.pop(wake.number, None)  # type: ignore[union-attr]
+        elif kind is TimerFired:
+            self._until = None  # perhaps it was a little early: the timer is set again where it is needed
+        if self.verdict is None:
+            try:
+                step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                if self._conclude_later(stop.value):
+                    return
+                self._conclude(stop.value)
+            else:
+                self._perform(step)
+                return
+        self._clean_up()
+
+    def _perform(self, step: Step) -> None:
+        if type(step) is Attempt:
+            self.begin(step)
+            self.changed()
+        elif type(step) is Commit:
+            self.committed = self.running.pop(step.number)
+            self._cancel_running()
+            self.running[step.number] = self.committed
+            self.changed()
+        elif type(step) is Cancel:
+            inner = self.running.get(step.number)
+            if inner is not None:  # else it has just ended
+                inner.cancel()
+        elif type(step) is Wait and step.picker is not None:
+            self._queued = True
+            self.pool.wanted()
+            self.pool.when_replaced(step.picker, self.picker_replaced)
+        until = step.until
+        if until != self._until:
+            self._until = until
+            self.wake_at(until)
+
+    def _conclude_later(self, verdict: Verdict) -> bool:  # noqa: ARG002
+        """Whether the world takes the verdict in a later event; until then the call is not over."""
+        return False
+
+    def _conclude(self, verdict: Verdict) -> bool:
+        if self.verdict is not None:
+            return False
+        self.finished_at = time.monotonic()
+        self.verdict = verdict
+        return True
+
+    def _clean_up(self) -> None:
+        self._flow.close()
+        if self.running:
+            self._cancel_running()
+        if self._until is not None:
+            self._until = None
+            self.wake_at(None)
+        if self._queued:
+            self.pool.forget(self.picker_replaced)
+        self.changed()
+
+    def _cancel_running(self) -> None:
+        while self.running:
+            self.running.popitem()[1].cancel()
+
+
+class LockedDriver(EventDriver):
+    """Takes events from any thread; one at a time advances the flow."""
+
+    def __init__(self, call: CallSpec, flow: Flow, pool: Pool) -> None:
+        super().__init__(call, flow, pool)
+        self._lock = threading.Lock()
+
+    def _send(self, wake: Wake | None) -> None:
+        with self._lock:
+            if self._advancing:
+                self._wakes.append(wake)
+                return
+            self._advancing = True
+        while True:
+            try:
+                self._drain(wake)
+            except BaseException:
+                self._advancing = False
+                raise
+            with self._lock:
+                if not self._wakes:
+                    self._advancing = False
+                    return
+                wake = self._wakes.popleft()
+
+    def _conclude(self, verdict: Verdict) -> bool:
+        with self._lock:
+            return super()._conclude(verdict)
+
+
+SLICE = 1.0
+"""Seconds that a thread waits at a time. Python runs a signal's handler between two steps of a program; one that comes
+just before a lock is waited for would be heard when that wait is over."""
+
+
+def until(instant: float | None) -> float:
+    """How long to wait for ``instant`` (None: for something else), in seconds: a slice at most, as a flow that is woken
+    early looks again."""
+    return SLICE if instant is None else min(max(0.0, instant - time.monotonic()), SLICE)
+
+
+def ending(verdict: Verdict) -> Flow:
+    """A flow that ends with ``verdict`` at its first wake-up. It has run its first step."""
+
+    def end() -> Flow:
+        yield Wait()
+        return verdict
+
+    flow = end()
+    next(flow)
+    return flow
+
+
+START = Elapsed(0.0)
+"""Runs a flow's first step."""

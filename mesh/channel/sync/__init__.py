@@ -1,0 +1,1 @@
+"""``grpc.Channel`` over a cluster."""

@@ -1,0 +1,240 @@
+"""The settings of a service config: frozen and validated values. Spans are seconds; math.inf stands for "no limit"."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from mesh.codes import Code
+
+
+class Idempotency(enum.Enum):
+    """What a method's descriptor says of its side effects (``idempotency_level``)."""
+
+    UNKNOWN = 0
+    NO_SIDE_EFFECTS = 1
+    IDEMPOTENT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never. ``receive_timeout`` is for
+    each attempt's response."""
+
+    max_attempts: int
+    initial_backoff: float = 0.025
+    max_backoff: float = 0.25
+    multiplier: float = 2.0
+    codes: frozenset[int] = frozenset({Code.UNAVAILABLE})
+    receive_timeout: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class HedgingPolicy:
+    """When to send a second attempt beside a running one (A6). ``max_attempts`` counts the first one; 1 means never.
+
+    ``percentile``, when not 0, is the share of the method's latencies to wait out (0 < p < 100); ``delay`` holds
+    until enough of them have been seen.
+    """
+
+    max_attempts: int
+    delay: float = 0.0
+    non_fatal: frozenset[int] = frozenset()
+    percentile: float = 0.0
+
+
+NEVER_RETRY = RetryPolicy(1, codes=frozenset())
+NEVER_HEDGE = HedgingPolicy(1)
+
+# What a method may have without a config, by its descriptor; 25 ms and 250 ms are A44's.
+DEFAULT_RETRY = {
+    Idempotency.UNKNOWN: NEVER_RETRY,
+    Idempotency.IDEMPOTENT: RetryPolicy(3),
+    Idempotency.NO_SIDE_EFFECTS: RetryPolicy(3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MethodPolicy:
+    """What holds for the calls of one method.
+
+    ``timeout`` caps a call's own; ``default_timeout`` is for calls that bring none; ``attempt_timeout`` is for one
+    attempt, ``receive_timeout`` for what comes before the first response of a stream. ``wait_for_ready`` None: as the
+    call says, else false. ``retry`` None: what the method's descriptor allows.
+    """
+
+    timeout: float = math.inf
+    default_timeout: float = math.inf
+    attempt_timeout: float = math.inf
+    receive_timeout: float = math.inf
+    wait_for_ready: bool | None = None
+    retry: RetryPolicy | None = None
+    hedge: HedgingPolicy = NEVER_HEDGE
+
+
+@dataclass(frozen=True, slots=True)
+class ReportsConfig:
+    """How endpoints' load reports become weights (A58). ``enabled``: whether they are read at all.
+
+    ``out_of_band`` is the seconds between the reports that are asked of ORCA's service; 0: they come with the answers.
+    """
+
+    enabled: bool = False
+    out_of_band: float = 0.0
+    blackout: float = 10.0
+    expiration: float = 180.0
+    update_period: float = 1.0
+    error_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BalancerConfig:
+    """Which balancing policy, with its settings; those of the other policies mean nothing.
+
+    ``decay_time``, ``failure_penalty`` and ``starvation`` (seconds without an answer after which an idle endpoint is
+    tried) are peak_ewma's, ``starvation`` and ``choices`` least_request's, the ring's and ``load_factor`` (0: not
+    bounded) ring_hash's. ``subset``: how many endpoints a client uses; 0: all. ``levels``: the policies of the
+    endpoints' priorities, in their order; none: this one for all.
+    """
+
+    name: str = "peak_ewma"
+    decay_time: float = 1.0
+    failure_penalty: float = 5.0
+    starvation: float = 10.0
+    choices: int = 2
+    reports: ReportsConfig = ReportsConfig()
+    hash_header: str = ""
+    min_ring: int = 1024
+    max_ring: int = 4096
+    load_factor: float = 0.0
+    shuffle: bool = False
+    subset: int = 100
+    levels: tuple[BalancerConfig, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessRateConfig:
+    """A50's success rate ejection: below mean - ``stdev_factor`` standard deviations. Percentages from 0 to 100."""
+
+    stdev_factor: float = 1.9
+    enforcement: float = 100.0
+    minimum_hosts: int = 5
+    request_volume: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePercentageConfig:
+    """A50's failure percentage ejection. Percentages from 0 to 100."""
+
+    threshold: float = 85.0
+    enforcement: float = 100.0
+    minimum_hosts: int = 5
+    request_volume: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class EjectionConfig:
+    """When an endpoint is left out for how it answers (A50), and for how long (seconds).
+
+    ``consecutive``: failures of any kind in a row; ``gateway``: UNAVAILABLE or DEADLINE_EXCEEDED in a row;
+    ``timeouts``: DEADLINE_EXCEEDED in a row; 0 turns each off. ``panic``: below this percentage of ready endpoints that
+    aren't ejected, ejections are ignored. ``dry_run``: count what would be ejected, and eject nothing.
+    """
+
+    interval: float = 10.0
+    base_time: float = 30.0
+    max_time: float = 300.0
+    max_percent: float = 10.0
+    success_rate: SuccessRateConfig | None = SuccessRateConfig()
+    failure_percentage: FailurePercentageConfig | None = FailurePercentageConfig()
+    consecutive: int = 5
+    gateway: int = 0
+    timeouts: int = 3
+    panic: float = 50.0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlowStartConfig:
+    """How an endpoint's weight grows once it is ready: max(``least``, (age / ``window``) ^ (1 / ``aggression``)).
+    A ``window`` of 0 is no slow start."""
+
+    window: float = 0.0
+    aggression: float = 1.0
+    least: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneConfig:
+    """When calls stay in the client's own zone: ``enabled``, with at least ``min_cluster`` endpoints in all, and
+    ``min_endpoints`` of the zone's own to be called."""
+
+    enabled: bool = False
+    min_cluster: int = 6
+    min_endpoints: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveConfig:
+    """Google SRE's adaptive throttle: refuse with p = (requests - ``k`` × accepts) / (requests + 1), over ``window``
+    seconds, and never more than ``max_refused`` of calls."""
+
+    k: float = 2.0
+    window: float = 120.0
+    max_refused: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadConfig:
+    """What a client refuses to send: calls beyond ``max_outstanding`` (A32), and by the adaptive throttle.
+    ``dry_run``: count what would be refused, and refuse nothing."""
+
+    max_outstanding: float = math.inf
+    adaptive: AdaptiveConfig | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetConfig:
+    """How many retries and hedges there may be beside the calls: a share of them, and a number each second."""
+
+    ratio: float = 0.1
+    min_per_second: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleConfig:
+    """A6's retry throttling: at most ``max_tokens``, ``token_ratio`` back for each success."""
+
+    max_tokens: float
+    token_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """A whole service config. ``health_service`` None: endpoints' health isn't watched. ``warnings``: the keys that
+    were ignored because nobody knows them, each with its path."""
+
+    methods: Mapping[tuple[str, str], MethodPolicy] = field(default_factory=dict)
+    balancer: BalancerConfig | None = None
+    budget: BudgetConfig = BudgetConfig()
+    throttle: ThrottleConfig | None = None
+    health_service: str | None = None
+    ejection: EjectionConfig = EjectionConfig()
+    slow_start: SlowStartConfig = SlowStartConfig()
+    zone: ZoneConfig = ZoneConfig()
+    overload: OverloadConfig = OverloadConfig()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def method(self, path: str, idempotency: Idempotency) -> MethodPolicy:
+        """The policy of ``/package.Service/Method``: the most specific name wins, and the descriptor fills what it
+        leaves."""
+        service, _, name = path.removeprefix("/").rpartition("/")
+        found = self.methods
+        policy = found.get((service, name)) or found.get((service, "")) or found.get(("", "")) or MethodPolicy()
+        if policy.retry is not None:
+            return policy
+        hedged = policy.hedge.max_attempts > 1
+        return replace(policy, retry=NEVER_RETRY if hedged else DEFAULT_RETRY[idempotency])

@@ -1,0 +1,53 @@
+"""Whether a failed attempt is followed by another, and after which delay (A6).
+
+Pushback (FIELD 6.3): negative or unparseable stops; otherwise exactly that delay, and backoff begins anew. Throttle
+(FIELD 6.7): a failure that a retry is for, or one with a pushback that forbids it, takes a token; the retry needs
+strictly more than half of them. The budget is asked last, so that nothing is withdrawn for a retry that isn't made.
+"""
+
+from __future__ import annotations
+
+import random
+
+from mesh.config.settings import RetryPolicy
+from mesh.model import Outcome
+from mesh.policy.call.backoff import Backoff
+from mesh.policy.call.budget import Budget, Throttle
+
+
+class Retries:
+    """The retries of one call."""
+
+    __slots__ = ("_backoff", "_budget", "_left", "_policy", "_throttle")
+
+    def __init__(self, policy: RetryPolicy, budget: Budget, throttle: Throttle) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._throttle = throttle
+        self._backoff = Backoff(policy)
+        self._left = policy.max_attempts - 1
+
+    def after(
+        self, outcome: Outcome, now: float, deadline: float, rng: random.Random, *, timed_out: bool, final: bool
+    ) -> float | None:
+        """Seconds until the next attempt, or None when ``outcome`` is the call's.
+
+        ``timed_out``: the attempt's own timeout ended it, which a retry is for whatever the codes say. ``final``: the
+        call may not be tried again; its failure counts for the throttle all the same. A delay that doesn't end before
+        ``deadline`` is no retry: nothing sleeps past a deadline.
+        """
+        forbidden = outcome.pushback is not None and outcome.pushback < 0
+        wanted = timed_out or outcome.code in self._policy.codes
+        if wanted or forbidden:
+            self._throttle.failed()
+        if not wanted or forbidden or final or outcome.committed or self._left <= 0 or not self._throttle.allows():
+            return None
+        if outcome.pushback is not None:
+            delay = outcome.pushback
+            self._backoff.reset()
+        else:
+            delay = self._backoff.delay(rng)
+        if now + delay >= deadline or not self._budget.withdraw(now):
+            return None
+        self._left -= 1
+        return delay

@@ -1,0 +1,1 @@
+"""Which endpoints there are, and what is known of them."""

@@ -1,0 +1,64 @@
+"""How many endpoints connect at the same time, and how often states are looked at."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh.model import Connectivity, Endpoint
+from mesh.policy.cluster.cluster import Cluster
+from mesh.policy.cluster.connecting import AT_ONCE, BUSY, CALM, PLACE, Connects
+from tests.policy.driving import cluster_of
+
+IDLE, CONNECTING, READY = Connectivity.IDLE, Connectivity.CONNECTING, Connectivity.READY
+
+
+def test_connects_are_paced() -> None:
+    connects = Connects()
+    states = {f"host:{number}": IDLE for number in range(40)}
+    begun, pause = connects.look(states.items(), 0.0)
+    assert begun == list(states)[:AT_ONCE]
+    assert pause == BUSY
+    states.update(dict.fromkeys(begun, CONNECTING))
+    assert connects.look(states.items(), PLACE / 2) == ([], BUSY)
+    states[begun[0]] = READY  # its place is free
+    assert connects.look(states.items(), PLACE / 2) == ([list(states)[AT_ONCE]], BUSY)
+    assert repr(connects) == f"<Connects {AT_ONCE} going on>"
+
+
+def test_a_connect_that_takes_long_holds_nobody_up() -> None:
+    connects = Connects()
+    states = {f"host:{number}": IDLE for number in range(AT_ONCE + 1)}
+    begun, _ = connects.look(states.items(), 0.0)
+    states.update(dict.fromkeys(begun, CONNECTING))
+    assert connects.look(states.items(), PLACE - 0.01)[0] == []
+    assert connects.look(states.items(), PLACE)[0] == [list(states)[-1]]
+
+
+def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
+    connects = Connects()
+    assert connects.look([("a", READY)], 0.0) == ([], CALM)
+    connects.look([("a", IDLE)], 0.0)
+    pauses = [connects.look([("a", CONNECTING)], now)[1] for now in (0.01, 0.1, 0.4, 1.0, 5.0)]
+    assert pauses == pytest.approx([BUSY, BUSY, 0.02, 0.05, CALM])
+
+
+def queues(cluster: Cluster) -> bool:
+    return cluster.picker.queue
+
+
+def test_calls_fail_with_the_cause_while_no_connection_is_made() -> None:
+    cluster = cluster_of(0)
+    cluster.update([Endpoint("a")])
+    assert queues(cluster)
+    cluster.stalled("connecting failed: ValueError: boom")
+    assert not queues(cluster)
+    assert cluster.picker.error == "test: connecting failed: ValueError: boom"
+    cluster.observe([("a", READY)])  # what is connected goes on
+    assert cluster.picker.nodes
+    cluster.observe([("a", CONNECTING)])
+    assert not queues(cluster)
+    cluster.stalled("")
+    assert queues(cluster)
+    before = cluster.picker
+    cluster.stalled("")
+    assert cluster.picker is before
