@@ -24,7 +24,7 @@ from tests.registry.serving import USER, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.user.v1 import user_pb2  # noqa: F401 - its descriptor is what is loaded
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 RETRY: dict[str, Any] = {
     "maxAttempts": 3,
     "initialBackoff": "0.1s",
