@@ -18,7 +18,6 @@ import pytest
 
 from mesh import background
 from mesh.channel.assemble import Assembly
-from mesh.channel.pool import OwnPool, ResolvedPool
 from tests.processes import Spawn, free_ports
 
 SETTLE = 5.0
@@ -109,13 +108,10 @@ Assembly.__init__ = _remember  # type: ignore[method-assign,assignment]
 def _left(assembly: Assembly) -> Iterator[str]:
     """What a closed channel would not have."""
     pool = assembly.pool
-    if isinstance(pool, OwnPool):
-        subchannels = [pool.subchannel]
-    else:
-        assert isinstance(pool, ResolvedPool)
-        subchannels = [*pool._subchannels.values()]
     yield from (
-        repr(subchannel) for subchannel in subchannels if subchannel._channel is not None and not subchannel.closed
+        repr(subchannel)
+        for subchannel in pool.subchannels()
+        if subchannel._channel is not None and not subchannel.closed
     )
     yield from (repr(node) for node in assembly.cluster.nodes.values() if node.in_flight)
 

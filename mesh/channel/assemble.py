@@ -31,7 +31,8 @@ from google.protobuf import descriptor_pool
 
 from mesh import context, forking, variables
 from mesh.channel.arguments import check_compression, checked, text_of
-from mesh.channel.pool import OwnPool, Pool, ResolvedPool
+from mesh.channel.pool import CorePool, Pool
+from mesh.channel.resolved_pool import ResolvedPool
 from mesh.channel.subchannel import Method, Subchannel
 from mesh.codes import Code
 from mesh.config.parse import for_core
@@ -111,7 +112,7 @@ class Assembly:
             if text:
                 given["grpc.service_config"] = for_core(text)
             subchannel = open_subchannel(target, tuple(given.items()), credentials, compression)
-            self.pool = OwnPool(self.cluster, Endpoint(target), subchannel)
+            self.pool = CorePool(self.cluster, Endpoint(target), subchannel)
         else:
             keepalive = dict(KEEPALIVE) if found.scheme == "mesh" else {}
             core = {**keepalive, **_authority(found.authority, given), **given}

@@ -11,14 +11,21 @@ Rule 3: whatever happens the flow is closed, so that what is in flight is given 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from mesh.channel.outcome import CANCELLED_DETAILS, CLOSED_DETAILS
+import grpc
+
+from mesh import context
+from mesh.channel.assemble import Assembly
+from mesh.channel.outcome import CANCELLED_DETAILS, CLOSED_DETAILS, FORKED_DETAILS, too_large
 from mesh.channel.pool import Pool
+from mesh.channel.replay import Buffer
+from mesh.channel.subchannel import Method
 from mesh.codes import Code
 from mesh.model import (
     Attempt,
@@ -35,6 +42,7 @@ from mesh.model import (
     Wait,
     Wake,
 )
+from mesh.observe import Explanation, explain
 from mesh.policy.call.flow import Flow
 
 
@@ -69,7 +77,7 @@ def _wait(step: Step, pool: Pool) -> None:
     assert isinstance(step, Wait)
     happened = threading.Event()
     if step.picker is not None:
-        pool.wanted()
+        pool.exit_idle()
     pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
     try:
         happened.wait(until(step.until))
@@ -83,27 +91,56 @@ class TimerFired(Elapsed):
     __slots__ = ()
 
 
+class Owner(Protocol):
+    """What a call needs of its channel."""
+
+    assembly: Assembly
+
+
 class EventDriver:
     """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
 
-    A world gives it ``begin`` and ``wake_at``, and hears of ``changed``. ``committed`` is the inner call that is
-    the call now; ``verdict`` is set once, when the call is over.
+    It holds all of a call's state; the call object is what the user holds. Subclasses implement ``begin``, ``wake_at``
+    and ``changed``. ``running``: the core calls of the attempts that run, by number. ``committed``: the core call that
+    is the call now. ``verdict`` is set once, when the call is over. ``hedged``: several attempts may run at a time.
     """
 
-    def __init__(self, call: CallSpec, flow: Flow, pool: Pool) -> None:
+    replay: Buffer | None = None  # of a stream of requests
+    _inherited: object = None  # in a forked child, what is the parent's
+
+    def __init__(
+        self,
+        channel: Owner,
+        method: Method,
+        call: CallSpec,
+        flow: Flow,
+        requests: Any,
+        serializer: Any,
+        credentials: grpc.CallCredentials | None,
+        compression: grpc.Compression | None,
+    ) -> None:
+        assembly = channel.assembly
         self.call = call
-        self.pool = pool
-        self.running: dict[int, Any] = {}  # the inner calls of the attempts that run, by number
+        self.pool: Pool = assembly.pool
+        self.running: dict[int, Any] = {}
         self.committed: Any = None
         self.verdict: Verdict | None = None
         self.finished_at = 0.0
+        self.hedged = False  # known with the first attempt
+        self._assembly = assembly
+        self._method = method
+        self._request = None if method.kind.startswith("stream") else requests
+        self._serializer = serializer
+        self._credentials = credentials
+        self._compression = compression
+        self._scope = context.current()
         self._flow = flow
         self._wakes: deque[Wake | None] = deque()
         self._advancing = False
         self._until: float | None = None
         self._queued = False
 
-    # -- what a world gives
+    # -- what subclasses implement
 
     def begin(self, attempt: Attempt) -> None:
         """Start ``attempt``: put its inner call into ``running``, or report at once how it ended. Doesn't block."""
@@ -116,6 +153,23 @@ class EventDriver:
     def changed(self) -> None:
         """An attempt began or was committed, or the call is over: tell whoever waits for that."""
         raise NotImplementedError
+
+    # -- what both worlds' call objects ask
+
+    def explain(self) -> Explanation:
+        """Every attempt that was made for the call so far: where, when, and how it ended."""
+        return explain(self.call, self._assembly.target, self.verdict, self.finished_at)
+
+    def time_remaining(self) -> float | None:
+        """Seconds to the call's deadline; None without one."""
+        deadline = self.call.deadline
+        return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+
+    def forked(self) -> None:
+        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
+        self._inherited = dict(self.running), self.committed
+        self.running, self.committed = {}, None
 
     # -- events
 
@@ -213,12 +267,26 @@ class EventDriver:
                 inner.cancel()
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
-            self.pool.wanted()
+            self.pool.exit_idle()
             self.pool.when_replaced(step.picker, self.picker_replaced)
         until = step.until
         if until != self._until:
             self._until = until
             self.wake_at(until)
+
+    def _unrepeatable(self) -> bool:
+        """Whether what was sent is more than is kept for another attempt."""
+        return self.replay.overflowed if self.replay is not None else too_large(self._serializer, self._request)
+
+    def _overflowed(self) -> None:
+        for number in tuple(self.running):
+            self.overflow(number)
+
+    def _leave_scope(self, verdict: Verdict) -> None:
+        """The call is over: the inbound call that it was made for need not cancel it any more."""
+        if self._scope is not None:
+            self._scope.release(self)
+            self._assembly.failed(self.call, verdict, self._scope)
 
     def _conclude_later(self, verdict: Verdict) -> bool:  # noqa: ARG002
         """Whether the world takes the verdict in a later event; until then the call is not over."""
@@ -250,8 +318,8 @@ class EventDriver:
 class LockedDriver(EventDriver):
     """Takes events from any thread; one at a time advances the flow."""
 
-    def __init__(self, call: CallSpec, flow: Flow, pool: Pool) -> None:
-        super().__init__(call, flow, pool)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._lock = threading.Lock()
 
     def _send(self, wake: Wake | None) -> None:

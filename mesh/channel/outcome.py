@@ -58,7 +58,7 @@ def failed(
 ) -> Outcome:
     """The outcome of an attempt that core ended with a status other than OK. ``final``: it can't be made again."""
     if code == Code.UNAVAILABLE:
-        pool.check(address)
+        pool.refresh_state(address)
     return Outcome(
         code,
         details or "",

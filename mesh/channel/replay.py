@@ -22,7 +22,7 @@ class Request:
 
     __slots__ = ("_bytes", "_message", "_replay")
 
-    def __init__(self, message: Any, replay: _Buffer) -> None:
+    def __init__(self, message: Any, replay: Buffer) -> None:
         self._message = message
         self._replay = replay
         self._bytes: bytes | None = None
@@ -36,7 +36,7 @@ class Request:
         return self._bytes
 
 
-class _Buffer:
+class Buffer:
     """The requests that were taken and may be needed again."""
 
     def __init__(self, serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]) -> None:
@@ -75,7 +75,7 @@ class _Buffer:
         return request
 
 
-class Replay(_Buffer):
+class Replay(Buffer):
     """Requests of a blocking iterator. Each attempt reads them from the first on, in a thread of its own (grpc's)."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Replay(_Buffer):
             yield request
 
 
-class AioReplay(_Buffer):
+class AioReplay(Buffer):
     """Requests of an iterable, asynchronous or not, or of ``write``. Each attempt reads them from the first on."""
 
     def __init__(

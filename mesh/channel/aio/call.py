@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
-import time
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 import grpc
 
 from mesh.channel.aio.driver import Driver
+from mesh.channel.base import BaseCall
 from mesh.channel.replay import AioReplay
 from mesh.codes import Code
 from mesh.errors import AioRpcError
-from mesh.observe import Explanation, explain
 from mesh.wire import STATUS_CODES
 
 # grpc's words, which its users may know.
@@ -36,33 +34,20 @@ def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[[], 
         pass
 
 
-class Call(grpc.aio.Call):
+class Call(BaseCall, grpc.aio.Call):
     """What the call objects of all kinds share: all that grpc's have, and ``explain()``."""
+
+    _driver: Driver
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-
-    def explain(self) -> Explanation:
-        """Every attempt that was made for the call so far: where, when, and how it ended."""
-        driver = self._driver
-        return explain(driver.call, driver.channel.assembly.target, driver.verdict, driver.finished_at)
 
     def cancelled(self) -> bool:
         verdict = self._driver.verdict
         return verdict is not None and verdict.outcome.code == Code.CANCELLED  # also the server's, as in grpc.aio
 
-    def done(self) -> bool:
-        return self._driver.verdict is not None
-
-    def cancel(self) -> bool:
-        return self._driver.cancel()
-
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         self._driver.add_callback(functools.partial(callback, self))
-
-    def time_remaining(self) -> float | None:
-        deadline = self._driver.call.deadline
-        return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
 
     async def initial_metadata(self) -> grpc.aio.Metadata:
         inner = await self._driver.settled()

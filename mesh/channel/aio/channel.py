@@ -21,20 +21,19 @@ from mesh import forking
 from mesh.channel.aio.call import call_from_finalizer
 from mesh.channel.aio.driver import Driver
 from mesh.channel.aio.interceptors import TO_COME, by_kind
-from mesh.channel.aio.multicallable import StreamStream, StreamUnary, UnaryStream, UnaryUnary
+from mesh.channel.aio.multicallable import MULTICALLABLES
 from mesh.channel.arguments import check_channel_credentials
 from mesh.channel.assemble import Assembly
+from mesh.channel.base import BaseChannel
 from mesh.channel.instrumentation import Make, aio_interceptors, replacement
-from mesh.channel.pool import OwnPool, Pool
+from mesh.channel.pool import Pool
 from mesh.channel.subchannel import AioSubchannel
-from mesh.model import Connectivity
 from mesh.tasks import log_failure
-from mesh.wire import CONNECTIVITY
 
 _LOG = logging.getLogger("mesh.channel")
 
 
-class Channel(grpc.aio.Channel):
+class Channel(BaseChannel, grpc.aio.Channel):
     """A ``grpc.aio.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
     blocking = False
@@ -159,12 +158,10 @@ class Channel(grpc.aio.Channel):
     # -- connectivity
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        if self.closed:
-            return grpc.ChannelConnectivity.SHUTDOWN
-        state = CONNECTIVITY[self.assembly.pool.state() if self._running is not None else Connectivity.IDLE]
-        if try_to_connect:
+        state = self.connectivity()
+        if try_to_connect and not self.closed:
             self.start()
-            self.assembly.pool.wanted()
+            self.assembly.pool.exit_idle()
         return state  # as it was before, like grpc's
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
@@ -173,9 +170,9 @@ class Channel(grpc.aio.Channel):
         if self._running is not None:
             self._check_loop()
         pool = self.assembly.pool
-        if isinstance(pool, OwnPool):  # core knows the state of its own targets best
+        if pool.connected_by_core:  # core knows the state of its own targets best
             self.start()
-            await pool.subchannel.core().wait_for_state_change(last_observed_state)
+            await pool.core_channel().wait_for_state_change(last_observed_state)
             return
         while self.get_state() is last_observed_state:
             replaced = asyncio.Event()
@@ -190,49 +187,8 @@ class Channel(grpc.aio.Channel):
         while (state := self.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
             await self.wait_for_state_change(state)
 
-    # -- multicallables
-
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        return UnaryUnary(self, "unary_unary", method, request_serializer, response_deserializer, _registered_method)
-
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        return UnaryStream(self, "unary_stream", method, request_serializer, response_deserializer, _registered_method)
-
-    def stream_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        return StreamUnary(self, "stream_unary", method, request_serializer, response_deserializer, _registered_method)
-
-    def stream_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        return StreamStream(
-            self, "stream_stream", method, request_serializer, response_deserializer, _registered_method
-        )
-
-    def __repr__(self) -> str:
-        state = "SHUTDOWN" if self.closed else "IDLE" if self._running is None else self.assembly.pool.state().name
-        return f"<mesh.aio.Channel {self.assembly.target} {state}>"
+    def _multicallable(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None) -> Any:
+        return MULTICALLABLES[kind](self, kind, path, serializer, deserializer, registered)
 
 
 def _stop(loop: asyncio.AbstractEventLoop, pool: Pool) -> None:

@@ -11,13 +11,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 
-from mesh import context
-from mesh.channel.assemble import Assembly
+from mesh.channel import driver
 from mesh.channel.driver import EventDriver, ending
-from mesh.channel.outcome import FORKED_DETAILS, NEVER_SENT, failed, retry_metadata, too_large
+from mesh.channel.outcome import NEVER_SENT, failed, retry_metadata
 from mesh.channel.replay import AioReplay
 from mesh.channel.subchannel import Method
-from mesh.codes import Code
 from mesh.model import Attempt, CallSpec, Outcome, Verdict
 from mesh.policy.call.flow import Flow
 
@@ -32,10 +30,9 @@ _WRITE_FAILED = 'Failed "execute_batch"'
 _STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
 
 
-class Owner(Protocol):
+class Owner(driver.Owner, Protocol):
     """What a call needs of its channel."""
 
-    assembly: Assembly
     calls: set[Driver]
     intercepted: weakref.WeakSet[Any]
     interceptors: dict[str, list[Any]]
@@ -46,10 +43,10 @@ class Owner(Protocol):
 
 
 class Driver(EventDriver):
-    """Drives a call over core's asyncio calls. It holds all of the call's state; the call object is what the user
-    holds."""
+    """Drives a call over core's asyncio calls."""
 
-    _left: object = None  # in a forked child, what is the parent's
+    channel: Owner
+    replay: AioReplay | None
 
     def __init__(
         self,
@@ -62,15 +59,9 @@ class Driver(EventDriver):
         credentials: grpc.CallCredentials | None,
         compression: grpc.Compression | None,
     ) -> None:
-        super().__init__(call, flow, channel.assembly.pool)
+        super().__init__(channel, method, call, flow, requests, serializer, credentials, compression)
         self.channel = channel
-        self.hedged = False  # known with the first attempt
         self.replay = AioReplay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
-        self._method = method
-        self._credentials = credentials
-        self._compression = compression
-        self._serializer = serializer
-        self._request = requests if self.replay is None else None
         self._streams = method.kind.endswith("stream")
         self._starting = True
         self._timer: asyncio.TimerHandle | None = None
@@ -78,7 +69,6 @@ class Driver(EventDriver):
         self._callbacks: list[Callable[[], object]] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._end: asyncio.Future[None] | None = None
-        self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self._cancel_from_anywhere)
 
@@ -93,12 +83,6 @@ class Driver(EventDriver):
             asyncio.get_running_loop().call_soon(self.timer_fired)
         return self._starting
 
-    def forked(self) -> None:
-        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
-        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
-        self._left = dict(self.running), self.committed
-        self.running, self.committed = {}, None
-
     def begin(self, attempt: Attempt) -> None:
         self.hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
@@ -111,7 +95,7 @@ class Driver(EventDriver):
             timeout=attempt.timeout,
             metadata=retry_metadata(attempt),
             credentials=self._credentials,
-            wait_for_ready=self.call.wait_for_ready if self.pool.core_waits else None,
+            wait_for_ready=self.call.wait_for_ready if self.pool.connected_by_core else None,
             compression=self._compression,
         )
         self.running[number] = inner
@@ -144,9 +128,7 @@ class Driver(EventDriver):
             self._end.set_result(None)
         if self.replay is not None:
             self.replay.close()
-        if self._scope is not None:
-            self._scope.release(self)
-            self.channel.assembly.failed(self.call, verdict, self._scope)
+        self._leave_scope(verdict)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:
@@ -231,14 +213,6 @@ class Driver(EventDriver):
             cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_here(inner),
         )
         self.ended(number, outcome)
-
-    def _unrepeatable(self) -> bool:
-        """Whether what was sent is more than is kept for another attempt."""
-        return self.replay.overflowed if self.replay is not None else too_large(self._serializer, self._request)
-
-    def _overflowed(self) -> None:
-        for number in tuple(self.running):
-            self.overflow(number)
 
     def _cancel_from_anywhere(self) -> None:
         """Cancel the call, from the loop's thread or another one."""

@@ -12,25 +12,22 @@ from mesh.channel.aio.call import CALLS
 from mesh.channel.aio.driver import Driver, Owner, Requests
 from mesh.channel.aio.interceptors import INTERCEPTED, Innermost
 from mesh.channel.arguments import check_call
-from mesh.channel.replay import Request
+from mesh.channel.base import BaseMulticallable
 from mesh.model import Metadatum
 
 Metadata = grpc.aio.Metadata | Sequence[Metadatum] | None
 
 
-class Multicallable:
+class Multicallable(BaseMulticallable):
     """What the four kinds share."""
 
     def __init__(
         self, channel: Owner, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None
     ) -> None:
+        super().__init__(channel, kind, path, serializer, deserializer, registered)
         self._channel = channel
         self._arguments = kind, serializer, deserializer, registered
-        self._serializer = serializer
         self._interceptors = channel.interceptors[kind]
-        # Requests of a stream are serialised by the replay buffer, for all attempts once.
-        sent = Request.serialized if kind.startswith("stream") else serializer
-        self._method = channel.assembly.method(kind, path, sent, deserializer, bool(registered))
 
     def redirected(self, path: str) -> Multicallable:
         """This, or its like for the method that an interceptor chose instead."""
@@ -166,3 +163,11 @@ class StreamStream(Multicallable, grpc.aio.StreamStreamMultiCallable):  # type: 
     ) -> Any:
         begin = self._intercepted if self._interceptors else self.call
         return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+MULTICALLABLES: dict[str, type[Multicallable]] = {
+    "unary_unary": UnaryUnary,
+    "unary_stream": UnaryStream,
+    "stream_unary": StreamUnary,
+    "stream_stream": StreamStream,
+}

@@ -4,9 +4,7 @@ grpc's own is."""
 from __future__ import annotations
 
 import functools
-import math
 import sys
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,36 +12,27 @@ from typing import Any
 import grpc
 
 from mesh import background
+from mesh.channel.base import BaseCall
 from mesh.channel.sync.driver import Driver
 from mesh.errors import CallError, RpcError, terminated
 from mesh.model import Outcome, Verdict
-from mesh.observe import Explanation, explain
+from mesh.observe import Explanation
 from mesh.wire import STATUS_CODES
 
 
-class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa: N818 - it is a call, too
+class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg,misc]  # noqa: N818 - it is a call, too
     """A call that was started with ``.future()``, or streams: all that grpc returns there, and ``explain()``."""
+
+    _driver: Driver
 
     def __init__(self, driver: Driver) -> None:
         super().__init__()
         self._driver = driver
 
-    def explain(self) -> Explanation:
-        """Every attempt that was made for the call so far: where, when, and how it ended."""
-        driver = self._driver
-        return explain(driver.call, driver.channel.assembly.target, driver.verdict, driver.finished_at)
-
     # -- as a grpc.RpcContext
 
     def is_active(self) -> bool:
         return self._driver.verdict is None
-
-    def time_remaining(self) -> float | None:  # type: ignore[override]
-        deadline = self._driver.call.deadline
-        return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-
-    def cancel(self) -> bool:
-        return self._driver.cancel()
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         return self._driver.add_callback(callback)
@@ -77,9 +66,6 @@ class Call(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]  # noqa:
 
     def running(self) -> bool:
         return self._driver.verdict is None
-
-    def done(self) -> bool:
-        return self._driver.verdict is not None
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the response. Raises itself when the call failed, FutureTimeoutError, or FutureCancelledError."""

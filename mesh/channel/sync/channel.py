@@ -19,19 +19,17 @@ import grpc
 from mesh import background, forking
 from mesh.channel.arguments import check_channel_credentials
 from mesh.channel.assemble import Assembly
+from mesh.channel.base import BaseChannel, MulticallableFactory
 from mesh.channel.instrumentation import channels_around, wrapped
-from mesh.channel.pool import OwnPool
 from mesh.channel.subchannel import SyncSubchannel
 from mesh.channel.sync.driver import Driver
-from mesh.channel.sync.multicallable import StreamStream, StreamUnary, UnaryStream, UnaryUnary
+from mesh.channel.sync.multicallable import MULTICALLABLES
 from mesh.channel.worker import Worker
-from mesh.model import Connectivity
-from mesh.wire import CONNECTIVITY
 
 _LOG = logging.getLogger("mesh.channel")
 
 
-class Channel(grpc.Channel):
+class Channel(BaseChannel, grpc.Channel):
     """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
 
     blocking = True
@@ -89,71 +87,29 @@ class Channel(grpc.Channel):
         """Have the call cancelled when the channel closes."""
         self._calls.add(driver)
 
-    def state(self) -> grpc.ChannelConnectivity:
-        """The channel's state over all its endpoints."""
-        if self.closed:
-            return grpc.ChannelConnectivity.SHUTDOWN
-        return CONNECTIVITY[self.assembly.pool.state() if self._stop is not None else Connectivity.IDLE]
-
     def subscribe(
         self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool | None = False
     ) -> None:
         pool = self.assembly.pool
-        if isinstance(pool, OwnPool):  # core knows the state of its own targets best
+        if pool.connected_by_core:  # core knows the state of its own targets best
             self.start()
-            pool.subchannel.core().subscribe(callback, bool(try_to_connect))
+            pool.core_channel().subscribe(callback, bool(try_to_connect))
             return
         if try_to_connect:
             self.start()
-            pool.wanted()
+            pool.exit_idle()
         self._watch.subscribe(callback)
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         pool = self.assembly.pool
-        if isinstance(pool, OwnPool) and self._stop is not None:
-            pool.subchannel.core().unsubscribe(callback)
+        if pool.connected_by_core and self._stop is not None:
+            pool.core_channel().unsubscribe(callback)
         self._watch.unsubscribe(callback)
 
-    # A stub's multicallables stand inside what instrumentation puts around channels.
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        inside = wrapped(self._around, _Inside(self))
-        return inside.unary_unary(method, request_serializer, response_deserializer, _registered_method)
-
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        inside = wrapped(self._around, _Inside(self))
-        return inside.unary_stream(method, request_serializer, response_deserializer, _registered_method)
-
-    def stream_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        inside = wrapped(self._around, _Inside(self))
-        return inside.stream_unary(method, request_serializer, response_deserializer, _registered_method)
-
-    def stream_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> Any:
-        inside = wrapped(self._around, _Inside(self))
-        return inside.stream_stream(method, request_serializer, response_deserializer, _registered_method)
+    def _multicallable(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None) -> Any:
+        # A stub's multicallables stand inside what instrumentation puts around channels.
+        factory = wrapped(self._around, _Innermost(self))
+        return getattr(factory, kind)(path, serializer, deserializer, registered)
 
     def close(self) -> None:
         """Cancel the calls in flight, close every connection, and take no more calls."""
@@ -174,36 +130,16 @@ class Channel(grpc.Channel):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"<mesh.Channel {self.assembly.target} {self.state().name}>"
 
-
-class _Inside:
-    """What makes a channel's multicallables. Instrumentation's channels call it as the ``grpc.Channel`` that they stand
+class _Innermost(MulticallableFactory):
+    """Makes the mesh's own multicallables. Instrumentation's channels call it as the ``grpc.Channel`` that they stand
     around."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def unary_unary(
-        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
-    ) -> UnaryUnary:
-        return UnaryUnary(self._channel, "unary_unary", method, serializer, deserializer, registered)
-
-    def unary_stream(
-        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
-    ) -> UnaryStream:
-        return UnaryStream(self._channel, "unary_stream", method, serializer, deserializer, registered)
-
-    def stream_unary(
-        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
-    ) -> StreamUnary:
-        return StreamUnary(self._channel, "stream_unary", method, serializer, deserializer, registered)
-
-    def stream_stream(
-        self, method: str, serializer: Any = None, deserializer: Any = None, registered: bool | None = False
-    ) -> StreamStream:
-        return StreamStream(self._channel, "stream_stream", method, serializer, deserializer, registered)
+    def _multicallable(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None) -> Any:
+        return MULTICALLABLES[kind](self._channel, kind, path, serializer, deserializer, registered)
 
 
 class _StateWatch:
@@ -257,7 +193,7 @@ class _StateWatch:
     def _deliver(self) -> None:
         while True:
             with self._lock:
-                state = self._channel.state()
+                state = self._channel.connectivity()
                 callbacks = [callback for callback, told in self._told.items() if told is not state]
                 for callback in callbacks:
                     self._told[callback] = state

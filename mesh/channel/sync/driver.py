@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import grpc
 
-from mesh import background, context
-from mesh.channel.assemble import Assembly
+from mesh import background
+from mesh.channel import driver
 from mesh.channel.driver import START, LockedDriver, until
-from mesh.channel.outcome import FORKED_DETAILS, NEVER_SENT, failed, retry_metadata, too_large
+from mesh.channel.outcome import NEVER_SENT, failed, retry_metadata
 from mesh.channel.pool import Pool
 from mesh.channel.replay import Replay
 from mesh.channel.subchannel import Method
@@ -25,10 +25,9 @@ from mesh.model import Attempt, CallSpec, Elapsed, Outcome, Verdict, Wake
 from mesh.policy.call.flow import Flow
 
 
-class Owner(Protocol):
+class Owner(driver.Owner, Protocol):
     """What a call needs of its channel."""
 
-    assembly: Assembly
     closed: bool
     stepping: Worker
     callbacks: Worker
@@ -41,10 +40,10 @@ class Owner(Protocol):
 
 
 class Driver(LockedDriver):
-    """Drives a call over grpc's futures and rendezvous. It holds all of the call's state; ``Call`` is what the user
-    holds."""
+    """Drives a call over grpc's futures and rendezvous."""
 
-    _left: object = None  # in a forked child, what is the parent's
+    channel: Owner
+    replay: Replay | None
 
     def __init__(
         self,
@@ -57,43 +56,35 @@ class Driver(LockedDriver):
         credentials: grpc.CallCredentials | None,
         compression: grpc.Compression | None,
     ) -> None:
-        super().__init__(call, flow, channel.assembly.pool)
+        super().__init__(channel, method, call, flow, requests, serializer, credentials, compression)
         self.channel = channel
+        self.replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
         self.refused = False  # grpc would not even start an attempt
-        self._method = method
-        self._credentials = credentials
-        self._compression = compression
-        self._serializer = serializer
-        self._hedged = self._watched = False  # known with the first attempt
+        self._watched = False  # whether a thread waits for each attempt's headers
         self._unary = method.kind.endswith("unary")
-        self._replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
-        self._request = requests
         self._timer: background.Timer | None = None
         self._condition = threading.Condition()
         self._callbacks: list[Callable[[], object]] | None = []
-        self._scope = context.current()
         if self._scope is not None:
             self._scope.adopt(self, self.cancel)
 
     def forked(self) -> None:
-        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
         self._lock, self._condition = threading.Lock(), threading.Condition()
-        self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
-        self._left = dict(self.running), self.committed
-        self.running, self.committed, self._callbacks = {}, None, None
+        super().forked()
+        self._callbacks = None
 
     def begin(self, attempt: Attempt) -> None:
         policy = self.call.policy
-        self._hedged = policy.hedge.max_attempts > 1
-        self._watched = not self._unary and (self._hedged or policy.receive_timeout < math.inf)
+        self.hedged = policy.hedge.max_attempts > 1
+        self._watched = not self._unary and (self.hedged or policy.receive_timeout < math.inf)
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
             self.ended(number, NEVER_SENT)
             return
         core = subchannel.call(self._method, attempt.previous)
-        requests = self._request if self._replay is None else self._replay.requests()
-        wait = self.call.wait_for_ready if self.pool.core_waits else None
+        requests = self._request if self.replay is None else self.replay.requests()
+        wait = self.call.wait_for_ready if self.pool.connected_by_core else None
         sent = retry_metadata(attempt)
         try:
             invoke = core.future if self._unary else core
@@ -112,7 +103,7 @@ class Driver(LockedDriver):
         over = functools.partial(self._over, number, address, inner)
         if not inner.add_callback(over):
             over()
-        elif (self._hedged or self._replay is not None) and self._unrepeatable():
+        elif (self.hedged or self.replay is not None) and self._unrepeatable():
             self.overflow(number)
         elif self._watched:
             # The user's thread can wait for one attempt's headers, when it reads; of several, or with a time by which
@@ -125,16 +116,14 @@ class Driver(LockedDriver):
         self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
 
     def changed(self) -> None:
-        if self.committed is not None and self._replay is not None:
-            self._replay.release()
+        if self.committed is not None and self.replay is not None:
+            self.replay.release()
         with self._condition:
             self._condition.notify_all()
             if self.verdict is None or self._callbacks is None:
                 return
             callbacks, self._callbacks = self._callbacks, None
-        if self._scope is not None:
-            self._scope.release(self)
-            self.channel.assembly.failed(self.call, self.verdict, self._scope)
+        self._leave_scope(self.verdict)
         for callback in callbacks:
             self.channel.callbacks.run(callback)
 
@@ -190,7 +179,7 @@ class Driver(LockedDriver):
             if self.pool.cluster.reads_reports:
                 self.pool.answered(address, inner.trailing_metadata())
             self.ended(number, Outcome(0, result=inner))
-        elif self._unary and self._replay is None:
+        elif self._unary and self.replay is None:
             self._failed(number, address, inner)
         else:
             # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
@@ -205,14 +194,6 @@ class Driver(LockedDriver):
         for number, running in tuple(self.running.items()):
             if running is inner:
                 self._failed(number, self.call.attempts[number - 1].endpoint.address, inner)
-
-    def _unrepeatable(self) -> bool:
-        """Whether what was sent is more than is kept for another attempt."""
-        return self._replay.overflowed if self._replay is not None else too_large(self._serializer, self._request)
-
-    def _overflowed(self) -> None:
-        for number in tuple(self.running):
-            self.overflow(number)
 
 
 class BlockingDriver(Driver):

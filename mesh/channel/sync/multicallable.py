@@ -13,9 +13,9 @@ import grpc
 
 from mesh import context
 from mesh.channel.arguments import check_call
+from mesh.channel.base import BaseMulticallable
 from mesh.channel.driver import run_blocking
 from mesh.channel.outcome import NEVER_SENT, retry_metadata, too_large
-from mesh.channel.replay import Request
 from mesh.channel.sync.call import Call, FinishedCall, StreamCall, error_of
 from mesh.channel.sync.driver import BlockingDriver, Driver, Owner, outcome_of
 from mesh.model import Attempt, Metadatum, Outcome
@@ -27,17 +27,14 @@ D = TypeVar("D", bound="Driver")
 Metadata = Sequence[Metadatum] | None
 
 
-class Multicallable:
+class Multicallable(BaseMulticallable):
     """What the four kinds share."""
 
     def __init__(
         self, channel: Owner, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None
     ) -> None:
+        super().__init__(channel, kind, path, serializer, deserializer, registered)
         self._channel = channel
-        self._serializer = serializer
-        # Requests of a stream are serialised by the replay buffer, for all attempts once.
-        sent = Request.serialized if kind.startswith("stream") else serializer
-        self._method = channel.assembly.method(kind, path, sent, deserializer, bool(registered))
 
     def _driver(
         self,
@@ -74,7 +71,7 @@ class Multicallable:
         driver = self._driver(Driver, requests, timeout, metadata, credentials, wait_for_ready, compression)
         driver.start()
         if driver.refused and driver.verdict is not None:  # grpc raises at once when the request can't be serialised
-            explanation = explain(driver.call, self._channel.assembly.target, driver.verdict, driver.finished_at)
+            explanation = driver.explain()
             raise error_of(explanation, driver.verdict)
         return (StreamCall if self._method.kind.endswith("stream") else Call)(driver)
 
@@ -133,7 +130,7 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
         driver = self._driver(BlockingDriver, request, timeout, metadata, credentials, wait_for_ready, compression)
         verdict = driver.run()
         if verdict.outcome.code:
-            raise error_of(explain(driver.call, self._channel.assembly.target, verdict, time.monotonic()), verdict)
+            raise error_of(driver.explain(), verdict)
         return Call(driver)
 
     def _block(
@@ -163,7 +160,7 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
             if subchannel is None:
                 return NEVER_SENT
             core = subchannel.call(method, attempt.previous)
-            wait = call.wait_for_ready if pool.core_waits else None
+            wait = call.wait_for_ready if pool.connected_by_core else None
             sent = retry_metadata(attempt) if attempt.previous else call.metadata
             try:
                 if with_call:
@@ -260,3 +257,11 @@ class StreamStream(Multicallable, grpc.StreamStreamMultiCallable):  # type: igno
         compression: grpc.Compression | None = None,
     ) -> Call:
         return self._drive(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+MULTICALLABLES: dict[str, type[Multicallable]] = {
+    "unary_unary": UnaryUnary,
+    "unary_stream": UnaryStream,
+    "stream_unary": StreamUnary,
+    "stream_stream": StreamStream,
+}

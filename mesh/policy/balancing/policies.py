@@ -1,5 +1,5 @@
-"""The balancing policies by name. A new one is a file with its picker, a line here, one in ``config/parse.py`` and one in the
-proto, and a case in the distribution suite."""
+"""The balancing policies by name. A new one is a file with its picker, a line here, one in ``config/parse.py`` and one
+in the proto, and a case in the distribution suite."""
 
 from __future__ import annotations
 

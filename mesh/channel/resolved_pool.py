@@ -1,0 +1,253 @@
+"""The pool of a target that the mesh resolves.
+
+It takes endpoint sets from a resolver, opens and retires subchannels, and looks at their states on a tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mesh.channel.causes import Causes
+from mesh.channel.events import Events
+from mesh.channel.pool import Pool
+from mesh.channel.subchannel import Subchannel
+from mesh.discovery.resolver import Resolver, Update
+from mesh.model import Connectivity
+from mesh.policy.cluster.cluster import Cluster
+from mesh.policy.cluster.connecting import Connects
+from mesh.policy.cluster.node import Node
+from mesh.tasks import keep_running
+
+if TYPE_CHECKING:
+    from mesh.channel.load_reports import OutOfBand
+
+RETIRE_AFTER = 1.0
+"""Seconds that an endpoint which is gone keeps its channel at least, for calls that have just picked it."""
+
+
+class ResolvedPool(Pool):
+    """The pool of a target of the mesh's own: fed by a resolver, its subchannels' states looked at on a tick.
+
+    ``configured`` is told each service config that the resolver learns of, before the endpoints that come with it.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        resolver: Resolver,
+        open_subchannel: Callable[[str], Subchannel],
+        configured: Callable[[str], None],
+    ) -> None:
+        super().__init__(cluster)
+        self._resolver = resolver
+        self._configured = configured
+        self._open_subchannel = open_subchannel
+        self._subchannels: dict[str, Subchannel] = {}
+        self._retired: list[tuple[float, Node, Subchannel]] = []
+        # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
+        # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
+        self._idle_after_ready: set[str] = set()
+        self._connects = Connects()
+        self._stalled = False
+        cluster.alarm = lambda: self._wake()
+        self._out_of_band: OutOfBand | None = None
+        self._resolving: asyncio.Task[None] | None = None
+        self._paused = False
+        self._causes = Causes(lambda: self._wake())
+        cluster.causes = self._causes.known
+        self._events = Events(cluster)
+        self._moved = False
+
+    def get(self, address: str) -> Subchannel | None:
+        if self._idle_after_ready:
+            self.exit_idle()
+        subchannel = self._subchannels.get(address)
+        if subchannel is not None:
+            if subchannel.ready():
+                return subchannel
+            self._observe([(address, subchannel.state())])
+        return None
+
+    def refresh_state(self, address: str) -> None:
+        subchannel = self._subchannels.get(address)
+        if subchannel is not None:
+            self._observe([(address, subchannel.state())])
+
+    def exit_idle(self) -> None:
+        if self._idle_after_ready:
+            self._idle_after_ready.clear()
+            self._wake()
+
+    def subchannels(self) -> Sequence[Subchannel]:
+        return tuple(self._subchannels.values())
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        wake = asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(wake.set)
+        if not self._paused and self._resolving is None:
+            self._resolving = self._discover()
+        try:
+            await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=self.cluster.name)
+        finally:
+            self._wake = lambda: None
+            await self.pause()
+            with self._lock:
+                subchannels = [*self._subchannels.values(), *(subchannel for _, _, subchannel in self._retired)]
+                self._subchannels.clear()
+                self._retired.clear()
+            for subchannel in subchannels:
+                await subchannel.close()
+
+    async def pause(self) -> None:
+        self._paused = True
+        resolving, self._resolving = self._resolving, None
+        if resolving is not None:
+            resolving.cancel()
+            await asyncio.wait([resolving])
+        if self._out_of_band is not None:
+            await self._out_of_band.close()
+            self._out_of_band = None
+        await self._causes.close()
+
+    def resume(self) -> None:
+        if self._paused and not self.closed:
+            self._paused = False
+            self._resolving = self._discover()
+            self._wake()
+
+    def _discover(self) -> asyncio.Task[None]:
+        work = keep_running("discovery", self._resolve, self._unresolved, where=self.cluster.name)
+        return asyncio.get_running_loop().create_task(work)
+
+    async def _watch(self, wake: asyncio.Event) -> None:
+        """Look at the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
+        while not self.closed:
+            pause = self._tick()
+            await self._tidy(time.monotonic())
+            if self._stalled:
+                self._stall("")
+            try:
+                # (Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.)
+                async with asyncio.timeout(pause):
+                    await wake.wait()
+            except TimeoutError:
+                pass
+            wake.clear()
+
+    def _stall(self, error: str) -> None:
+        self._stalled = bool(error)
+        self._change(lambda: self.cluster.stalled(error))
+
+    def _unresolved(self, error: str) -> None:
+        self._change(lambda: self.cluster.unresolved(error, final=True))
+
+    async def _resolve(self) -> None:
+        heard = False
+        async with contextlib.aclosing(self._resolver.updates()) as updates:
+            async for update in updates:
+                self._events.resolved(update)
+                heard = True
+                if update.service_config is not None:
+                    self._configured(update.service_config)
+                self._change(functools.partial(self._update, update))
+        if not heard:
+            raise RuntimeError("the resolver ended without an update")
+
+    def _update(self, update: Update) -> None:
+        if update.endpoints is None:
+            self.cluster.unresolved(update.error, final=update.final)
+            return
+        nodes = dict(self.cluster.nodes)
+        new, gone = self.cluster.update(update.endpoints, update.error)
+        self._events.updated(new, gone)
+        now = time.monotonic()
+        for address in gone:
+            self._retired.append((now, nodes[address], self._subchannels.pop(address)))
+        for endpoint in new:
+            self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
+        self._wake()
+
+    def _tick(self) -> float:
+        """Do what time brings, look at every state, and connect what is idle and not at rest; returns the seconds until
+        the next look."""
+        now = time.monotonic()
+        self._change(lambda: self.cluster.sweep(now))
+        self._events.swept()
+        states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
+        known = self.cluster.states
+        for address, state in states:
+            if state == Connectivity.IDLE and known.get(address) == Connectivity.READY:
+                self._idle_after_ready.add(address)
+        failing = [address for address, state in states if state == Connectivity.TRANSIENT_FAILURE]
+        self._causes.tick(self._subchannels, failing, now)
+        self._observe(states)
+        if self._moved:
+            self._moved = False
+            self._events.observed(tuple(known.items()), self._causes.known)
+        if failing:
+            self._resolver.resolve_now()
+        idle = self._idle_after_ready
+        awake = (entry for entry in states if entry[0] not in idle) if idle else states
+        begin, pause = self._connects.look(awake, now)
+        error: Exception | None = None
+        for address in begin:
+            try:
+                self._subchannels[address].connect()
+            except Exception as failure:  # the others connect nevertheless
+                error = failure
+        if not self._paused and (self.cluster.balancer.reports.out_of_band or self._out_of_band is not None):
+            self._ask_for_load()
+        if error is not None:
+            raise error
+        return pause
+
+    def _ask_for_load(self) -> None:
+        """Have the endpoints that are READY asked for their load, if the balancing policy wants that."""
+        if self._out_of_band is None:
+            from mesh.channel.load_reports import OutOfBand
+
+            self._out_of_band = OutOfBand(self.cluster)
+        wanted = self.cluster.balancer.reports.out_of_band
+        states = self.cluster.states
+        self._out_of_band.keep(
+            {
+                address: subchannel
+                for address, subchannel in self._subchannels.items()
+                if wanted and states.get(address) == Connectivity.READY
+            }
+        )
+
+    async def _tidy(self, now: float) -> None:
+        """Close what has retired, and the channels of retries long past."""
+        with self._lock:
+            over: list[Subchannel] = []
+            staying = []
+            for entry in self._retired:
+                if now - entry[0] > RETIRE_AFTER and not entry[1].in_flight:
+                    over.append(entry[2])
+                else:
+                    staying.append(entry)
+            self._retired = staying
+        for subchannel in over:
+            await subchannel.close()
+        for address, subchannel in tuple(self._subchannels.items()):
+            node = self.cluster.nodes.get(address)
+            await subchannel.close_idle_retries(now, in_flight=node.in_flight if node else 0)
+
+    def _observe(self, states: Sequence[tuple[str, Connectivity]]) -> None:
+        known = self.cluster.states
+        changed = [
+            (address, seen)
+            for address, state in states
+            if known.get(address, seen := self._causes.seen(address, state)) != seen
+        ]
+        if changed:
+            self._change(functools.partial(self.cluster.observe, changed))
+            self._moved = True  # logged by the tick: a call may be here
+            self._wake()
