@@ -1,4 +1,4 @@
-"""What the public functions are given, checked before it is used: core would refuse it on another thread, or later."""
+"""Checks of the arguments of channels and calls: core would reject them later, or on another thread."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 
-def text_of(name: str, value: Any) -> str:
-    """The argument ``name``, a target or a method, which grpc also takes as bytes."""
+def checked_text(name: str, value: Any) -> str:
+    """The argument ``name``, a target or a method; grpc also accepts bytes there."""
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str):
@@ -18,7 +18,7 @@ def text_of(name: str, value: Any) -> str:
 
 
 def check_channel_credentials(credentials: Any) -> None:
-    """Of ``secure_channel``."""
+    """Check the credentials of ``secure_channel``."""
     if not isinstance(credentials, grpc.ChannelCredentials):
         raise TypeError(
             f"credentials: expected grpc.ChannelCredentials, got {credentials!r}; for plaintext use insecure_channel, "
@@ -27,21 +27,21 @@ def check_channel_credentials(credentials: Any) -> None:
 
 
 def check_compression(compression: Any) -> None:
-    """Of a channel or a call."""
+    """Check the compression of a channel or a call."""
     if compression is not None and not isinstance(compression, int):  # grpc.Compression is an IntEnum
         raise TypeError(f"compression: expected grpc.Compression, got {compression!r}")
 
 
 def check_call(credentials: Any, compression: Any) -> None:
-    """Of a call, where either is given."""
+    """Check the credentials and the compression of a call."""
     if credentials is not None and not isinstance(credentials, grpc.CallCredentials):
         raise TypeError(f"credentials: expected grpc.CallCredentials, got {credentials!r}")
     check_compression(compression)
 
 
-def checked(options: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    """A channel's options by name. What core would refuse is refused here, because core sees it only when a call is
-    made."""
+def checked_options(options: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """A channel's options by name. What core would reject is rejected here, because core sees it only with the first
+    call."""
     given = {}
     for name, value in options:
         if not isinstance(name, str | bytes):

@@ -1,14 +1,14 @@
-"""Puts a channel together, the same for both worlds: the one place where order is imposed.
+"""Assembles a channel, for both worlds: the one place where the order of its parts is decided.
 
 A call goes through, from the caller's side to the wire:
 
 1. the deadline: above retries, because one deadline holds over all attempts;
 2. hedges and retries: above the pick, because each attempt goes to another endpoint, and above the budget's count of
-   calls, because what they add is measured against what was asked for;
+   calls, because the attempts that they add are measured against the calls;
 3. the pick among READY endpoints: above the subchannel, because a subchannel is one address;
-4. the subchannel's state, looked at just before sending: below the pick, so that an attempt that can't leave is
-   picked again;
-5. core's own channel, without retries of its own, or attempts would multiply.
+4. the subchannel's state, checked just before sending: below the pick, so that an attempt that can't be sent is picked
+   again;
+5. core's own channel, without core's retries, or attempts would multiply.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from mesh import context, forking, variables
-from mesh.channel.arguments import check_compression, checked, text_of
+from mesh.channel.arguments import check_compression, checked_options, checked_text
 from mesh.channel.pool import CorePool, Pool
 from mesh.channel.resolved_pool import ResolvedPool
 from mesh.channel.subchannel import Method, Subchannel
@@ -48,8 +48,8 @@ from mesh.policy.call.flow import Flow, call_flow
 from mesh.policy.cluster.cluster import Cluster
 from mesh.tasks import keep_running
 
-# A dead peer is noticed within 2.4 s: core needs all three. Servers of the mesh allow it; others may not, so it is for
-# mesh:/// targets alone.
+# Detects a dead peer within 2.4 s; core needs all three. The mesh's servers permit it; others may not, so it applies to
+# mesh:/// targets only.
 KEEPALIVE: ChannelOptions = (
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1000),
@@ -64,9 +64,9 @@ OpenSubchannel = Callable[
 
 
 class Assembly:
-    """What stands behind a channel: its config, its cluster and pool, and the policies of its methods.
+    """The parts of a channel: its config, its cluster and pool, and the policies of its methods.
 
-    Made without IO, thread or loop. ``run`` brings it to life.
+    Created without IO, thread or loop; ``run`` starts it.
     """
 
     def __init__(
@@ -78,29 +78,29 @@ class Assembly:
         open_subchannel: OpenSubchannel,
     ) -> None:
         variables.warn_once()
-        target = text_of("target", target)
+        target = checked_text("target", target)
         check_compression(compression)
         options = tuple(options or ())
         self._arguments = target, options, credentials, compression, open_subchannel
         self.target = target
         self.secure = credentials is not None
         self.rng = random.Random()
-        # Weak: a program may make a stub, or a serializer, for each call.
+        # Weak: a program may create a stub, or a serializer, for each call.
         self._methods: weakref.WeakValueDictionary[tuple[Any, ...], Method] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()  # a new method must not miss a config that comes meanwhile
+        self._lock = threading.Lock()  # a new method must not miss a config that arrives at the same time
         found, resolver = resolver_for(target)
-        self.discovers_by_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
-        given = checked(options)
+        self.discovers_over_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
+        given = checked_options(options)
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))
-        if forking.generation:  # core must not take the parent's connection for one with the same options
+        if forking.generation:  # core must not reuse the parent's connection, which has the same options
             given.setdefault("weft.forks", forking.generation)
         name = in_short(target)
         self._configs = Configs(name, service=found.health_service or "", balanced_by_core=resolver is None)
         self._configs.offer(Source.OPTION, text or "")
-        # Whether a config is yet to come that calls wait for.
-        self._pending = resolver is not None and resolver.configures and not text
-        # With an option the others are never asked.
+        # Whether calls wait for a config that the resolver provides.
+        self._config_pending = resolver is not None and resolver.configures and not text
+        # With a config in the options the other sources are never read.
         self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
         source = resolver.source if resolver is not None else ""
         self.cluster = Cluster(name, self.config, self.rng, time.monotonic(), threading.Lock, source)
@@ -123,11 +123,11 @@ class Assembly:
                 arguments = (*core.items(), ("grpc.service_config", core_config))
                 return open_subchannel(address, arguments, credentials, compression)
 
-            configured = functools.partial(self._offer, Source.REGISTRY)
+            configured = functools.partial(self._apply_config, Source.REGISTRY)
             self.pool = ResolvedPool(self.cluster, resolver, open_endpoint, configured)
 
-    def again(self) -> Assembly:
-        """The same with connections of its own, for a forked child; the multicallables' methods move there."""
+    def for_child(self) -> Assembly:
+        """A copy with new connections for a forked child, which takes over the multicallables' methods."""
         again = Assembly(*self._arguments)
         for method in list(self._methods.values()):
             method.policy = again._policy(method.kind, method.path)
@@ -136,11 +136,11 @@ class Assembly:
 
     @property
     def config(self) -> ServiceConfig:
-        """The service config that holds now."""
+        """The current service config."""
         return self._configs.current
 
     def run(self) -> Coroutine[Any, Any, None]:
-        """The channel's one task, until it is cancelled. The config file is read before, so the first call has it."""
+        """The channel's one task, until it is cancelled. Reads the config file first, so that the first call has it."""
         if self._config_file is None:
             return self.pool.run()
         self._read(self._config_file)
@@ -149,7 +149,9 @@ class Assembly:
     async def _run(self, config_file: ConfigFile) -> None:
         reading = asyncio.create_task(
             keep_running(
-                "reading the config file", functools.partial(self._reread, config_file), where=self.cluster.name
+                "reading the config file",
+                functools.partial(self._watch_config_file, config_file),
+                where=self.cluster.name,
             )
         )
         try:
@@ -158,7 +160,7 @@ class Assembly:
             reading.cancel()
             await asyncio.wait([reading])
 
-    async def _reread(self, config_file: ConfigFile) -> None:
+    async def _watch_config_file(self, config_file: ConfigFile) -> None:
         while True:
             await asyncio.sleep(PERIOD)
             self._read(config_file)
@@ -170,37 +172,37 @@ class Assembly:
             self._configs.refuse(Source.FILE, str(error))
         else:
             if text is not None:
-                self._offer(Source.FILE, text)
+                self._apply_config(Source.FILE, text)
 
-    def _offer(self, source: Source, text: str) -> None:
-        """Have another config hold from the next call on, if ``text`` makes one. Calls in flight go on with theirs."""
+    def _apply_config(self, source: Source, text: str) -> None:
+        """Apply a config from the next call on, if ``text`` changes it. Calls in flight keep theirs."""
         with self._lock:
             changed = self._configs.offer(source, text)
-            first = self._pending and (changed or source is Source.REGISTRY)
+            first = self._config_pending and (changed or source is Source.REGISTRY)
             if not (changed or first):
                 return
-            self._pending = False
+            self._config_pending = False
             for method in list(self._methods.values()):
                 method.policy = self._policy(method.kind, method.path)
-        # Calls that wait for their policy are woken by this, or by the endpoints that come next.
+        # This wakes up calls that wait for their policy, or else the endpoints that follow do.
         if changed:
             self.pool.reconfigure(self.config)
 
     def _policy(self, kind: str, path: str) -> MethodPolicy:
-        if self._pending:
+        if self._config_pending:
             return PENDING
         policy = self.config.method(path, idempotency_of(path))
         if not self._retries:
             return replace(policy, retry=NEVER_RETRY, hedge=NEVER_HEDGE)
         if policy.retry is None:
             return policy
-        if kind.endswith("stream"):  # it may rightly last longer, once it has begun
+        if kind.endswith("stream"):  # once responses have begun, a stream may last longer
             return replace(policy, receive_timeout=policy.retry.receive_timeout)
         return replace(policy, attempt_timeout=min(policy.attempt_timeout, policy.retry.receive_timeout))
 
     def method(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool) -> Method:
-        """The method of a multicallable; the same one for all that are alike."""
-        path = text_of("method", path)
+        """The method of a multicallable; shared by all multicallables that are alike."""
+        path = checked_text("method", path)
         key = (kind, path, serializer, deserializer, registered)
         with self._lock:
             found = self._methods.get(key)
@@ -217,7 +219,7 @@ class Assembly:
         metadata: Sequence[Metadatum] | None,
         wait_for_ready: bool | None,
     ) -> CallSpec:
-        """A new call, with what it inherits from the inbound call being handled."""
+        """A new call, with what it inherits from the inbound call that is being handled."""
         if metadata and type(metadata) is not tuple:
             metadata = tuple(metadata)  # it is read more than once, and may be an iterator
         policy = method.policy
@@ -263,16 +265,16 @@ class Assembly:
         )
 
     def flow(self, call: CallSpec, now: float) -> Flow:
-        """The flow of ``call``. Raises TypeError for metadata that grpc would refuse so."""
+        """The flow of ``call``. Raises TypeError for metadata for which grpc raises it."""
         if call.metadata and not _sendable(call.metadata):
-            return _refused(call, now)
+            return _invalid_metadata(call, now)
         if type(call) is EarlyCall:
             return early_flow(call, self.cluster, self.rng, now)
         return call_flow(call, self.cluster, self.rng, now)
 
-    def failed(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:
-        """A call made for ``scope`` is over. If it failed though it was allowed to retry, the callers above need not
-        try again."""
+    def note_failure(self, call: CallSpec, verdict: Verdict, scope: context.Scope | None) -> None:
+        """A call made for ``scope`` has ended. If it failed although it was allowed to retry, the callers above should
+        not retry."""
         retry = call.policy.retry
         if scope is not None and call.may_retry and retry is not None and retry.max_attempts > 1:
             scope.exhausted |= verdict.outcome.code in retry.codes
@@ -282,7 +284,7 @@ class Assembly:
 
 
 def _with_criticality(metadata: Sequence[Metadatum] | None, scope: context.Scope) -> Sequence[Metadatum] | None:
-    """``metadata``, with the criticality of the inbound call unless it has one."""
+    """``metadata``, with the criticality of the inbound call unless it has its own."""
     if scope.criticality and not any(key == CRITICALITY for key, _ in metadata or ()):
         return (*(metadata or ()), (CRITICALITY, scope.criticality))
     return metadata
@@ -293,7 +295,7 @@ _VALUE = re.compile(r"[\x20-\x7e]*")
 
 
 def _sendable(metadata: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether core would send ``metadata``: asked before an endpoint is waited for. Raises TypeError as grpc does."""
+    """Whether core would send ``metadata``; checked before waiting for an endpoint. Raises TypeError as grpc does."""
     for key, value in metadata:
         name = key.decode("latin-1") if isinstance(key, bytes) else key
         if not isinstance(name, str):
@@ -309,15 +311,15 @@ def _sendable(metadata: Sequence[tuple[Any, Any]]) -> bool:
     return True
 
 
-def _refused(call: CallSpec, now: float) -> Flow:
-    """The flow of a call that nothing is sent for, with core's words for that."""
+def _invalid_metadata(call: CallSpec, now: float) -> Flow:
+    """The flow of a call whose metadata can't be sent, with core's status for it."""
     call.started = now
     yield from ()
     return Verdict(Outcome(Code.INTERNAL, "Invalid metadata"))
 
 
 def idempotency_of(path: str) -> Idempotency:
-    """What the descriptor of ``/package.Service/Method`` says, if one is loaded in this process."""
+    """The ``idempotency_level`` of ``/package.Service/Method``, if its descriptor is loaded in this process."""
     name = path.removeprefix("/").replace("/", ".")
     try:
         descriptor = descriptor_pool.Default().FindMethodByName(name)
@@ -339,8 +341,9 @@ _AUTHORITY_OPTIONS = ("grpc.default_authority", "grpc.ssl_target_name_override")
 
 
 def _authority(name: str | None, given: Mapping[str, Any]) -> dict[str, str]:
-    """What stands for the endpoints' addresses in TLS and in ``:authority``: the service's name. A name that the user
-    gave holds for both, as in gRPC: core derives each of the two options from the other where only one is set."""
+    """Options that use the service's name instead of the endpoints' addresses in TLS and in ``:authority``. As in gRPC,
+    a name that the user gave applies to both: core derives each of the two options from the other if only one is
+    set."""
     if name is None or not given.keys().isdisjoint(_AUTHORITY_OPTIONS):
         return {}
     return {"grpc.default_authority": name, "grpc.ssl_target_name_override": re.sub(r":\d+$", "", name)}

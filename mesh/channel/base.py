@@ -96,7 +96,7 @@ class BaseMulticallable:
 
 
 class BaseCall:
-    """What a call object of either world can say of its call."""
+    """What call objects of both worlds share."""
 
     _driver: EventDriver
 

@@ -1,11 +1,11 @@
-"""Why an endpoint that can't be called can't: what core knows of it, in a few words for errors and log lines.
+"""Why an endpoint can't be reached, in a few words for errors and log lines.
 
 Core's state says only TRANSIENT_FAILURE. A call on that channel fails at once, without touching the network, and its
-details name the cause: that text is shown, and never decided upon. Where core says no more than that the endpoint is
-unhealthy, its health is asked for, on a channel of its own.
+details name the cause: that text is shown, and no decision depends on it. Where core says only that the endpoint is
+unhealthy, its health is requested on a separate channel.
 
-An endpoint is reported as failing only when its cause is known, or after WITHIN: so the first call that fails can say
-why. A few endpoints are asked at a time, as errors name no more; the others have no cause.
+An endpoint is reported as failing only once its cause is known, or after TIMEOUT, so that the first call that fails can
+say why. Only a few endpoints are asked at a time, as errors name no more; the others have no cause.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from mesh.model import Connectivity
 if TYPE_CHECKING:
     from mesh.channel.subchannel import Subchannel
 
-AT_ONCE = 3
-"""How many endpoints are asked at a time."""
+CONCURRENCY = 3
+"""Endpoints asked at a time."""
 
-WITHIN = 0.25
-"""How long asking may take, while calls wait. Seconds."""
+TIMEOUT = 0.25
+"""Seconds that asking may take; calls wait for it."""
 
-AGAIN = 5.0
-"""A cause is asked for again after this time: an endpoint can go from one failure to another. Seconds."""
+REFRESH_PERIOD = 5.0
+"""Seconds after which a cause is asked for again: one failure may follow another."""
 
 _CHECK = "/grpc.health.v1.Health/Check"
 _UNHEALTHY = "backend unhealthy"  # core's health checking (A17)
 
 
 class Causes:
-    """The causes of one pool's endpoints. ``known`` is read from any thread; all else belongs to the pool's loop, but
-    ``seen``. ``changed`` is called when a cause has become known."""
+    """The causes of one pool's endpoints. ``changed`` is called when a cause becomes known. ``known`` and
+    ``reported_state`` may be used from any thread, everything else on the pool's loop only."""
 
     def __init__(self, changed: Callable[[], object]) -> None:
         self.known: dict[str, str] = {}
@@ -49,13 +49,13 @@ class Causes:
         self._asked: dict[str, float] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    def seen(self, address: str, state: Connectivity) -> Connectivity:
+    def reported_state(self, address: str, state: Connectivity) -> Connectivity:
         """The state to report for ``address``. From any thread."""
         failing = state == Connectivity.TRANSIENT_FAILURE
         return Connectivity.CONNECTING if failing and address not in self.known else state
 
     def tick(self, subchannels: Mapping[str, Subchannel], failing: Iterable[str], now: float) -> None:
-        """Ask for the causes of ``failing``; forget those of all others."""
+        """Ask for the causes of ``failing``, and forget those of all others."""
         wanted = dict.fromkeys(failing)
         if not wanted and not self.known:
             return
@@ -65,14 +65,14 @@ class Causes:
         for address in wanted:
             if address in self._asking or now < self._asked.get(address, now):
                 continue
-            if len(self._asking) < AT_ONCE and (address in self._asked or len(self._asked) < AT_ONCE):
-                self._asked[address] = now + AGAIN
+            if len(self._asking) < CONCURRENCY and (address in self._asked or len(self._asked) < CONCURRENCY):
+                self._asked[address] = now + REFRESH_PERIOD
                 self._asking[address] = asyncio.create_task(self._ask(address, subchannels[address]))
             else:
                 self.known.setdefault(address, "")
 
     async def close(self) -> None:
-        """Ask nobody any more."""
+        """Stop asking."""
         for task in self._asking.values():
             task.cancel()
         await asyncio.gather(*self._asking.values(), return_exceptions=True)
@@ -80,8 +80,10 @@ class Causes:
     async def _ask(self, address: str, subchannel: Subchannel) -> None:
         cause = ""
         try:
-            with contextlib.suppress(TimeoutError, ValueError, grpc.aio.UsageError):  # the last two: closed meanwhile
-                async with asyncio.timeout(WITHIN):
+            with contextlib.suppress(
+                TimeoutError, ValueError, grpc.aio.UsageError
+            ):  # the last two: closed in the meantime
+                async with asyncio.timeout(TIMEOUT):
                     cause = await cause_of(subchannel)
         finally:
             self._asking.pop(address, None)
@@ -91,17 +93,17 @@ class Causes:
 
 
 async def cause_of(subchannel: Subchannel) -> str:
-    """Why ``subchannel`` can't be called; empty when it can, or nothing is known."""
+    """Why ``subchannel`` can't be reached; empty when it can be, or nothing is known."""
     details = await _details(subchannel.core())
     if not details.endswith(_UNHEALTHY):
         return in_short(details)
     service = _health_service(subchannel)
-    async with subchannel.unwatched() as channel:
+    async with subchannel.channel_without_health() as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             answer = await channel.unary_unary(
                 _CHECK, health_pb2.HealthCheckRequest.SerializeToString, health_pb2.HealthCheckResponse.FromString
-            )(request, timeout=WITHIN)
+            )(request, timeout=TIMEOUT)
         except grpc.aio.AioRpcError as error:
             return f"health check failed: {error.code().name}: {in_short(error.details() or '')}"
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
@@ -109,17 +111,17 @@ async def cause_of(subchannel: Subchannel) -> str:
 
 
 async def _details(core: Any) -> str:
-    """What a call on a failing core channel fails with; empty when it doesn't fail so."""
+    """The details that a call on a failing core channel fails with; empty when it fails otherwise or not at all."""
     check = core.unary_unary(_CHECK)
     if isinstance(core, grpc.aio.Channel):
         try:
-            await check(b"", timeout=WITHIN)
+            await check(b"", timeout=TIMEOUT)
         except grpc.aio.AioRpcError as error:
             return (error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
         return ""
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
-    call = check.future(b"", timeout=WITHIN)
+    call = check.future(b"", timeout=TIMEOUT)
     call.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(over.set))
     try:
         await over.wait()

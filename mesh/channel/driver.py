@@ -1,12 +1,12 @@
-"""The drivers of a flow: they perform its steps and tell it what happened.
+"""Drivers run a call's flow: they perform its steps and report what woken.
 
 ``run_blocking`` runs a flow in the caller's thread, over grpc's own blocking path. ``EventDriver`` runs one by
 events, for futures, streams and asyncio; nothing in it blocks.
 
 Rule 1: StopIteration is caught around ``next`` and ``send`` alone.
-Rule 2: events come from any thread and at any time, also from within a step (grpc runs a callback inline when the
-call is already over): they go through a queue that one thread at a time empties, the trampoline.
-Rule 3: whatever happens the flow is closed, so that what is in flight is given back.
+Rule 2: events come from any thread at any time, even from within a step (grpc runs a callback inline when the call has
+already ended). They are queued, and one thread at a time processes the queue.
+Rule 3: the flow is always closed, so that in-flight counts are released.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import grpc
 
 from mesh import context
 from mesh.channel.assemble import Assembly
-from mesh.channel.outcome import CANCELLED_DETAILS, CLOSED_DETAILS, FORKED_DETAILS, too_large
+from mesh.channel.outcome import CANCELLED_DETAILS, CLOSED_DETAILS, FORKED_DETAILS, exceeds_replay_limit
 from mesh.channel.pool import Pool
 from mesh.channel.replay import Buffer
 from mesh.channel.subchannel import Method
@@ -73,20 +73,21 @@ def run_blocking(flow: Flow, perform: Callable[[Attempt], Outcome], pool: Pool) 
 
 
 def _wait(step: Step, pool: Pool) -> None:
-    """Block until the step's time is over, or something changed. (Nothing else runs beside a blocking attempt.)"""
+    """Block until the step's time is up or the picker changes. (No attempt is running.)"""
     assert isinstance(step, Wait)
-    happened = threading.Event()
+    woken = threading.Event()
     if step.picker is not None:
         pool.exit_idle()
-    pool.when_replaced(step.picker or pool.cluster.picker, happened.set)  # in backoff, too: to hear of the pool's end
+    # Also during backoff, to notice that the channel closes.
+    pool.on_picker_change(step.picker or pool.cluster.picker, woken.set)
     try:
-        happened.wait(until(step.until))
+        woken.wait(until(step.until))
     finally:
-        pool.forget(happened.set)
+        pool.forget(woken.set)
 
 
 class TimerFired(Elapsed):
-    """The timer of ``wake_at`` has ended."""
+    """The timer set by ``set_timer`` has fired."""
 
     __slots__ = ()
 
@@ -98,7 +99,7 @@ class Owner(Protocol):
 
 
 class EventDriver:
-    """Runs a flow by events, in one thread (asyncio's); ``LockedDriver`` takes them from any.
+    """Runs a flow by events, all in one thread (asyncio's). ``LockedDriver`` takes events from any thread.
 
     It holds all of a call's state; the call object is what the user holds. Subclasses implement ``begin``, ``wake_at``
     and ``changed``. ``running``: the core calls of the attempts that run, by number. ``committed``: the core call that
@@ -142,19 +143,19 @@ class EventDriver:
 
     # -- what subclasses implement
 
-    def begin(self, attempt: Attempt) -> None:
-        """Start ``attempt``: put its inner call into ``running``, or report at once how it ended. Doesn't block."""
+    def start_attempt(self, attempt: Attempt) -> None:
+        """Start ``attempt``: put its core call into ``running``, or report at once how it ended. Does not block."""
         raise NotImplementedError
 
-    def wake_at(self, until: float | None) -> None:
-        """Have ``timer_fired`` called at ``until``, in place of what was set before; None: not at all."""
+    def set_timer(self, until: float | None) -> None:
+        """Call ``timer_fired`` at ``until``, instead of at the time set before; None cancels the timer."""
         raise NotImplementedError
 
     def changed(self) -> None:
-        """An attempt began or was committed, or the call is over: tell whoever waits for that."""
+        """An attempt started or was committed, or the call has ended: wake up whoever waits for that."""
         raise NotImplementedError
 
-    # -- what both worlds' call objects ask
+    # -- for call objects
 
     def explain(self) -> Explanation:
         """Every attempt that was made for the call so far: where, when, and how it ended."""
@@ -166,7 +167,7 @@ class EventDriver:
         return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
 
     def forked(self) -> None:
-        """In a forked child: the call goes on in the parent alone, and is over here. Nothing of core is called."""
+        """In a forked child: the call continues in the parent and has ended here. Nothing in core is called."""
         self._conclude(Verdict(Outcome(Code.CANCELLED, FORKED_DETAILS, cancelled=True)))
         self._inherited = dict(self.running), self.committed
         self.running, self.committed = {}, None
@@ -175,44 +176,44 @@ class EventDriver:
 
     def start(self) -> None:
         """Run the flow's first step, in this thread."""
-        self._send(START)
+        self._deliver(START)
 
     def ended(self, number: int, outcome: Outcome) -> None:
         """Attempt ``number`` has ended."""
-        self._send(Ended(time.monotonic(), number, outcome))
+        self._deliver(Ended(time.monotonic(), number, outcome))
 
-    def headers(self, number: int) -> None:
-        """The server has begun to answer attempt ``number``."""
-        self._send(Headers(time.monotonic(), number))
+    def headers_received(self, number: int) -> None:
+        """The server has started to respond to attempt ``number``."""
+        self._deliver(Headers(time.monotonic(), number))
 
-    def overflow(self, number: int) -> None:
-        """What attempt ``number`` has sent can't be sent again."""
-        self._send(Overflow(time.monotonic(), number))
+    def replay_overflowed(self, number: int) -> None:
+        """What attempt ``number`` sent exceeds the replay buffer and can't be sent again."""
+        self._deliver(Overflow(time.monotonic(), number))
 
     def timer_fired(self) -> None:
-        """The time that ``wake_at`` was given has come."""
-        self._send(TimerFired(time.monotonic()))
+        """The timer set by ``set_timer`` has fired."""
+        self._deliver(TimerFired(time.monotonic()))
 
-    def picker_replaced(self) -> None:
+    def picker_changed(self) -> None:
         """The picker was replaced."""
-        self._send(Elapsed(time.monotonic()))
+        self._deliver(Elapsed(time.monotonic()))
 
     def cancel(self, details: str = CANCELLED_DETAILS) -> bool:
-        """End the call here; False when it was over already."""
+        """Cancel the call; False if it has already ended."""
         return self._end_here(Outcome(Code.CANCELLED, details, cancelled=True))
 
     def close(self) -> None:
-        """End the call because its channel closes: it has failed then, and nobody cancelled it."""
+        """Fail the call because its channel closes. (Not a cancellation by the caller.)"""
         self._end_here(Outcome(Code.CANCELLED, CLOSED_DETAILS))
 
     def _end_here(self, outcome: Outcome) -> bool:
         if not self._conclude(Verdict(outcome)):
             return False
-        self._send(None)
+        self._deliver(None)
         return True
 
-    def _send(self, wake: Wake | None) -> None:
-        """Have the flow advanced with ``wake``, now or by whoever is at it. None: the call was concluded."""
+    def _deliver(self, wake: Wake | None) -> None:
+        """Advance the flow with ``wake``, here or in the thread that is advancing it. None: the call was concluded."""
         if self._advancing:
             self._wakes.append(wake)
             return
@@ -239,12 +240,12 @@ class EventDriver:
         if kind is Ended:
             self.running.pop(wake.number, None)  # type: ignore[union-attr]
         elif kind is TimerFired:
-            self._until = None  # perhaps it was a little early: the timer is set again where it is needed
+            self._until = None  # it may fire a little early; it is set again if needed
         if self.verdict is None:
             try:
                 step = self._flow.send(None if wake is START else wake)  # type: ignore[arg-type]
             except StopIteration as stop:
-                if self._conclude_later(stop.value):
+                if self._defers_conclusion(stop.value):
                     return
                 self._conclude(stop.value)
             else:
@@ -254,7 +255,7 @@ class EventDriver:
 
     def _perform(self, step: Step) -> None:
         if type(step) is Attempt:
-            self.begin(step)
+            self.start_attempt(step)
             self.changed()
         elif type(step) is Commit:
             self.committed = self.running.pop(step.number)
@@ -268,28 +269,30 @@ class EventDriver:
         elif type(step) is Wait and step.picker is not None:
             self._queued = True
             self.pool.exit_idle()
-            self.pool.when_replaced(step.picker, self.picker_replaced)
+            self.pool.on_picker_change(step.picker, self.picker_changed)
         until = step.until
         if until != self._until:
             self._until = until
-            self.wake_at(until)
+            self.set_timer(until)
 
     def _unrepeatable(self) -> bool:
-        """Whether what was sent is more than is kept for another attempt."""
-        return self.replay.overflowed if self.replay is not None else too_large(self._serializer, self._request)
+        """Whether what was sent exceeds the replay buffer, so that no other attempt can send it."""
+        if self.replay is not None:
+            return self.replay.overflowed
+        return exceeds_replay_limit(self._serializer, self._request)
 
     def _overflowed(self) -> None:
         for number in tuple(self.running):
-            self.overflow(number)
+            self.replay_overflowed(number)
 
     def _leave_scope(self, verdict: Verdict) -> None:
-        """The call is over: the inbound call that it was made for need not cancel it any more."""
+        """The call has ended: the inbound call that it was made for need not cancel it any more."""
         if self._scope is not None:
             self._scope.release(self)
-            self._assembly.failed(self.call, verdict, self._scope)
+            self._assembly.note_failure(self.call, verdict, self._scope)
 
-    def _conclude_later(self, verdict: Verdict) -> bool:  # noqa: ARG002
-        """Whether the world takes the verdict in a later event; until then the call is not over."""
+    def _defers_conclusion(self, verdict: Verdict) -> bool:  # noqa: ARG002
+        """Whether ``verdict`` takes effect with a later event; until then the call has not ended."""
         return False
 
     def _conclude(self, verdict: Verdict) -> bool:
@@ -305,9 +308,9 @@ class EventDriver:
             self._cancel_running()
         if self._until is not None:
             self._until = None
-            self.wake_at(None)
+            self.set_timer(None)
         if self._queued:
-            self.pool.forget(self.picker_replaced)
+            self.pool.forget(self.picker_changed)
         self.changed()
 
     def _cancel_running(self) -> None:
@@ -316,13 +319,13 @@ class EventDriver:
 
 
 class LockedDriver(EventDriver):
-    """Takes events from any thread; one at a time advances the flow."""
+    """Takes events from any thread; one thread at a time advances the flow."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._lock = threading.Lock()
 
-    def _send(self, wake: Wake | None) -> None:
+    def _deliver(self, wake: Wake | None) -> None:
         with self._lock:
             if self._advancing:
                 self._wakes.append(wake)
@@ -345,19 +348,19 @@ class LockedDriver(EventDriver):
             return super()._conclude(verdict)
 
 
-SLICE = 1.0
-"""Seconds that a thread waits at a time. Python runs a signal's handler between two steps of a program; one that comes
-just before a lock is waited for would be heard when that wait is over."""
+WAIT_SLICE = 1.0
+"""Seconds that a thread waits at a time. Python runs signal handlers between bytecodes: one that arrives just before a
+lock is waited for would run only when that wait ends."""
 
 
 def until(instant: float | None) -> float:
-    """How long to wait for ``instant`` (None: for something else), in seconds: a slice at most, as a flow that is woken
-    early looks again."""
-    return SLICE if instant is None else min(max(0.0, instant - time.monotonic()), SLICE)
+    """Seconds to wait for ``instant`` (None: for an event), at most ``WAIT_SLICE``: a flow that is woken early checks
+    again."""
+    return WAIT_SLICE if instant is None else min(max(0.0, instant - time.monotonic()), WAIT_SLICE)
 
 
 def ending(verdict: Verdict) -> Flow:
-    """A flow that ends with ``verdict`` at its first wake-up. It has run its first step."""
+    """A flow, already started, that ends with ``verdict`` at its first wake-up."""
 
     def end() -> Flow:
         yield Wait()

@@ -1,12 +1,12 @@
-"""Interceptors that instrumentation adds to gRPC's channels, for the mesh's.
+"""Takes over the interceptors that instrumentation adds to gRPC's channels.
 
-OpenTelemetry, Sentry and Datadog replace ``grpc.insecure_channel``, ``grpc.secure_channel`` and their like in
-``grpc.aio`` by functions that call the original and add interceptors to what it returns. A program that makes its
-channels with the mesh's functions never calls them, so a mesh channel takes the interceptors over: when it is created
-it has the replacement make a channel for the same target, which is never connected, and reads from that what was added.
-They stand around the calls of users, outside of retries and hedges; the mesh's own calls have none.
+OpenTelemetry, Sentry and Datadog replace ``grpc.insecure_channel``, ``grpc.secure_channel`` and those of ``grpc.aio``
+by functions that call the original and add interceptors to what it returns. A program that creates its channels with
+the mesh's functions never calls those. So a mesh channel, when it is created, has the replacement create a channel for
+the same target, which never connects, and reads from it which interceptors were added. They run around the calls of
+users, outside of retries and hedges; the mesh's own calls have none.
 
-Whatever goes wrong here, the channel works without the interceptors, and one warning says so.
+If anything goes wrong here, the channel works without the interceptors, and one warning says so.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _NAMES = ("insecure_channel", "secure_channel")
 _AT_IMPORT = {(module, name): getattr(module, name) for module in (grpc, grpc.aio) for name in _NAMES}
 
 _reading = threading.local()
-"""Set in a thread while a replacement makes a channel: one that calls the mesh's own function gets a plain one."""
+"""Set in a thread while a replacement creates a channel: the mesh's own functions then return a plain one."""
 
 
 def replacement(module: Any, *, secure: bool) -> Make | None:
-    """What stands in the place of gRPC's own function that makes channels; None when nothing does.
+    """The function that replaced gRPC's own one that creates channels; None if it wasn't replaced.
 
-    ``module``: ``grpc`` or ``grpc.aio``. Where a program has put the mesh's own function there, it is what that
-    replaced.
+    ``module``: ``grpc`` or ``grpc.aio``. Where a program has put the mesh's function there, the one that it replaced
+    counts.
     """
     if getattr(_reading, "active", False):
         return None
@@ -48,8 +48,8 @@ def replacement(module: Any, *, secure: bool) -> Make | None:
 
 
 def _package(make: Make) -> str:
-    """The package that a function is defined in; empty for what is none. (wrapt's wrappers have the attributes of what
-    they wrap.)"""
+    """The package that a function is defined in; empty for what isn't a function. (wrapt's wrappers have the attributes
+    of what they wrap.)"""
     return str(make.__globals__.get("__name__", "")).partition(".")[0] if type(make) is FunctionType else ""
 
 
@@ -72,10 +72,10 @@ def _warn(target: str, make: Make, error: Exception) -> None:
     )
 
 
-def channels_around(target: str, credentials: grpc.ChannelCredentials | None) -> Sequence[grpc.Channel]:
-    """The channels that instrumentation puts around a ``grpc.Channel`` for ``target``, the outermost first.
+def instrumenting_channels(target: str, credentials: grpc.ChannelCredentials | None) -> Sequence[grpc.Channel]:
+    """The channels that instrumentation wraps around a ``grpc.Channel`` for ``target``, outermost first.
 
-    None of them may be used: ``wrapped`` puts their like around a channel of the mesh.
+    They must not be used themselves: ``wrapped`` wraps copies of them around the mesh's own.
     """
     make = replacement(grpc, secure=credentials is not None)
     if make is None:
@@ -84,12 +84,12 @@ def channels_around(target: str, credentials: grpc.ChannelCredentials | None) ->
         channel, around = _made(make, target, credentials), []
         # grpc.intercept_channel's channels, and OpenTelemetry's own, hold the next one so. Core's is no grpc.Channel.
         while isinstance(inner := getattr(channel, "_channel", None), grpc.Channel):
-            # Copies without it: core's channel ends with the last reference. (To close it could be wrong: a replacement
-            # may have its channels from a pool.)
+            # Copies without the inner channel: core's channel closes with its last reference. (Closing it would be
+            # wrong if the replacement takes its channels from a pool.)
             around.append(_around(channel, None))
             channel = inner
         if type(channel).__module__.partition(".")[0] == "mesh":
-            return ()  # the program made the mesh's function grpc's, and then instrumented that: it stands around us
+            return ()  # the program made the mesh's function grpc's and then instrumented that: it already wraps us
     except Exception as error:
         _warn(target, make, error)
         return ()
@@ -97,7 +97,7 @@ def channels_around(target: str, credentials: grpc.ChannelCredentials | None) ->
 
 
 def wrapped(around: Iterable[grpc.Channel], inner: Any) -> Any:
-    """``inner`` inside channels like ``around``."""
+    """``inner`` wrapped in copies of ``around``."""
     for channel in reversed(tuple(around)):
         inner = _around(channel, inner)
     return inner

@@ -1,6 +1,6 @@
-"""Load reports of endpoints (ORCA's, A51): as they come with answers (``weft-load-bin``), or asked for out of band.
+"""Load reports of endpoints (ORCA, A51): from the trailers of responses (``weft-load-bin``), or out of band.
 
-Imported with the first one that is read: a channel whose policy doesn't go by reports never does.
+Imported with the first report: channels whose policy doesn't use reports never need it.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ _LOG = logging.getLogger("mesh.channel")
 
 
 def take(cluster: Cluster, address: str, trailing_metadata: Any) -> None:
-    """An answer of ``address`` came with these trailers: tell the cluster what they report."""
+    """Give the cluster the report in the trailers of a response from ``address``."""
     for key, value in trailing_metadata or ():
         if key == LOAD:
             try:
                 report = OrcaLoadReport.FromString(value)
             except DecodeError:
                 return
-            _tell(cluster, address, report)
+            _take(cluster, address, report)
             return
 
 
-def _tell(cluster: Cluster, address: str, report: Any) -> None:
-    # What the application says of itself goes before its CPU (A58).
+def _take(cluster: Cluster, address: str, report: Any) -> None:
+    # The application's own utilization takes precedence over its CPU's (A58).
     utilization = report.application_utilization if report.application_utilization > 0 else report.cpu_utilization
     cluster.report(address, time.monotonic(), utilization, report.rps_fractional, report.eps)
 
 
 class OutOfBand:
-    """Asks the endpoints that are connected for their load, over and over. Belongs to the pool's loop."""
+    """Watches the load reports of connected endpoints. Used on the pool's loop only."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     def keep(self, connected: Mapping[str, Subchannel]) -> None:
-        """Ask these, and no others."""
+        """Watch these, and no others."""
         for address in self._watching.keys() - connected.keys():
             self._watching.pop(address).cancel()
         for address in connected.keys() - self._watching.keys():
@@ -64,7 +64,7 @@ class OutOfBand:
             )
 
     async def close(self) -> None:
-        """Ask nobody any more."""
+        """Stop watching."""
         for task in self._watching.values():
             task.cancel()
         await asyncio.gather(*self._watching.values(), return_exceptions=True)
@@ -74,16 +74,16 @@ class OutOfBand:
         address, period = subchannel.address, self._cluster.balancer.reports.out_of_band
         request = OrcaLoadReportRequest()
         request.report_interval.FromMicroseconds(int(period * 1e6))
-        async with subchannel.aside() as channel:
+        async with subchannel.control_channel() as channel:
             ask = channel.unary_stream(
                 f"/{SERVICE}/StreamCoreMetrics", OrcaLoadReportRequest.SerializeToString, OrcaLoadReport.FromString
             )
             while True:
                 try:
                     async for report in ask(request):
-                        _tell(self._cluster, address, report)
+                        _take(self._cluster, address, report)
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                        _LOG.error("%s: %s doesn't report its load out of band", self._cluster.name, address)
+                        _LOG.error("%s: %s does not serve load reports out of band", self._cluster.name, address)
                         return
                 await asyncio.sleep(period)

@@ -1,4 +1,4 @@
-"""How attempts end: what core says of one that failed, as an ``Outcome``; and what one that follows is told."""
+"""Outcomes of attempts, from what core reports; and the metadata that a retry sends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mesh.model import Attempt, Outcome
 from mesh.wire import PREVIOUS_ATTEMPTS, PUSHBACK
 
 LONGEST_PUSHBACK = 20
-"""A server's word on when to retry; any 64-bit number has fewer or as many characters."""
+"""Characters of a server's pushback: as many as the longest 64-bit number has."""
 
 
-# Only where the driver didn't start the attempt. What was started counts as sent: core doesn't tell whether a call
-# left, and its status text may be a peer's (docs/decisions/0013).
+# Only for an attempt that the driver did not start. One that it started counts as sent: core doesn't report whether a
+# call left the client, and a status text may be the peer's (docs/decisions/0013).
 NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
 
 
-# grpc's words
+# As gRPC words them.
 CANCELLED_DETAILS = "Locally cancelled by application!"
 
 
@@ -31,7 +31,7 @@ FORKED_DETAILS = "Call cancelled in fork child"
 
 
 def pushback_of(trailing_metadata: Any) -> float | None:
-    """The server's word on when to retry, in seconds; -1.0 (never) when it can't be read (A6)."""
+    """The server's pushback in seconds; -1.0 (do not retry) when it can't be parsed; None without one (A6)."""
     for key, value in trailing_metadata or ():
         if key == PUSHBACK:
             if len(value) > LONGEST_PUSHBACK:
@@ -56,7 +56,7 @@ def failed(
     final: bool = False,
     cancelled: bool = False,
 ) -> Outcome:
-    """The outcome of an attempt that core ended with a status other than OK. ``final``: it can't be made again."""
+    """The outcome of an attempt that core ended with a status other than OK. ``final``: it must not be retried."""
     if code == Code.UNAVAILABLE:
         pool.refresh_state(address)
     return Outcome(
@@ -69,16 +69,16 @@ def failed(
     )
 
 
-def too_large(serializer: Callable[[Any], bytes] | None, request: Any) -> bool:
-    """Whether a unary request is more than is kept for another attempt."""
+def exceeds_replay_limit(serializer: Callable[[Any], bytes] | None, request: Any) -> bool:
+    """Whether a unary request exceeds the replay buffer."""
     try:
         return len(serializer(request) if serializer else request) > LIMIT
-    except Exception:  # it could not be serialised, which is how the attempt has failed
+    except Exception:  # it could not be serialized, which is why the attempt failed
         return False
 
 
 def retry_metadata(attempt: Attempt) -> Any:
-    """The metadata to send: the call's own, and for a retry how many attempts came before (A6)."""
+    """The metadata to send: the call's own and, for a retry, how many attempts came before (A6)."""
     if not attempt.previous:
         return attempt.metadata
     return (*(attempt.metadata or ()), (PREVIOUS_ATTEMPTS, str(attempt.previous)))

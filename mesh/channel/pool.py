@@ -37,36 +37,36 @@ class Pool(abc.ABC):
         self.closed = False
         self._lock = threading.Lock()
         self._waiting: set[Callable[[], None]] = set()
-        self._wake: Callable[[], object] = lambda: None  # has ``run`` look around
+        self._wake: Callable[[], object] = lambda: None  # wakes up ``run``
 
     @abc.abstractmethod
     def get(self, address: str) -> Subchannel | None:
-        """The subchannel of an endpoint, if it can take a call now. If not, the cluster learns of it at once."""
+        """The subchannel of an endpoint, if it can take a call now; otherwise the cluster is told its state at once."""
 
     def state(self) -> Connectivity:
-        """The state of the whole."""
+        """The aggregated state of the endpoints."""
         return self.cluster.state
 
     @abc.abstractmethod
     def refresh_state(self, address: str) -> None:
-        """A call to ``address`` ended as UNAVAILABLE: look at its connection's state again."""
+        """A call to ``address`` ended as UNAVAILABLE: check its connection's state."""
 
     @abc.abstractmethod
     async def run(self) -> None:
-        """The pool's one task, until the pool is closed or the task cancelled; then every subchannel is closed."""
+        """The pool's one task, until the pool is closed or the task is cancelled; then it closes every subchannel."""
 
     def exit_idle(self) -> None:
         """A call needs an endpoint and finds none: connect those that went idle after they had been READY."""
         return
 
-    def answered(self, address: str, trailing_metadata: Any) -> None:
-        """An answer came with these trailers. Told only where the balancing policy reads load reports."""
+    def take_load_report(self, address: str, trailing_metadata: Any) -> None:
+        """Read the load report in a response's trailers. Called only where the balancing policy uses load reports."""
         from mesh.channel import load_reports
 
         load_reports.take(self.cluster, address, trailing_metadata)
 
-    def when_replaced(self, picker: object, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, as soon as the cluster's picker is another than ``picker``, or the pool is closed."""
+    def on_picker_change(self, picker: object, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, as soon as the cluster's picker is no longer ``picker`` or the pool is closed."""
         with self._lock:
             if self.cluster.picker is picker and not self.closed:
                 self._waiting.add(callback)
@@ -74,12 +74,12 @@ class Pool(abc.ABC):
         callback()
 
     def forget(self, callback: Callable[[], None]) -> None:
-        """``callback`` need not be called any more."""
+        """Cancel what ``on_picker_change`` was asked for."""
         with self._lock:
             self._waiting.discard(callback)
 
     def close(self) -> None:
-        """The channel closes: whoever waits is told, and finds ``closed``; ``run`` closes the subchannels, and ends."""
+        """Close the pool: waiters are woken up and find ``closed``; ``run`` closes the subchannels and ends."""
         with self._lock:
             self.closed = True
             waiting, self._waiting = self._waiting, set()
@@ -95,19 +95,19 @@ class Pool(abc.ABC):
         """The subchannels of the endpoints, without those that retired."""
 
     async def pause(self) -> None:
-        """End what runs over grpc.aio, until ``resume``. On the loop of ``run``, of a blocking channel."""
+        """Stop what uses grpc.aio, until ``resume``. On the loop of ``run``, for a blocking channel."""
         return
 
     def resume(self) -> None:
-        """Begin again what ``pause`` ended."""
+        """Start again what ``pause`` stopped."""
         return
 
     def reconfigure(self, config: ServiceConfig) -> None:
-        """Have the cluster take another config."""
-        self._change(lambda: self.cluster.reconfigure(config, time.monotonic()))
+        """Apply another service config."""
+        self._update_cluster(lambda: self.cluster.reconfigure(config, time.monotonic()))
 
-    def _change(self, change: Callable[[], object]) -> None:
-        """Change the cluster, and tell those who wait when that replaced the picker."""
+    def _update_cluster(self, change: Callable[[], object]) -> None:
+        """Change the cluster, and wake up the waiters if that replaced the picker."""
         waiting: set[Callable[[], None]] = set()
         with self._lock:
             before: Picker = self.cluster.picker
@@ -124,12 +124,12 @@ def _call(callbacks: Iterable[Callable[[], object]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:  # the call that it belongs to has failed with it; the others go on
+        except Exception:  # its call has failed with it; the others continue
             _LOG.exception("a call failed when its channel's endpoints changed")
 
 
 class CorePool(Pool):
-    """The pool of a target that gRPC itself resolves and connects: one endpoint, whose connections core looks after."""
+    """The pool of a target that gRPC core resolves, connects and balances: one endpoint, as far as the mesh can see."""
 
     connected_by_core = True
 

@@ -1,8 +1,8 @@
-"""What a streaming call has sent, kept so that another attempt can send it again (A6's buffering).
+"""The replay buffer of a streaming call: what it sent is kept so that another attempt can send it again (A6).
 
-The caller's requests are taken once, by whichever attempt needs the next one first, and serialised once, so that all
-attempts send the same bytes and their size is known. Past ``LIMIT`` the attempt that sent them becomes the call; from
-the commit on nothing more is kept.
+The caller's requests are taken once, by the first attempt that needs the next one, and serialized once, so that all
+attempts send the same bytes and their size is known. Beyond ``LIMIT`` the attempt that sent them is committed; after
+the commit nothing more is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LIMIT = 256 * 1024
 
 
 class Request:
-    """One request of a stream, serialised when it is first sent."""
+    """One request of a stream, serialized when it is first sent."""
 
     __slots__ = ("_bytes", "_message", "_replay")
 
@@ -28,16 +28,16 @@ class Request:
         self._bytes: bytes | None = None
 
     def serialized(self) -> bytes:
-        """Its bytes; raises what the caller's serializer raises."""
+        """The request's bytes. Raises what the caller's serializer raises."""
         if self._bytes is None:
             serializer = self._replay.serializer
             self._bytes = self._message if serializer is None else serializer(self._message)
-            self._replay.grew(len(self._bytes))
+            self._replay.count(len(self._bytes))
         return self._bytes
 
 
 class Buffer:
-    """The requests that were taken and may be needed again."""
+    """The requests that were taken and may have to be sent again."""
 
     def __init__(self, serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]) -> None:
         self.serializer = serializer
@@ -48,8 +48,8 @@ class Buffer:
         self._released = False
         self._error: BaseException | None = None  # how the caller's requests ended: StopIteration, or what they raised
 
-    def grew(self, size: int) -> None:
-        """``size`` more bytes were sent."""
+    def count(self, size: int) -> None:
+        """Count ``size`` more bytes sent."""
         if not self._released:
             self._size += size
             if self._size > LIMIT:
@@ -57,11 +57,11 @@ class Buffer:
                 self._on_overflow()
 
     def release(self) -> None:
-        """An attempt is the call now: what it has sent isn't needed again."""
+        """An attempt was committed: what it sent is not needed again."""
         self._released = True
 
     def _at(self, index: int) -> Request | None:
-        """The request at ``index``, if it was taken already. Raises what the caller's iterator raised."""
+        """The request at ``index``, if it was already taken. Raises what the caller's iterator raised."""
         if index < len(self._kept):
             return self._kept[index]
         if self._error is not None and not isinstance(self._error, StopIteration):
@@ -76,7 +76,7 @@ class Buffer:
 
 
 class Replay(Buffer):
-    """Requests of a blocking iterator. Each attempt reads them from the first on, in a thread of its own (grpc's)."""
+    """Requests of a blocking iterator. Each attempt reads them from the start, in its own thread (grpc's)."""
 
     def __init__(
         self, requests: Iterable[Any], serializer: Callable[[Any], bytes] | None, on_overflow: Callable[[], None]
@@ -85,11 +85,11 @@ class Replay(Buffer):
         try:
             self._requests = iter(requests)
         except TypeError as error:
-            self._error = error  # which each attempt meets, and grpc ends the call with
+            self._error = error  # raised in each attempt; grpc ends the call with it
         self._taking = threading.Lock()  # one attempt at a time waits for the caller's next request
 
     def requests(self) -> Iterator[Request]:
-        """All requests from the first on, for one attempt."""
+        """All requests from the start, for one attempt."""
         index = 0
         while True:
             with self._taking:
@@ -109,7 +109,7 @@ class Replay(Buffer):
 
 
 class AioReplay(Buffer):
-    """Requests of an iterable, asynchronous or not, or of ``write``. Each attempt reads them from the first on."""
+    """Requests of an iterable, asynchronous or not, or of ``write``. Each attempt reads them from the start."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class AioReplay(Buffer):
         on_overflow: Callable[[], None],
     ) -> None:
         super().__init__(serializer, on_overflow)
-        self._written = _Written() if requests is None else None
+        self._written = _WriteQueue() if requests is None else None
         source = requests if self._written is None else self._written
         self._next: Callable[[], Awaitable[Any]]
         if isinstance(source, AsyncIterable):
@@ -127,12 +127,12 @@ class AioReplay(Buffer):
             try:
                 self._next = _asynchronous(iter(source or ()))
             except TypeError as error:
-                self._error = error  # which each attempt meets, and grpc ends the call with
+                self._error = error  # raised in each attempt; grpc ends the call with it
         self._taking = asyncio.Lock()
         self._fetching: asyncio.Future[Any] | None = None
 
     async def requests(self) -> AsyncIterator[Request]:
-        """All requests from the first on, for one attempt."""
+        """All requests from the start, for one attempt."""
         index = 0
         while True:
             async with self._taking:
@@ -154,7 +154,7 @@ class AioReplay(Buffer):
     async def _fetch(self) -> Any:
         if self._released and self._fetching is None:
             return await self._next()
-        # An attempt that is cancelled meanwhile must not end the caller's iterator: the next attempt goes on with it.
+        # An attempt that is cancelled must not end the caller's iterator: the next attempt continues with it.
         if self._fetching is None:
             self._fetching = asyncio.ensure_future(self._next())
         try:
@@ -164,13 +164,13 @@ class AioReplay(Buffer):
                 self._fetching = None
 
     def close(self) -> None:
-        """The call is over: nobody waits for the caller's next request any more."""
+        """The call has ended: the caller's next request is not needed any more."""
         self.release()
         if self._written is not None:
             self._written.end()
         if self._fetching is not None:
             self._fetching.cancel()
-        self._next = _no_more  # the caller's iterator ends with the call, also while the call object is kept
+        self._next = _no_more  # frees the caller's iterator even while the call object is kept
 
     @property
     def writable(self) -> bool:
@@ -178,7 +178,7 @@ class AioReplay(Buffer):
         return self._written is not None
 
     def write(self, message: Any) -> asyncio.Future[None]:
-        """Send ``message``; done when the attempt that runs is ready for the next one."""
+        """Send ``message``; done when the running attempt is ready for the next one."""
         assert self._written is not None
         return self._written.put(message)
 
@@ -188,13 +188,13 @@ class AioReplay(Buffer):
         return self._written.taken(written)
 
     def done_writing(self) -> None:
-        """No more will be written."""
+        """No more requests follow."""
         assert self._written is not None
         self._written.end()
 
 
-class _Written:
-    """What ``write`` hands over, one at a time: each waits until the one before was sent."""
+class _WriteQueue:
+    """Requests from ``write``, one at a time: each waits until the previous one was sent."""
 
     def __init__(self) -> None:
         self._messages: deque[tuple[Any, asyncio.Future[None]]] = deque()
@@ -202,12 +202,12 @@ class _Written:
         self._sent: asyncio.Future[None] | None = None
         self._ended = False
 
-    def __aiter__(self) -> _Written:
+    def __aiter__(self) -> _WriteQueue:
         return self
 
     async def __anext__(self) -> Any:
         if self._sent is not None and not self._sent.done():
-            self._sent.set_result(None)  # being asked for the next means that the last one was sent
+            self._sent.set_result(None)  # asking for the next one means that the last one was sent
         while not self._messages:
             if self._ended:
                 raise StopAsyncIteration

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.channel.causes import Causes
-from mesh.channel.events import Events
+from mesh.channel.endpoint_log import EndpointLog
 from mesh.channel.pool import Pool
 from mesh.channel.subchannel import Subchannel
 from mesh.discovery.resolver import Resolver, Update
@@ -31,9 +31,10 @@ RETIRE_AFTER = 1.0
 
 
 class ResolvedPool(Pool):
-    """The pool of a target of the mesh's own: fed by a resolver, its subchannels' states looked at on a tick.
+    """The subchannels of the endpoints that a resolver finds.
 
-    ``configured`` is told each service config that the resolver learns of, before the endpoints that come with it.
+    ``configured`` is called with each service config that the resolver learns of, before the endpoints that come with
+    it.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class ResolvedPool(Pool):
         self._open_subchannel = open_subchannel
         self._subchannels: dict[str, Subchannel] = {}
         self._retired: list[tuple[float, Node, Subchannel]] = []
-        # Endpoints whose connection was lost while nobody called: the next call has them connected, as with gRPC's
-        # pick_first. (Connected at once, into a restart's gap, they would sit out a backoff when the call comes.)
+        # Endpoints whose connection was lost while no call was made: the next call reconnects them, as gRPC's
+        # pick_first does. (Reconnecting at once, while the server restarts, would leave them in backoff when the call
+        # comes.)
         self._idle_after_ready: set[str] = set()
         self._connects = Connects()
         self._stalled = False
@@ -60,8 +62,8 @@ class ResolvedPool(Pool):
         self._paused = False
         self._causes = Causes(lambda: self._wake())
         cluster.causes = self._causes.known
-        self._events = Events(cluster)
-        self._moved = False
+        self._events = EndpointLog(cluster)
+        self._states_changed = False
 
     def get(self, address: str) -> Subchannel | None:
         if self._idle_after_ready:
@@ -91,7 +93,7 @@ class ResolvedPool(Pool):
         wake = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(wake.set)
         if not self._paused and self._resolving is None:
-            self._resolving = self._discover()
+            self._resolving = self._start_discovery()
         try:
             await keep_running("connecting", functools.partial(self._watch, wake), self._stall, where=self.cluster.name)
         finally:
@@ -118,18 +120,18 @@ class ResolvedPool(Pool):
     def resume(self) -> None:
         if self._paused and not self.closed:
             self._paused = False
-            self._resolving = self._discover()
+            self._resolving = self._start_discovery()
             self._wake()
 
-    def _discover(self) -> asyncio.Task[None]:
+    def _start_discovery(self) -> asyncio.Task[None]:
         work = keep_running("discovery", self._resolve, self._unresolved, where=self.cluster.name)
         return asyncio.get_running_loop().create_task(work)
 
     async def _watch(self, wake: asyncio.Event) -> None:
-        """Look at the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
+        """Check the states on a tick, or as soon as ``wake`` is set, until the pool is closed."""
         while not self.closed:
             pause = self._tick()
-            await self._tidy(time.monotonic())
+            await self._close_retired(time.monotonic())
             if self._stalled:
                 self._stall("")
             try:
@@ -142,21 +144,21 @@ class ResolvedPool(Pool):
 
     def _stall(self, error: str) -> None:
         self._stalled = bool(error)
-        self._change(lambda: self.cluster.stalled(error))
+        self._update_cluster(lambda: self.cluster.stalled(error))
 
     def _unresolved(self, error: str) -> None:
-        self._change(lambda: self.cluster.unresolved(error, final=True))
+        self._update_cluster(lambda: self.cluster.unresolved(error, final=True))
 
     async def _resolve(self) -> None:
-        heard = False
+        updated = False
         async with contextlib.aclosing(self._resolver.updates()) as updates:
             async for update in updates:
-                self._events.resolved(update)
-                heard = True
+                self._events.on_resolver_update(update)
+                updated = True
                 if update.service_config is not None:
                     self._configured(update.service_config)
-                self._change(functools.partial(self._update, update))
-        if not heard:
+                self._update_cluster(functools.partial(self._update, update))
+        if not updated:
             raise RuntimeError("the resolver ended without an update")
 
     def _update(self, update: Update) -> None:
@@ -165,7 +167,7 @@ class ResolvedPool(Pool):
             return
         nodes = dict(self.cluster.nodes)
         new, gone = self.cluster.update(update.endpoints, update.error)
-        self._events.updated(new, gone)
+        self._events.on_endpoints(new, gone)
         now = time.monotonic()
         for address in gone:
             self._retired.append((now, nodes[address], self._subchannels.pop(address)))
@@ -174,11 +176,11 @@ class ResolvedPool(Pool):
         self._wake()
 
     def _tick(self) -> float:
-        """Do what time brings, look at every state, and connect what is idle and not at rest; returns the seconds until
-        the next look."""
+        """Sweep the cluster, check every state, and connect idle endpoints, but those that went idle after READY.
+        Returns the seconds until the next tick."""
         now = time.monotonic()
-        self._change(lambda: self.cluster.sweep(now))
-        self._events.swept()
+        self._update_cluster(lambda: self.cluster.sweep(now))
+        self._events.on_sweep()
         states = [(subchannel.address, subchannel.state()) for subchannel in tuple(self._subchannels.values())]
         known = self.cluster.states
         for address, state in states:
@@ -187,9 +189,9 @@ class ResolvedPool(Pool):
         failing = [address for address, state in states if state == Connectivity.TRANSIENT_FAILURE]
         self._causes.tick(self._subchannels, failing, now)
         self._observe(states)
-        if self._moved:
-            self._moved = False
-            self._events.observed(tuple(known.items()), self._causes.known)
+        if self._states_changed:
+            self._states_changed = False
+            self._events.on_states(tuple(known.items()), self._causes.known)
         if failing:
             self._resolver.resolve_now()
         idle = self._idle_after_ready
@@ -199,16 +201,16 @@ class ResolvedPool(Pool):
         for address in begin:
             try:
                 self._subchannels[address].connect()
-            except Exception as failure:  # the others connect nevertheless
+            except Exception as failure:  # the others still connect
                 error = failure
         if not self._paused and (self.cluster.balancer.reports.out_of_band or self._out_of_band is not None):
-            self._ask_for_load()
+            self._update_out_of_band()
         if error is not None:
             raise error
         return pause
 
-    def _ask_for_load(self) -> None:
-        """Have the endpoints that are READY asked for their load, if the balancing policy wants that."""
+    def _update_out_of_band(self) -> None:
+        """Watch the load reports of READY endpoints, if the balancing policy uses them."""
         if self._out_of_band is None:
             from mesh.channel.load_reports import OutOfBand
 
@@ -223,8 +225,8 @@ class ResolvedPool(Pool):
             }
         )
 
-    async def _tidy(self, now: float) -> None:
-        """Close what has retired, and the channels of retries long past."""
+    async def _close_retired(self, now: float) -> None:
+        """Close retired subchannels, and retry channels that are no longer used."""
         with self._lock:
             over: list[Subchannel] = []
             staying = []
@@ -245,9 +247,9 @@ class ResolvedPool(Pool):
         changed = [
             (address, seen)
             for address, state in states
-            if known.get(address, seen := self._causes.seen(address, state)) != seen
+            if known.get(address, seen := self._causes.reported_state(address, state)) != seen
         ]
         if changed:
-            self._change(functools.partial(self.cluster.observe, changed))
-            self._moved = True  # logged by the tick: a call may be here
+            self._update_cluster(functools.partial(self.cluster.observe, changed))
+            self._states_changed = True  # the tick logs it, not the call that may be here
             self._wake()

@@ -19,17 +19,17 @@ from mesh.core import ChannelOptions
 from mesh.model import Connectivity
 
 RETRY_IDLE = 60.0
-"""Seconds after which the retries' channel is closed."""
+"""Seconds after which an unused retry channel is closed."""
 
 _READY = int(Connectivity.READY)
-_numbers = itertools.count()  # of core channels
+_keys = itertools.count()  # of core channels
 
 
 class Method:
-    """One method of a channel, as its multicallables share it.
+    """One method of a channel, shared by its multicallables.
 
-    ``calls``: core's multicallables, by the number of the core channel. They are kept here and not by the subchannel,
-    so that they live no longer than the multicallables that the program holds.
+    ``calls``: core's multicallables by the key of the core channel. They are kept here and not in the subchannel, so
+    that they live no longer than the multicallables that the program holds.
     """
 
     __slots__ = ("__weakref__", "calls", "deserializer", "kind", "path", "policy", "registered", "serializer")
@@ -52,9 +52,9 @@ class Method:
 class Subchannel(abc.ABC):
     """One endpoint's core channel: one address, whose connection and keepalive core owns.
 
-    Retries go out on a second core channel, with core's own retries off: with them on, core strips the header that
-    tells the server how many attempts came before (A6). It is opened by the first retry to this endpoint, and closed
-    when idle.
+    Retries use a second core channel, on which core's own retries are off: with them on, core strips the header that
+    tells the server how many attempts came before (A6). The first retry to this endpoint opens it; it is closed when
+    unused.
     """
 
     def __init__(
@@ -74,37 +74,37 @@ class Subchannel(abc.ABC):
         self._channel: Any = None
         self._retry_channel: Any = None
         self._retried = 0.0
-        self._number, self._retry_number = next(_numbers), next(_numbers)
+        self._key, self._retry_key = next(_keys), next(_keys)
         self._methods: weakref.WeakSet[Method] = weakref.WeakSet()  # those that have a call here
         self._lock = threading.Lock()
 
     @abc.abstractmethod
     def _open(self, options: ChannelOptions) -> Any:
-        """A new core channel to the address."""
+        """Open a core channel to the address."""
 
     @abc.abstractmethod
     async def _close(self, channel: Any) -> None:
-        """Close a core channel; its calls are cancelled."""
+        """Close a core channel, which cancels its calls."""
 
     @abc.abstractmethod
     def check(self, connect: bool) -> int:
-        """The connection's state as core's number; with ``connect``, an idle one begins to connect."""
+        """The connection's state as core's number; with ``connect``, an idle one starts to connect."""
 
     @abc.abstractmethod
-    def aside(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
-        """An asyncio channel to the address, for what isn't a caller's."""
+    def control_channel(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        """An asyncio channel to the address for the mesh's own calls."""
 
     @abc.abstractmethod
-    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
-        """An asyncio channel to the address that doesn't watch its health, to ask about just that."""
+    def channel_without_health(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        """An asyncio channel to the address without client-side health checking, to ask for its health."""
 
     def connect(self) -> None:
-        """Open the channel and begin to connect."""
+        """Open the channel and start to connect."""
         self.core()
         self.check(True)
 
     def ready(self) -> bool:
-        """Whether a call would leave now."""
+        """Whether a call would be sent at once."""
         return self._channel is not None and self.check(False) == _READY
 
     def state(self) -> Connectivity:
@@ -113,17 +113,17 @@ class Subchannel(abc.ABC):
             return Connectivity.IDLE
         try:
             return Connectivity.SHUTDOWN if self.closed else Connectivity(self.check(False))
-        except ValueError:  # it was closed meanwhile
+        except ValueError:  # closed in the meantime
             return Connectivity.SHUTDOWN
 
     def call(self, method: Method, previous: int) -> Any:
-        """The core multicallable of ``method``; that of the retries' channel when attempts came before this one."""
+        """The core multicallable of ``method``; the retry channel's when attempts came before this one."""
         if previous:
             return self._retry_call(method)
-        return method.calls.get(self._number) or self._first_call(method)
+        return method.calls.get(self._key) or self._first_call(method)
 
     def core(self) -> Any:
-        """The core channel, opened if it isn't yet."""
+        """The core channel, opened on first use."""
         with self._lock:
             if self._channel is None:
                 self._channel = self._open(self._options)
@@ -131,40 +131,40 @@ class Subchannel(abc.ABC):
 
     def _first_call(self, method: Method) -> Any:
         core = self.core()
-        with self._lock:  # grpc: registering a method is not thread-safe
+        with self._lock:  # registering a method with grpc is not thread-safe
             self._methods.add(method)
-            return method.calls.setdefault(self._number, _multicallable(core, method))
+            return method.calls.setdefault(self._key, _multicallable(core, method))
 
     def _retry_call(self, method: Method) -> Any:
         with self._lock:
             self._retried = time.monotonic()
             if self._retry_channel is None:
                 self._retry_channel = self._open(self._retry_options)
-            if self._retry_number not in method.calls:
+            if self._retry_key not in method.calls:
                 self._methods.add(method)
-                method.calls[self._retry_number] = _multicallable(self._retry_channel, method)
-            return method.calls[self._retry_number]
+                method.calls[self._retry_key] = _multicallable(self._retry_channel, method)
+            return method.calls[self._retry_key]
 
     async def close_idle_retries(self, now: float, *, in_flight: int) -> None:
-        """Close the retries' channel when it was long unused."""
+        """Close the retry channel if it has not been used for a while."""
         with self._lock:
             if self._retry_channel is None or in_flight or now - self._retried < RETRY_IDLE:
                 return
             idle, self._retry_channel = self._retry_channel, None
-            self._forget_calls(self._retry_number)
+            self._forget_multicallables(self._retry_key)
         await self._close(idle)
 
     async def close(self) -> None:
-        """Close what is open; calls on it are cancelled."""
+        """Close the core channels, which cancels their calls."""
         self.closed = True
         for channel in (self._channel, self._retry_channel):
             if channel is not None:
                 await self._close(channel)
         with self._lock:
-            self._forget_calls(self._number)
-            self._forget_calls(self._retry_number)
+            self._forget_multicallables(self._key)
+            self._forget_multicallables(self._retry_key)
 
-    def _forget_calls(self, number: int) -> None:
+    def _forget_multicallables(self, number: int) -> None:
         for method in tuple(self._methods):
             method.calls.pop(number, None)
 
@@ -182,7 +182,7 @@ class SyncSubchannel(Subchannel):
         channel.close()
 
     @contextlib.asynccontextmanager
-    async def aside(self) -> AsyncIterator[grpc.aio.Channel]:
+    async def control_channel(self) -> AsyncIterator[grpc.aio.Channel]:
         # A connection of its own: a stream of grpc.Channel would take a thread.
         aside = AioSubchannel(self.address, self._options, self._credentials, self._compression)
         try:
@@ -190,8 +190,8 @@ class SyncSubchannel(Subchannel):
         finally:
             await aside.close()
 
-    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
-        return _unwatched(self.address, self.options, self._credentials, self._compression)
+    def channel_without_health(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        return _channel_without_health(self.address, self.options, self._credentials, self._compression)
 
     def check(self, connect: bool) -> int:
         return core.state(self._channel, connect)
@@ -207,11 +207,11 @@ class AioSubchannel(Subchannel):
         await channel.close()
 
     @contextlib.asynccontextmanager
-    async def aside(self) -> AsyncIterator[grpc.aio.Channel]:
+    async def control_channel(self) -> AsyncIterator[grpc.aio.Channel]:
         yield self.core()
 
-    def unwatched(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
-        return _unwatched(self.address, self.options, self._credentials, self._compression)
+    def channel_without_health(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+        return _channel_without_health(self.address, self.options, self._credentials, self._compression)
 
     def check(self, connect: bool) -> int:
         state: int = self._channel.get_state(connect).value[0]
@@ -219,7 +219,7 @@ class AioSubchannel(Subchannel):
 
 
 @contextlib.asynccontextmanager
-async def _unwatched(
+async def _channel_without_health(
     address: str,
     options: ChannelOptions,
     credentials: grpc.ChannelCredentials | None,

@@ -1,7 +1,7 @@
-"""A thread for the code of users: their callbacks, and whatever else of theirs an event sets off.
+"""A thread for users' code: their callbacks and serializers.
 
-The background thread (``background.py``) serves all sync channels and so never runs it: code that blocks there would
-stop discovery, timers and every other channel.
+The background thread (``background.py``) serves all sync channels and never runs it: code that blocks there would stop
+discovery, timers and every other channel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IDLE = 1.0
 
 
 class Worker:
-    """Runs what it is given, in order, on one daemon thread, which starts with the first and ends when idle.
+    """Runs functions in order on one daemon thread, which starts with the first and ends when idle.
 
     Safe from any thread, but not from a finalizer: ``run`` takes a lock.
     """
@@ -30,7 +30,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def run(self, work: Callable[[], object]) -> None:
-        """Have ``work`` run soon. What it raises is logged."""
+        """Run ``work`` soon. Exceptions are logged."""
         with self._condition:
             self._work.append(work)
             if self._thread is not None and self._thread.is_alive():
@@ -39,11 +39,11 @@ class Worker:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError:  # the interpreter ends; the next work tries again
+            except RuntimeError:  # the interpreter is shutting down
                 self._thread = None
 
-    def again(self) -> Worker:
-        """A worker without work, for a forked child: the lock may be held by a thread that isn't there."""
+    def for_child(self) -> Worker:
+        """A new worker for a forked child, where the lock may be held by a thread that doesn't exist."""
         return Worker(self._name)
 
     def _run(self) -> None:
@@ -55,7 +55,7 @@ class Worker:
                 work = self._work.popleft()
             try:
                 work()
-            except BaseException:  # SystemExit, too: the thread serves other calls
+            except BaseException:  # even SystemExit: the thread serves other calls
                 _LOG.exception("Exception in callback %r", work)
             del work  # not kept alive while idle
 

@@ -151,7 +151,7 @@ def test_a_server_without_the_service_is_called_all_the_same(caplog: pytest.LogC
 
         def said() -> bool:
             assert call(b"x", timeout=WITHIN, wait_for_ready=True) == b"x"
-            return "doesn't report its load out of band" in caplog.text
+            return "does not serve load reports out of band" in caplog.text
 
         eventually(said, within=WITHIN)
     replica.stop()

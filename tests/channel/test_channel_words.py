@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 import mesh
 import mesh.aio
 from mesh import lines
-from mesh.channel.events import Events
+from mesh.channel.endpoint_log import EndpointLog
 from mesh.channel.sync.channel import Channel
 from mesh.codes import Code
 from mesh.config.settings import EjectionConfig, ServiceConfig
@@ -253,26 +253,26 @@ def test_lines_say_when_endpoints_come_fail_and_return(
 def test_an_ejection_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mesh")
     cluster = cluster_of(3, ServiceConfig(ejection=EjectionConfig(consecutive=1)))
-    events, node = Events(cluster), cluster.nodes["e1"]
+    events, node = EndpointLog(cluster), cluster.nodes["e1"]
     node.breaker.failed(0.0, Code.UNAVAILABLE)
     cluster.ejections.heard(node)
     cluster.sweep(1.0)
-    events.swept()
-    events.swept()
+    events.on_sweep()
+    events.on_sweep()
     assert caplog.messages == [f"test: endpoint ejected: e1: {cluster.ejections.why['e1']}"]
     cluster.sweep(1000.0)
     Driven(cluster=cluster, now=1000.0).succeeds(1, at=1000.5)
     cluster.sweep(1001.0)
-    events.swept()
+    events.on_sweep()
     assert caplog.messages[1:] == ["test: endpoint returned: e1 from ejection"]
 
 
 def test_a_resolver_that_fails_and_works_again_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mesh")
-    events = Events(cluster_of(1))
-    events.resolved(Update((Endpoint("e0"),)))
-    events.resolved(Update(None, "registry r:1: UNAVAILABLE: gone"))
-    events.resolved(Update((Endpoint("e0"),)))
+    events = EndpointLog(cluster_of(1))
+    events.on_resolver_update(Update((Endpoint("e0"),)))
+    events.on_resolver_update(Update(None, "registry r:1: UNAVAILABLE: gone"))
+    events.on_resolver_update(Update((Endpoint("e0"),)))
     assert caplog.messages == [
         "test: registry r:1: UNAVAILABLE: gone; keeping 1 known endpoint",
         "test: discovery works again; endpoints: 1",

@@ -16,7 +16,7 @@ from mesh.codes import Code
 from mesh.errors import AioRpcError
 from mesh.wire import STATUS_CODES
 
-# grpc's words, which its users may know.
+# As gRPC words them.
 _FINISHED_DETAILS = "RPC already finished."
 
 
@@ -27,15 +27,16 @@ _STYLE_DETAILS = "The iterator and read/write APIs may not be mixed on a single 
 
 
 def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    """Call ``callback`` on the loop soon. Takes no lock: garbage is collected in any thread, which may hold any."""
+    """Call ``callback`` on the loop soon. Takes no lock: garbage is collected in any thread, which may hold any
+    lock."""
     try:
         loop.call_soon_threadsafe(callback)
-    except RuntimeError:  # the loop is closed, and everything on it is over
+    except RuntimeError:  # the loop is closed, and with it the call
         pass
 
 
 class Call(BaseCall, grpc.aio.Call):
-    """What the call objects of all kinds share: all that grpc's have, and ``explain()``."""
+    """What all four kinds share: the methods of grpc's call objects, and ``explain()``."""
 
     _driver: Driver
 
@@ -44,48 +45,48 @@ class Call(BaseCall, grpc.aio.Call):
 
     def cancelled(self) -> bool:
         verdict = self._driver.verdict
-        return verdict is not None and verdict.outcome.code == Code.CANCELLED  # also the server's, as in grpc.aio
+        return verdict is not None and verdict.outcome.code == Code.CANCELLED  # the server's as well, as in grpc.aio
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         self._driver.add_callback(functools.partial(callback, self))
 
     async def initial_metadata(self) -> grpc.aio.Metadata:
-        inner = await self._driver.settled()
+        inner = await self._driver.committed_call()
         return grpc.aio.Metadata() if inner is None else await inner.initial_metadata()
 
     async def trailing_metadata(self) -> grpc.aio.Metadata:
-        inner: Any = (await self._driver.finished()).result
+        inner: Any = (await self._driver.outcome()).result
         return grpc.aio.Metadata() if inner is None else await inner.trailing_metadata()
 
     async def code(self) -> grpc.StatusCode:
-        return STATUS_CODES[(await self._driver.finished()).code]
+        return STATUS_CODES[(await self._driver.outcome()).code]
 
     async def details(self) -> str:
-        return (await self._driver.finished()).details
+        return (await self._driver.outcome()).details
 
     async def debug_error_string(self) -> str:
-        outcome = await self._driver.finished()
+        outcome = await self._driver.outcome()
         inner: Any = outcome.result
         return outcome.details if inner is None else await inner.debug_error_string()
 
     async def wait_for_connection(self) -> None:
-        """Wait until an attempt is connected to its endpoint; raises when the call fails before."""
+        """Wait until an attempt is connected to its endpoint; raises if the call fails first."""
         while self._driver.verdict is None:
             inner = next(iter(self._driver.running.values()), None)
             if inner is None:
-                await self._driver.change()
+                await self._driver.next_change()
                 continue
             try:
                 await inner.wait_for_connection()
-            except grpc.RpcError:  # of this attempt; the flow may not know yet
+            except grpc.RpcError:  # this attempt's; the flow may not know yet
                 if inner in self._driver.running.values():
-                    await self._driver.change()
+                    await self._driver.next_change()
                 continue
             return
         await self._raise_for_status()
 
     async def _raise_for_status(self) -> None:
-        outcome = await self._driver.finished()
+        outcome = await self._driver.outcome()
         if outcome.cancelled:
             raise asyncio.CancelledError
         if outcome.code:
@@ -123,15 +124,15 @@ class _UnaryResponse(Call):
         driver = self._driver
         try:
             while driver.verdict is None:
-                inner = driver.only()
+                inner = driver.sole_attempt()
                 if inner is None:
-                    yield from driver.change().__await__()
+                    yield from driver.next_change().__await__()
                     continue
                 try:
                     return (yield from inner.__await__())
-                except grpc.RpcError:  # of this attempt: the flow decides what follows, once it hears of it
+                except grpc.RpcError:  # this attempt's: the flow decides what follows once it knows
                     if inner in driver.running.values():
-                        yield from driver.change().__await__()
+                        yield from driver.next_change().__await__()
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -177,7 +178,7 @@ class _StreamResponse(Call):
         try:
             inner = driver.committed
             if inner is None:
-                inner = await driver.settled()
+                inner = await driver.committed_call()
             if inner is not None:
                 response = await inner.read()
                 if response is not grpc.aio.EOF:
@@ -192,14 +193,14 @@ class _StreamResponse(Call):
 
 
 class _StreamRequest(Call):
-    """Streamed requests, which may be written one by one when no iterator was given."""
+    """Streamed requests, which may be written one by one if no iterator was given."""
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
-        self._done_writing_flag = False  # grpc's intercepted calls look at it
+        self._done_writing_flag = False  # read by grpc's intercepted calls
 
     async def write(self, request: Any) -> None:
-        """Send ``request``; returns when the next one may follow."""
+        """Send ``request``; returns when the next one may be sent."""
         replay = self._writable()
         if self.done():
             raise asyncio.InvalidStateError(_FINISHED_DETAILS)
@@ -207,7 +208,7 @@ class _StreamRequest(Call):
             raise asyncio.InvalidStateError(_HALF_CLOSED_DETAILS)
         sent = replay.write(request)
         try:
-            await asyncio.wait((sent, self._driver.end()), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sent, self._driver.end_future()), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -215,7 +216,7 @@ class _StreamRequest(Call):
             await self._raise_for_status()
 
     async def done_writing(self) -> None:
-        """Say that no more requests follow. May be said twice."""
+        """End the requests. May be called twice."""
         replay = self._writable()
         if not self.done() and not self._done_writing_flag:
             self._done_writing_flag = True

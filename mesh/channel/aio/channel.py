@@ -1,7 +1,7 @@
-"""``grpc.aio.Channel`` over a cluster: the channel, the multicallables of the four kinds, and their call objects.
+"""``grpc.aio.Channel`` through the mesh, and the public functions that create it.
 
-Every call is driven by events, on the loop of the channel's first use. The first attempt starts when the call is
-made, as grpc's does; awaiting it awaits core's own call, so a call that succeeds costs no task beside core's.
+A channel belongs to the loop of its first use. Awaiting a call awaits core's own call, so a call that succeeds costs no
+task beside core's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import grpc.aio
 from mesh import forking
 from mesh.channel.aio.call import call_from_finalizer
 from mesh.channel.aio.driver import Driver
-from mesh.channel.aio.interceptors import TO_COME, by_kind
+from mesh.channel.aio.interceptors import INSTRUMENTATION, interceptors_by_kind
 from mesh.channel.aio.multicallable import MULTICALLABLES
 from mesh.channel.arguments import check_channel_credentials
 from mesh.channel.assemble import Assembly
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("mesh.channel")
 
 
 class Channel(BaseChannel, grpc.aio.Channel):
-    """A ``grpc.aio.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
+    """A ``grpc.aio.Channel`` whose calls go through the mesh. Uses no core, thread or loop before its first call."""
 
     blocking = False
 
@@ -47,36 +47,36 @@ class Channel(BaseChannel, grpc.aio.Channel):
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, AioSubchannel)
-        self.interceptors = by_kind(tuple(interceptors or ()))
+        self.interceptors = interceptors_by_kind(tuple(interceptors or ()))
         for kind, of_kind in self.interceptors.items():
-            setattr(self, f"_{kind}_interceptors", of_kind)  # as grpc's channel: programs append to them
+            setattr(self, f"_{kind}_interceptors", of_kind)  # as in grpc's channel: programs append to them
         self._instrument: Callable[[], None] | None = None
         make = replacement(grpc.aio, secure=credentials is not None)
         if make is not None:
             self._instrument = functools.partial(self._take_interceptors, make, target, credentials)
             for of_kind in self.interceptors.values():
-                of_kind.insert(0, TO_COME)
+                of_kind.insert(0, INSTRUMENTATION)
         self.closed = False
         self.calls: set[Driver] = set()
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
-        self._left: object = None  # in a forked child, what is the parent's
+        self._inherited: object = None  # in a forked child, what belongs to the parent
 
     def forked(self) -> object:
-        """In a forked child: the channel is the parent's alone; returns what must not be freed here."""
+        """In a forked child: only the parent can use the channel; returns what must not be freed here."""
         left = self.assembly, self._running, self._stop, tuple(self.calls), tuple(self.intercepted)
         if self._stop is not None:
             self._stop.detach()
         for driver in self.calls:
             driver.forked()
         self.calls, self.intercepted = set(), weakref.WeakSet()
-        self._left, self._running = left, None
+        self._inherited, self._running = left, None
         return left
 
     def start(self) -> None:
-        """Bring the channel to life on the running loop; once.
+        """Start the channel on the running loop, once.
 
         Raises UsageError when it is closed, RuntimeError on another loop than its first.
         """
@@ -85,66 +85,66 @@ class Channel(BaseChannel, grpc.aio.Channel):
         if self._running is not None:
             self._check_loop()
         else:
-            if self._left is not None:
+            if self._inherited is not None:
                 raise forking.inherited()
             forking.check(aio=True)
             forking.register(self)
-            self.assembly.rng.seed()  # channels that forked apart must not move in step
+            self.assembly.rng.seed()  # forked processes must not draw the same numbers
             if self._instrument is not None:
                 self._instrument()
             self.loop = asyncio.get_running_loop()
-            # In a context of its own: it outlives the inbound call that happens to be handled here.
+            # In its own context: it outlives the inbound call that may be handled here.
             self._running = self.loop.create_task(self.assembly.run(), context=contextvars.Context())
             self._running.add_done_callback(log_failure)
-            # The multicallables hold the channel, so it lives as long as any stub.
+            # Multicallables reference the channel, so it lives as long as any stub.
             self._stop = weakref.finalize(self, _stop, self.loop, self.assembly.pool)
             self._stop.atexit = False
 
     def _take_interceptors(self, make: Make, target: str, credentials: grpc.ChannelCredentials | None) -> None:
         added = aio_interceptors(make, target, credentials, self.interceptors)
         for kind, of_kind in self.interceptors.items():
-            place = of_kind.index(TO_COME)
+            place = of_kind.index(INSTRUMENTATION)
             of_kind[place : place + 1] = added.get(kind, ())
         self._instrument = None
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
-        """The channel's event loop, by the name that it has in grpc.aio. Before the first use: the current one."""
+        """The channel's event loop, under its name in grpc.aio. Before the first use: the current one."""
         return self.loop or asyncio.get_event_loop()
 
     def _check_loop(self) -> None:
         try:
             running = asyncio.get_running_loop()
-        except RuntimeError:  # a call may be made here and awaited there
+        except RuntimeError:  # a call may be created outside of the loop and awaited on it
             return
         loop = self.loop
         if running is not loop:
             raise RuntimeError(
-                f"{self!r} belongs to another event loop, {loop!r} at {id(loop):#x}. Make a channel for each loop."
+                f"{self!r} belongs to another event loop, {loop!r} at {id(loop):#x}. Create a channel for each loop."
             )
 
     async def close(self, grace: float | None = None) -> None:
-        """Take no more calls, give those in flight ``grace`` seconds to end, cancel the rest, close connections."""
+        """Give the calls in flight ``grace`` seconds to end, cancel the rest and close all connections."""
         if grace is not None and grace < 0:
             raise ValueError(f"grace must be non-negative, got {grace}.")
         if self.closed:
             return
-        if self.loop is not None and self.loop.is_closed():  # and with it all that was in flight
+        if self.loop is not None and self.loop.is_closed():  # and with it all calls
             self.closed = True
             return
         if self._running is not None:
             self._check_loop()
         self.closed = True
-        if self._left is not None:
+        if self._inherited is not None:
             return
         intercepted = tuple(self.intercepted)
         if grace and (intercepted or self.calls):
-            ends = [*(driver.finished() for driver in self.calls), *(call.code() for call in intercepted)]
+            ends = [*(driver.outcome() for driver in self.calls), *(call.code() for call in intercepted)]
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=grace)
         for call in (*intercepted, *self.calls):
             call.cancel()
         if self._stop is not None:
-            self._stop.detach()  # what it would call later keeps the pool
+            self._stop.detach()  # it keeps the pool alive
         self.assembly.pool.close()
         if self._running is not None and not self._running.done():
             await asyncio.wait([self._running])
@@ -162,7 +162,7 @@ class Channel(BaseChannel, grpc.aio.Channel):
         if try_to_connect and not self.closed:
             self.start()
             self.assembly.pool.exit_idle()
-        return state  # as it was before, like grpc's
+        return state  # as it was before connecting, as in grpc.aio
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         if self.closed:
@@ -170,13 +170,13 @@ class Channel(BaseChannel, grpc.aio.Channel):
         if self._running is not None:
             self._check_loop()
         pool = self.assembly.pool
-        if pool.connected_by_core:  # core knows the state of its own targets best
+        if pool.connected_by_core:  # core knows the state of the targets that it connects
             self.start()
             await pool.core_channel().wait_for_state_change(last_observed_state)
             return
         while self.get_state() is last_observed_state:
             replaced = asyncio.Event()
-            pool.when_replaced(pool.cluster.picker, replaced.set)
+            pool.on_picker_change(pool.cluster.picker, replaced.set)
             try:
                 if self.get_state() is last_observed_state:
                     await replaced.wait()
@@ -213,7 +213,7 @@ def insecure_channel(
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
-    """A ``grpc.aio.Channel`` through the mesh: a drop-in for ``grpc.aio.insecure_channel``.
+    """Create a ``grpc.aio.Channel`` through the mesh: a drop-in for ``grpc.aio.insecure_channel``.
 
     ``target`` and ``options`` as for ``mesh.insecure_channel``.
 
@@ -230,11 +230,11 @@ def secure_channel(
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
-    """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address.
+    """As ``insecure_channel``, over TLS. For ``mesh:///`` and ``dns:///`` targets, servers must have a certificate for
+    the service's name, not for an address.
 
     Raises:
-        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        TypeError: ``credentials`` are not ``grpc.ChannelCredentials``.
         ValueError: as ``insecure_channel``.
     """
     check_channel_credentials(credentials)

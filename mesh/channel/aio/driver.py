@@ -1,4 +1,4 @@
-"""Drives a flow on an event loop."""
+"""Runs a flow on an event loop."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Requests = AsyncIterable[Any] | Iterable[Any] | None
 
 _LOG = logging.getLogger("mesh.channel")
 
-# grpc's words.
+# As gRPC words it.
 _WRITE_FAILED = 'Failed "execute_batch"'
-_STATUS_WITHIN = 0.05  # seconds after a write that failed, in which the server's own status is waited for
+_STATUS_WITHIN = 0.05  # seconds to wait for the server's own status after a write that failed
 
 
 class Owner(driver.Owner, Protocol):
@@ -39,11 +39,11 @@ class Owner(driver.Owner, Protocol):
     loop: asyncio.AbstractEventLoop | None
 
     def start(self) -> None:
-        """Bring the channel to life on the running loop; once."""
+        """Start the channel on the running loop, once."""
 
 
 class Driver(EventDriver):
-    """Drives a call over core's asyncio calls."""
+    """Runs a call over core's asyncio calls."""
 
     channel: Owner
     replay: AioReplay | None
@@ -76,14 +76,14 @@ class Driver(EventDriver):
         super().start()
         self._starting = False
 
-    def _conclude_later(self, verdict: Verdict) -> bool:
-        """A call doesn't end before its creator has it, as in grpc.aio: the loop's next turn ends it."""
+    def _defers_conclusion(self, verdict: Verdict) -> bool:
+        """As in grpc.aio, a call doesn't end before its caller has it, but in the loop's next iteration."""
         if self._starting:
             self._flow = ending(verdict)
             asyncio.get_running_loop().call_soon(self.timer_fired)
         return self._starting
 
-    def begin(self, attempt: Attempt) -> None:
+    def start_attempt(self, attempt: Attempt) -> None:
         self.hedged = self.call.policy.hedge.max_attempts > 1
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
@@ -99,13 +99,13 @@ class Driver(EventDriver):
             compression=self._compression,
         )
         self.running[number] = inner
-        inner.add_done_callback(_End(self, number, address))
+        inner.add_done_callback(_EndCallback(self, number, address))
         if self._streams:
-            self._background(self._await_headers(number, inner))
+            self._spawn(self._await_headers(number, inner))
         if (self.hedged or self.replay is not None) and self._unrepeatable():
-            self.overflow(number)
+            self.replay_overflowed(number)
 
-    def wake_at(self, until: float | None) -> None:
+    def set_timer(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
@@ -137,14 +137,14 @@ class Driver(EventDriver):
                 _LOG.exception("Exception in callback %r", callback)
 
     def add_callback(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called when the call is over; at once when it is."""
+        """Call ``callback`` when the call has ended; at once if it already has."""
         if self.verdict is None:
             self._callbacks.append(callback)
         else:
             callback()
 
-    async def change(self) -> None:
-        """Wait until an attempt begins or is committed, or the call is over."""
+    async def next_change(self) -> None:
+        """Wait until an attempt starts or is committed, or the call has ended."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
@@ -154,30 +154,30 @@ class Driver(EventDriver):
                 self._waiting.remove(future)
             raise
 
-    def end(self) -> asyncio.Future[None]:
-        """Done when the call is over; one for all who wait for it beside something else."""
+    def end_future(self) -> asyncio.Future[None]:
+        """A future that is done when the call has ended; shared by all who wait for it."""
         if self._end is None:
             self._end = asyncio.get_running_loop().create_future()
             if self.verdict is not None:
                 self._end.set_result(None)
         return self._end
 
-    async def finished(self) -> Outcome:
-        """Wait until the call is over."""
+    async def outcome(self) -> Outcome:
+        """Wait until the call has ended."""
         while self.verdict is None:
-            await self.change()
+            await self.next_change()
         return self.verdict.outcome
 
-    async def settled(self) -> Any:
-        """Wait until an attempt is the call, and return it; None when the mesh itself ended the call."""
+    async def committed_call(self) -> Any:
+        """Wait until an attempt is committed, and return its core call; None when the mesh itself ended the call."""
         while self.committed is None:
             if self.verdict is not None:
                 return self.verdict.outcome.result
-            await self.change()
+            await self.next_change()
         return self.committed
 
-    def only(self) -> Any:
-        """The one attempt that runs, where there can be only one: who waits for the call may wait for it."""
+    def sole_attempt(self) -> Any:
+        """The core call of the only attempt, which a waiter may await itself; None where there may be several."""
         if self.hedged or not self.running:
             return None
         (inner,) = self.running.values()
@@ -185,32 +185,32 @@ class Driver(EventDriver):
 
     async def _await_headers(self, number: int, inner: Any) -> None:
         if await inner.initial_metadata() or not inner.done():
-            self.headers(number)
+            self.headers_received(number)
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._watching.add(task)
         task.add_done_callback(self._watching.discard)
 
-    def over(self, number: int, address: str, inner: Any) -> None:
+    def core_call_ended(self, number: int, address: str, inner: Any) -> None:
         """Core's call of attempt ``number`` has ended."""
         code = _code(inner)
         if code is grpc.StatusCode.OK:
             if self.pool.cluster.reads_reports:
-                self.pool.answered(address, _ready(inner.trailing_metadata()))
+                self.pool.take_load_report(address, _result_now(inner.trailing_metadata()))
             self.ended(number, Outcome(0, result=inner))
             return
         outcome = failed(
             self.pool,
             address,
             code.value[0],
-            _ready(inner.details()),
-            _ready(inner.initial_metadata()),
-            _ready(inner.trailing_metadata()),
+            _result_now(inner.details()),
+            _result_now(inner.initial_metadata()),
+            _result_now(inner.trailing_metadata()),
             inner,
             final=self._unrepeatable(),
-            # Cancelled here, and not by the driver, which has forgotten those: whoever awaited it was.
-            cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_here(inner),
+            # Cancelled locally, and not by the driver, which removes those from ``running``: its awaiter was cancelled.
+            cancelled=number in self.running and code is grpc.StatusCode.CANCELLED and _ended_locally(inner),
         )
         self.ended(number, outcome)
 
@@ -228,9 +228,9 @@ class Driver(EventDriver):
             loop.call_soon_threadsafe(self.cancel)
 
 
-class _End:
-    """Tells a driver that core's call has ended. Core's call keeps it, the driver core's call: so it lets go of the
-    driver, or every call would be left to the garbage collector."""
+class _EndCallback:
+    """Tells a driver that a core call has ended. The core call keeps this callback and the driver keeps the core call,
+    so it releases the driver: otherwise every call would be left to the garbage collector."""
 
     __slots__ = ("_address", "_driver", "_number", "_waited")
 
@@ -244,42 +244,43 @@ class _End:
         driver = self._driver
         if driver is None:
             return
-        # When a message can no longer be sent, grpc says INTERNAL, and mostly calls again with the server's own status.
+        # When a message can't be sent any more, grpc reports INTERNAL, and usually calls again with the server's
+        # status.
         if not self._waited and driver.replay is not None and _write_failed(inner):
             self._waited = True
             asyncio.get_running_loop().call_later(_STATUS_WITHIN, self, inner)
             return
         self._driver = None
-        driver.over(self._number, self._address, inner)
+        driver.core_call_ended(self._number, self._address, inner)
 
 
-def _ended_here(inner: Any) -> bool:
-    """Whether grpc.aio itself ended the call, as for a cancel. Core writes a debug string for each status of its own or
-    of a peer, and a peer has no way to leave it out."""
-    return not _ready(inner.debug_error_string())
+def _ended_locally(inner: Any) -> bool:
+    """Whether grpc.aio itself ended the call, as on cancellation. Core adds a debug string to each status of its own
+    and of a peer, and a peer can't remove it."""
+    return not _result_now(inner.debug_error_string())
 
 
 def _write_failed(inner: Any) -> bool:
-    """Whether grpc.aio ended the call because it could not send a message. Its debug string says so: those of core
-    begin with a status code, whatever a peer writes."""
-    return (_ready(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
+    """Whether grpc.aio ended the call because it could not send a message, as its debug string says. Core's debug
+    strings start with a status code, whatever a peer writes."""
+    return (_result_now(inner.debug_error_string()) or "").startswith(_WRITE_FAILED)
 
 
 def _code(inner: Any) -> grpc.StatusCode:
-    """A finished call's status; UNKNOWN for a number that is none, on which an old grpc.aio raises."""
+    """The status of a call that has ended; UNKNOWN for a number that is no status, on which an old grpc.aio raises."""
     try:
-        code: grpc.StatusCode = _ready(inner.code())
+        code: grpc.StatusCode = _result_now(inner.code())
     except KeyError:
         return grpc.StatusCode.UNKNOWN
     return code
 
 
-def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What a finished call's coroutine returns: it has nothing left to wait for."""
+def _result_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine of a call that has ended: it doesn't wait for anything."""
     try:
         coroutine.send(None)
     except StopIteration as stop:
         return cast("T", stop.value)
     finally:
         coroutine.close()
-    raise AssertionError("a finished call has its status")
+    raise AssertionError("a call that has ended has its status")

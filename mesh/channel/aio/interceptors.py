@@ -1,4 +1,4 @@
-"""Interceptors of an asyncio channel: by kind, and around the mesh's own call."""
+"""An asyncio channel's interceptors, and the calls that go through them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from grpc.aio import _interceptor as interceptor_calls
 from mesh.channel.aio.call import Call
 from mesh.observe import Explanation
 
-TO_COME: Any = object()
-"""Among a channel's interceptors until its first use: in the place of those that instrumentation adds, because gRPC
-makes no asyncio channel without a loop."""
+INSTRUMENTATION: Any = object()
+"""Stands for the interceptors that instrumentation adds until the channel's first use: gRPC creates an asyncio channel
+only on a running loop."""
 
 
 _KINDS: dict[str, type[grpc.aio.ClientInterceptor]] = {
@@ -25,9 +25,9 @@ _KINDS: dict[str, type[grpc.aio.ClientInterceptor]] = {
 }
 
 
-def by_kind(interceptors: Sequence[grpc.aio.ClientInterceptor]) -> dict[str, list[Any]]:
-    """The interceptors of each kind. One that is of several kinds is in each (grpc's own channel takes only the first
-    of them, grpc/grpc#43512)."""
+def interceptors_by_kind(interceptors: Sequence[grpc.aio.ClientInterceptor]) -> dict[str, list[Any]]:
+    """The interceptors of each kind. One that is of several kinds is in each of them (grpc's own channel uses only the
+    first, grpc/grpc#43512)."""
     for interceptor in interceptors:
         if not isinstance(interceptor, tuple(_KINDS.values())):
             names = " or ".join(kind.__name__ for kind in _KINDS.values())
@@ -36,24 +36,23 @@ def by_kind(interceptors: Sequence[grpc.aio.ClientInterceptor]) -> dict[str, lis
 
 
 class Callee(Protocol):
-    """What makes a call."""
+    """Makes the call that interceptors end with."""
 
     def call(self, requests: Any, *arguments: Any) -> Call:
-        """Make the call."""
+        """Start a call."""
 
     def redirected(self, path: str) -> Callee:
-        """The same for the method that an interceptor chose instead."""
+        """The same for the other method that an interceptor chose."""
 
 
 class Innermost:
-    """Stands behind the last interceptor of a call, and makes it through the mesh instead of what grpc would make
-    there."""
+    """Follows the last interceptor of a call, and makes the call through the mesh instead of grpc."""
 
     def __init__(self, multicallable: Callee, compression: grpc.Compression | None) -> None:
         self._multicallable = multicallable
         self._compression = compression
         self.call: Call | None = None
-        """The call that was made; the last one, where an interceptor repeats it."""
+        """The call; the last one if an interceptor repeats it."""
 
     async def _call(self, _continuation: object, details: grpc.aio.ClientCallDetails, requests: Any) -> Any:
         method: Any = details.method
@@ -70,7 +69,7 @@ class _Explained:
 
     def explain(self) -> Explanation:
         """Every attempt that was made for the call so far. Raises InvalidStateError until the interceptors, which run
-        in a task, have made it."""
+        in a task, have made the call."""
         if self.innermost.call is None:
             raise asyncio.InvalidStateError("the interceptors have not made the call")
         return self.innermost.call.explain()

@@ -1,4 +1,4 @@
-"""The multicallables of the four kinds. The first attempt starts when the call is made, as grpc's does."""
+"""The multicallables of the four kinds. As in grpc.aio, the first attempt starts when the call is made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Multicallable(BaseMulticallable):
         self._interceptors = channel.interceptors[kind]
 
     def redirected(self, path: str) -> Multicallable:
-        """This, or its like for the method that an interceptor chose instead."""
+        """This one, or one for the other method that an interceptor chose."""
         if path == self._method.path:
             return self
         kind, serializer, deserializer, registered = self._arguments
@@ -74,7 +74,7 @@ class Multicallable(BaseMulticallable):
         if credentials is not None or compression is not None:
             check_call(credentials, compression)
         self._channel.start()
-        if not self._interceptors:  # instrumentation adds none of this kind
+        if not self._interceptors:  # instrumentation added none of this kind
             return self.call(requests, timeout, metadata, credentials, wait_for_ready, compression)
         kind, serializer, deserializer, _ = self._arguments
         if not isinstance(metadata, grpc.aio.Metadata):
@@ -87,7 +87,7 @@ class Multicallable(BaseMulticallable):
             metadata,
             credentials,
             wait_for_ready,
-            None,  # the core channel, which only what stands behind Innermost would use
+            None,  # the core channel, which Innermost makes unnecessary
             self._method.path.encode(),
             serializer,
             deserializer,

@@ -1,5 +1,5 @@
-"""The objects that stand for a call. A call in flight is a ``grpc.Call``, a ``grpc.Future`` and a ``grpc.RpcError``, as
-grpc's own is."""
+"""Call objects. As in gRPC, the object of a call in flight is a ``grpc.Call``, a ``grpc.Future`` and a
+``grpc.RpcError`` at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mesh.wire import STATUS_CODES
 
 
 class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg,misc]  # noqa: N818 - it is a call, too
-    """A call that was started with ``.future()``, or streams: all that grpc returns there, and ``explain()``."""
+    """A call started with ``.future()``, or a streaming one: what grpc returns there, with ``explain()``."""
 
     _driver: Driver
 
@@ -40,7 +40,7 @@ class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg
     # -- as a grpc.Call
 
     def initial_metadata(self) -> Any:
-        inner = self._driver.pull()
+        inner = self._driver.committed_call()
         return () if inner is None else inner.initial_metadata() or ()
 
     def trailing_metadata(self) -> Any:
@@ -74,7 +74,8 @@ class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg
         return self._end().result.result()  # type: ignore[attr-defined]
 
     def exception(self, timeout: float | None = None) -> Exception | None:
-        """Wait for the end: None when it is good, else this call itself. Raises as ``result`` for time and cancels."""
+        """Wait for the end: None after success, otherwise this call itself. Raises as ``result`` for timeouts and
+        cancels."""
         return self._failure(timeout)
 
     def traceback(self, timeout: float | None = None) -> TracebackType | None:
@@ -100,7 +101,7 @@ class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg
 
     def _end(self) -> Outcome:
         verdict = self._driver.wait()
-        assert verdict is not None  # it was waited for without a limit
+        assert verdict is not None  # there was no timeout
         return verdict.outcome
 
     def __del__(self) -> None:
@@ -121,7 +122,7 @@ class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg
 
 
 class StreamCall(Call):
-    """A call whose responses are iterated."""
+    """A call with streamed responses."""
 
     def __iter__(self) -> StreamCall:
         return self
@@ -129,16 +130,16 @@ class StreamCall(Call):
     def __next__(self) -> Any:
         inner = self._driver.committed
         if inner is None:
-            inner = self._driver.pull()
+            inner = self._driver.committed_call()
         if inner is None:
             raise self
         try:
             return next(inner)
         except StopIteration:
-            self._driver.wait()  # core's thread is about to say how it ended
+            self._driver.wait()  # core's thread is about to report how it ended
             raise
         except grpc.RpcError:
-            self._driver.broken(inner)
+            self._driver.response_failed(inner)
             self._driver.wait()
             raise self from None
 
@@ -146,7 +147,7 @@ class StreamCall(Call):
 
 
 class FinishedCall(grpc.Call):
-    """The call beside a response that is there already, from ``with_call``: grpc's own, with ``explain()``."""
+    """The call that ``with_call`` returns beside the response: grpc's own, with ``explain()``."""
 
     def __init__(self, core: Any, explanation: Explanation) -> None:
         self._core = core
@@ -188,16 +189,15 @@ class FinishedCall(grpc.Call):
 
 
 def _debug_error_string(call: Any) -> str:
-    # Asked for it, grpc waits for ever when the call was ended on this side: cancelled, or by a bad message. But it
-    # prints what it has.
-    # The details are the peer's, and may read like what follows them.
+    # grpc's own method blocks forever when the call was ended locally (cancelled, or by a bad message), but its repr
+    # has the text. The details are the peer's and may look like what follows them.
     _, _, rest = str(call).partition(f'\tdetails = "{call.details()}"\n\tdebug_error_string = "')
     text = rest.removesuffix('"\n>')
     return "" if text == "None" else text
 
 
-def error_of(explanation: Explanation, verdict: Verdict) -> CallError:
-    """What a blocking call raises."""
+def call_error(explanation: Explanation, verdict: Verdict) -> CallError:
+    """The error that a blocking call raises."""
     outcome = verdict.outcome
     core: Any = outcome.result
     if core is None:

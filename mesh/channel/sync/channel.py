@@ -1,9 +1,4 @@
-"""``grpc.Channel`` over a cluster: the channel, the multicallables of the four kinds, and the object that stands for
-a call.
-
-Blocking unary calls run over grpc's own blocking path; all else is driven by events. A call in flight is one object,
-``Call``, which is a ``grpc.Call``, a ``grpc.Future`` and a ``grpc.RpcError``, as grpc's own is.
-"""
+"""``grpc.Channel`` through the mesh, and the public functions that create it."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ from mesh import background, forking
 from mesh.channel.arguments import check_channel_credentials
 from mesh.channel.assemble import Assembly
 from mesh.channel.base import BaseChannel, MulticallableFactory
-from mesh.channel.instrumentation import channels_around, wrapped
+from mesh.channel.instrumentation import instrumenting_channels, wrapped
 from mesh.channel.subchannel import SyncSubchannel
 from mesh.channel.sync.driver import Driver
 from mesh.channel.sync.multicallable import MULTICALLABLES
@@ -30,7 +25,7 @@ _LOG = logging.getLogger("mesh.channel")
 
 
 class Channel(BaseChannel, grpc.Channel):
-    """A ``grpc.Channel`` whose calls go through the mesh. Touches no core, thread or loop before its first use."""
+    """A ``grpc.Channel`` whose calls go through the mesh. Uses no core, thread or loop before its first call."""
 
     blocking = True
 
@@ -43,55 +38,55 @@ class Channel(BaseChannel, grpc.Channel):
     ) -> None:
         self.assembly = Assembly(target, options, credentials, compression, SyncSubchannel)
         self.closed = False
-        self._around = channels_around(target, credentials)
+        self._around = instrumenting_channels(target, credentials)
         self._lock = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._calls: weakref.WeakSet[Driver] = weakref.WeakSet()
-        # Two threads, if they are needed: callbacks that wait don't hold up the channel's other calls.
-        self.stepping = Worker("mesh-calls")
+        # Two threads, started on demand: callbacks that block don't hold up the channel's other calls.
+        self.flow_worker = Worker("mesh-calls")
         self.callbacks = Worker("mesh-callbacks")
-        self._watch = _StateWatch(self)
+        self._watch = _ConnectivityWatch(self)
 
     def start(self) -> None:
-        """Bring the channel to life; once. Raises ValueError when it is closed."""
+        """Start the channel, once. Raises ValueError when it is closed."""
         if self._stop is not None and not self.closed:
             return
         with self._lock:
             if self.closed:
                 raise ValueError("Cannot invoke RPC on closed channel!")
             if self._stop is None:
-                forking.check(aio=self.assembly.discovers_by_aio)
-                self.assembly.rng.seed()  # channels that forked apart must not move in step
+                forking.check(aio=self.assembly.discovers_over_aio)
+                self.assembly.rng.seed()  # forked processes must not draw the same numbers
                 background.spawn(self.assembly.run())
                 forking.register(self, self.assembly.pool)
-                # The multicallables hold the channel, so it lives as long as any stub.
+                # Multicallables reference the channel, so it lives as long as any stub.
                 self._stop = weakref.finalize(self, background.call_from_finalizer, self.assembly.pool.close)
                 self._stop.atexit = False
-        self._watch.look()
+        self._watch.check()
 
     def forked(self) -> object:
-        """In a forked child: begin anew, with connections of its own; returns what is the parent's."""
+        """In a forked child: start over with new connections; returns what belongs to the parent."""
         left = self.assembly, self._stop, list(self._calls)
         if self._stop is not None:
             self._stop.detach()
         for driver in left[2]:
             driver.forked()
         self._lock, self._stop, self._calls = threading.Lock(), None, weakref.WeakSet()
-        self.stepping, self.callbacks = self.stepping.again(), self.callbacks.again()
+        self.flow_worker, self.callbacks = self.flow_worker.for_child(), self.callbacks.for_child()
         if not self.closed:
-            self.assembly = self.assembly.again()
-            self._watch = self._watch.again()
+            self.assembly = self.assembly.for_child()
+            self._watch = self._watch.for_child()
         return left
 
     def adopt(self, driver: Driver) -> None:
-        """Have the call cancelled when the channel closes."""
+        """Cancel the call when the channel closes."""
         self._calls.add(driver)
 
     def subscribe(
         self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool | None = False
     ) -> None:
         pool = self.assembly.pool
-        if pool.connected_by_core:  # core knows the state of its own targets best
+        if pool.connected_by_core:  # core knows the state of the targets that it connects
             self.start()
             pool.core_channel().subscribe(callback, bool(try_to_connect))
             return
@@ -107,12 +102,12 @@ class Channel(BaseChannel, grpc.Channel):
         self._watch.unsubscribe(callback)
 
     def _multicallable(self, kind: str, path: str, serializer: Any, deserializer: Any, registered: bool | None) -> Any:
-        # A stub's multicallables stand inside what instrumentation puts around channels.
+        # Instrumentation's channels wrap the mesh's own multicallables.
         factory = wrapped(self._around, _Innermost(self))
         return getattr(factory, kind)(path, serializer, deserializer, registered)
 
     def close(self) -> None:
-        """Cancel the calls in flight, close every connection, and take no more calls."""
+        """Cancel the calls in flight and close all connections; no more calls can be made."""
         with self._lock:
             if self.closed:
                 return
@@ -121,7 +116,7 @@ class Channel(BaseChannel, grpc.Channel):
             driver.close()
         self._watch.close()
         if self._stop is not None:
-            self._stop.detach()  # what it would call later keeps the pool
+            self._stop.detach()  # it keeps the pool alive
         self.assembly.pool.close()
 
     def __enter__(self) -> Channel:
@@ -132,8 +127,8 @@ class Channel(BaseChannel, grpc.Channel):
 
 
 class _Innermost(MulticallableFactory):
-    """Makes the mesh's own multicallables. Instrumentation's channels call it as the ``grpc.Channel`` that they stand
-    around."""
+    """Creates the mesh's own multicallables. Instrumentation's channels use it as the ``grpc.Channel`` that they
+    wrap."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -142,51 +137,51 @@ class _Innermost(MulticallableFactory):
         return MULTICALLABLES[kind](self._channel, kind, path, serializer, deserializer, registered)
 
 
-class _StateWatch:
-    """Tells subscribers each new state of a channel, in order, from a thread that lives while there is news (as
-    grpc's)."""
+class _ConnectivityWatch:
+    """Reports each new state of a channel to subscribers, in order, on a thread that lives while there are changes, as
+    grpc does."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
-        self._told: dict[Callable[[grpc.ChannelConnectivity], None], grpc.ChannelConnectivity | None] = {}
+        self._reported: dict[Callable[[grpc.ChannelConnectivity], None], grpc.ChannelConnectivity | None] = {}
         self._armed = False
         self._delivering = False
 
-    def again(self) -> _StateWatch:
-        """The same for a forked child, where nobody is told before the channel is used."""
-        again = _StateWatch(self._channel)
-        again._told = dict.fromkeys(self._told)
-        return again
+    def for_child(self) -> _ConnectivityWatch:
+        """The same for a forked child, where states are reported once the channel is used."""
+        watch = _ConnectivityWatch(self._channel)
+        watch._reported = dict.fromkeys(self._reported)
+        return watch
 
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
-            self._told[callback] = None
-        self.look()
+            self._reported[callback] = None
+        self.check()
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
         with self._lock:
-            self._told.pop(callback, None)
+            self._reported.pop(callback, None)
 
     def close(self) -> None:
         with self._lock:
-            self._told.clear()
+            self._reported.clear()
 
     def _replaced(self) -> None:
         with self._lock:
             self._armed = False
-        self.look()
+        self.check()
 
-    def look(self) -> None:
-        """Watch for the next change, and deliver what the subscribers haven't been told."""
+    def check(self) -> None:
+        """Watch for the next change, and report the state to subscribers that haven't seen it."""
         with self._lock:
-            if not self._told:
+            if not self._reported:
                 return
             arm, self._armed = not self._armed, True
             deliver, self._delivering = not self._delivering, True
         pool = self._channel.assembly.pool
         if arm and not pool.closed:
-            pool.when_replaced(pool.cluster.picker, self._replaced)
+            pool.on_picker_change(pool.cluster.picker, self._replaced)
         if deliver:
             threading.Thread(target=self._deliver, name="mesh-connectivity", daemon=True).start()
 
@@ -194,9 +189,9 @@ class _StateWatch:
         while True:
             with self._lock:
                 state = self._channel.connectivity()
-                callbacks = [callback for callback, told in self._told.items() if told is not state]
+                callbacks = [callback for callback, told in self._reported.items() if told is not state]
                 for callback in callbacks:
-                    self._told[callback] = state
+                    self._reported[callback] = state
                 self._delivering = bool(callbacks)
             if not callbacks:
                 return
@@ -222,10 +217,10 @@ def insecure_channel(
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
 ) -> grpc.Channel:
-    """A ``grpc.Channel`` through the mesh: a drop-in for ``grpc.insecure_channel``.
+    """Create a ``grpc.Channel`` through the mesh: a drop-in for ``grpc.insecure_channel``.
 
-    ``target`` is ``mesh:///SERVICE``, ``static:///HOST:PORT,HOST:PORT``, ``dns:///HOST:PORT``, or any that grpc takes.
-    ``options`` go to the endpoints' channels, but for ``grpc.service_config``, which is the mesh's to honour.
+    ``target`` is ``mesh:///SERVICE``, ``static:///HOST:PORT,HOST:PORT``, ``dns:///HOST:PORT``, or any target that grpc
+    accepts. ``options`` are passed to the endpoints' channels, except ``grpc.service_config``, which the mesh applies.
 
     Raises:
         ValueError: the target or the service config is malformed; the message says where.
@@ -239,11 +234,11 @@ def secure_channel(
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
 ) -> grpc.Channel:
-    """As ``insecure_channel``, over TLS: for ``mesh:///`` and ``dns:///`` the servers must prove the service's name,
-    not an address.
+    """As ``insecure_channel``, over TLS. For ``mesh:///`` and ``dns:///`` targets, servers must have a certificate for
+    the service's name, not for an address.
 
     Raises:
-        TypeError: ``credentials`` are no ``grpc.ChannelCredentials``.
+        TypeError: ``credentials`` are not ``grpc.ChannelCredentials``.
         ValueError: as ``insecure_channel``.
     """
     check_channel_credentials(credentials)

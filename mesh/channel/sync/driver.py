@@ -1,4 +1,4 @@
-"""Drives a flow in threads: by events, or in the thread that waits for the call."""
+"""Runs a flow in threads: by events, or in the thread that waits for the call."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Owner(driver.Owner, Protocol):
     """What a call needs of its channel."""
 
     closed: bool
-    stepping: Worker
+    flow_worker: Worker
     callbacks: Worker
 
     def start(self) -> None:
-        """Bring the channel to life; once."""
+        """Start the channel, once."""
 
     def adopt(self, driver: Driver) -> None:
-        """Have the call cancelled when the channel closes."""
+        """Cancel the call when the channel closes."""
 
 
 class Driver(LockedDriver):
-    """Drives a call over grpc's futures and rendezvous."""
+    """Runs a call over grpc's futures and streams."""
 
     channel: Owner
     replay: Replay | None
@@ -59,8 +59,8 @@ class Driver(LockedDriver):
         super().__init__(channel, method, call, flow, requests, serializer, credentials, compression)
         self.channel = channel
         self.replay = Replay(requests, serializer, self._overflowed) if method.kind.startswith("stream") else None
-        self.refused = False  # grpc would not even start an attempt
-        self._watched = False  # whether a thread waits for each attempt's headers
+        self.refused = False  # grpc could not start an attempt, as with a request that it can't serialize
+        self._awaits_headers = False  # whether a thread waits for each attempt's headers
         self._unary = method.kind.endswith("unary")
         self._timer: background.Timer | None = None
         self._condition = threading.Condition()
@@ -73,10 +73,10 @@ class Driver(LockedDriver):
         super().forked()
         self._callbacks = None
 
-    def begin(self, attempt: Attempt) -> None:
+    def start_attempt(self, attempt: Attempt) -> None:
         policy = self.call.policy
         self.hedged = policy.hedge.max_attempts > 1
-        self._watched = not self._unary and (self.hedged or policy.receive_timeout < math.inf)
+        self._awaits_headers = not self._unary and (self.hedged or policy.receive_timeout < math.inf)
         number, address = attempt.number, attempt.endpoint.address
         subchannel = self.pool.get(address)
         if subchannel is None:
@@ -91,7 +91,7 @@ class Driver(LockedDriver):
             inner = invoke(requests, attempt.timeout, sent, self._credentials, wait, self._compression)
         except grpc.RpcError as error:
             self.refused = True
-            self.ended(number, outcome_of(error, self.pool, address))
+            self.ended(number, outcome_of_error(error, self.pool, address))
             return
         except ValueError:
             if self.channel.closed or not subchannel.closed:
@@ -99,18 +99,18 @@ class Driver(LockedDriver):
             self.ended(number, NEVER_SENT)
             return
         self.running[number] = inner
-        # (add_done_callback would have the inner call refer to itself, and so outlive its user.)
-        over = functools.partial(self._over, number, address, inner)
+        # (add_done_callback would make the core call refer to itself, and so outlive its user.)
+        over = functools.partial(self._core_call_ended, number, address, inner)
         if not inner.add_callback(over):
             over()
         elif (self.hedged or self.replay is not None) and self._unrepeatable():
-            self.overflow(number)
-        elif self._watched:
-            # The user's thread can wait for one attempt's headers, when it reads; of several, or with a time by which
-            # they are to come, each has a thread that does.
+            self.replay_overflowed(number)
+        elif self._awaits_headers:
+            # The user's thread waits for one attempt's headers when it reads. With several attempts, or with a timeout
+            # for the headers, each has a thread that waits.
             threading.Thread(target=self._await_headers, args=(number, inner), daemon=True).start()
 
-    def wake_at(self, until: float | None) -> None:
+    def set_timer(self, until: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if until is None else background.Timer(until - time.monotonic(), self.timer_fired)
@@ -127,17 +127,17 @@ class Driver(LockedDriver):
         for callback in callbacks:
             self.channel.callbacks.run(callback)
 
-    # What follows these may run the caller's serializer, and they come in any thread: the one of the timers, or of
-    # another call, that found out that an endpoint is lost.
+    # These two may run the caller's serializer and come on any thread: the timers', or that of another call which found
+    # that an endpoint was lost. So the flow continues on the channel's own thread.
 
     def timer_fired(self) -> None:
-        self.channel.stepping.run(super().timer_fired)
+        self.channel.flow_worker.run(super().timer_fired)
 
-    def picker_replaced(self) -> None:
-        self.channel.stepping.run(super().picker_replaced)
+    def picker_changed(self) -> None:
+        self.channel.flow_worker.run(super().picker_changed)
 
     def add_callback(self, callback: Callable[[], object]) -> bool:
-        """Have ``callback`` called when the call is over; False when it is."""
+        """Call ``callback`` when the call has ended; False if it already has."""
         with self._condition:
             if self._callbacks is None:
                 return False
@@ -145,15 +145,15 @@ class Driver(LockedDriver):
             return True
 
     def wait(self, timeout: float | None = None) -> Verdict | None:
-        """Wait until the call is over; None when that takes longer than ``timeout``."""
+        """Wait until the call has ended; None when that takes longer than ``timeout``."""
         with self._condition:
             self._condition.wait_for(lambda: self.verdict is not None, timeout)
             return self.verdict
 
-    def pull(self) -> Any:
-        """Wait until an attempt is the call, and return it; None when the mesh itself ended the call.
+    def committed_call(self) -> Any:
+        """Wait until an attempt is committed, and return its core call; None when the mesh itself ended the call.
 
-        Headers come to nobody but who asks for them, so this thread, the user's, asks.
+        Headers arrive only where somebody waits for them, so this thread, the user's, does.
         """
         asked = 0
         while self.committed is None:
@@ -162,7 +162,7 @@ class Driver(LockedDriver):
                 if self.verdict is not None:
                     return self.verdict.outcome.result
                 number, inner = max(self.running.items(), key=lambda item: item[0], default=(0, None))
-            if number > asked and not self._watched:
+            if number > asked and not self._awaits_headers:
                 self._await_headers(number, inner)
             asked = max(asked, number)
         return self.committed
@@ -172,45 +172,45 @@ class Driver(LockedDriver):
 
     def _await_headers(self, number: int, inner: Any) -> None:
         if inner.initial_metadata() or inner.is_active():
-            self.headers(number)
+            self.headers_received(number)
 
-    def _over(self, number: int, address: str, inner: Any) -> None:
+    def _core_call_ended(self, number: int, address: str, inner: Any) -> None:
         if inner.code() is grpc.StatusCode.OK:
             if self.pool.cluster.reads_reports:
-                self.pool.answered(address, inner.trailing_metadata())
+                self.pool.take_load_report(address, inner.trailing_metadata())
             self.ended(number, Outcome(0, result=inner))
         elif self._unary and self.replay is None:
             self._failed(number, address, inner)
         else:
-            # This is the thread that has yet to handle the headers of a stream: they come right after, and may be asked
-            # for on another.
-            self.channel.stepping.run(functools.partial(self._failed, number, address, inner))
+            # This thread has yet to handle the headers of a stream, which come right after; another thread may wait for
+            # them.
+            self.channel.flow_worker.run(functools.partial(self._failed, number, address, inner))
 
     def _failed(self, number: int, address: str, inner: Any) -> None:
-        self.ended(number, outcome_of(inner, self.pool, address, final=self._unrepeatable()))
+        self.ended(number, outcome_of_error(inner, self.pool, address, final=self._unrepeatable()))
 
-    def broken(self, inner: Any) -> None:
-        """``inner`` has failed for its reader. (When a response can't be parsed it tells nobody else.)"""
+    def response_failed(self, inner: Any) -> None:
+        """``inner`` has failed for its reader. (grpc reports a response that can't be parsed nowhere else.)"""
         for number, running in tuple(self.running.items()):
             if running is inner:
                 self._failed(number, self.call.attempts[number - 1].endpoint.address, inner)
 
 
 class BlockingDriver(Driver):
-    """Drives a call over futures in the thread that waits for it: what happens elsewhere is put into its mailbox."""
+    """Runs a call over futures in the thread that waits for it; events from other threads are queued for it."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._mail: SimpleQueue[Wake | None] = SimpleQueue()
-        self._due: float | None = None
+        self._events: SimpleQueue[Wake | None] = SimpleQueue()
+        self._timer_at: float | None = None
 
     def run(self) -> Verdict:
-        """Run the call to its end."""
+        """Run the call until it has ended."""
         try:
             self._drain(START)
             while self.verdict is None:
                 try:
-                    wake = self._mail.get(timeout=until(self._due))
+                    wake = self._events.get(timeout=until(self._timer_at))
                 except Empty:
                     wake = Elapsed(time.monotonic())
                 self._drain(wake)
@@ -219,17 +219,17 @@ class BlockingDriver(Driver):
                 self._clean_up()
         return self.verdict
 
-    def _send(self, wake: Wake | None) -> None:
-        self._mail.put(wake)
+    def _deliver(self, wake: Wake | None) -> None:
+        self._events.put(wake)
 
-    def picker_replaced(self) -> None:
-        self._send(Elapsed(time.monotonic()))
+    def picker_changed(self) -> None:
+        self._deliver(Elapsed(time.monotonic()))
 
-    def wake_at(self, until: float | None) -> None:
-        self._due = until
+    def set_timer(self, until: float | None) -> None:
+        self._timer_at = until
 
 
-def outcome_of(error: Any, pool: Pool, address: str, *, final: bool = False) -> Outcome:
-    """The outcome of an attempt that grpc says has failed. ``final``: it can't be made again."""
+def outcome_of_error(error: Any, pool: Pool, address: str, *, final: bool = False) -> Outcome:
+    """The outcome of an attempt that failed with grpc's ``error``. ``final``: it must not be retried."""
     code, initial, trailing = error.code().value[0], error.initial_metadata(), error.trailing_metadata()
     return failed(pool, address, code, error.details(), initial, trailing, error, final=final)

@@ -1,6 +1,6 @@
 """The multicallables of the four kinds.
 
-Blocking unary calls run over grpc's own blocking path; all else is driven by events.
+Blocking unary calls use grpc's own blocking path; all others run by events.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mesh import context
 from mesh.channel.arguments import check_call
 from mesh.channel.base import BaseMulticallable
 from mesh.channel.driver import run_blocking
-from mesh.channel.outcome import NEVER_SENT, retry_metadata, too_large
-from mesh.channel.sync.call import Call, FinishedCall, StreamCall, error_of
-from mesh.channel.sync.driver import BlockingDriver, Driver, Owner, outcome_of
+from mesh.channel.outcome import NEVER_SENT, exceeds_replay_limit, retry_metadata
+from mesh.channel.sync.call import Call, FinishedCall, StreamCall, call_error
+from mesh.channel.sync.driver import BlockingDriver, Driver, Owner, outcome_of_error
 from mesh.model import Attempt, Metadatum, Outcome
 from mesh.observe import explain
 
@@ -46,7 +46,7 @@ class Multicallable(BaseMulticallable):
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> D:
-        """A driver for a new call, not yet started."""
+        """The driver of a new call, not yet started."""
         channel, method = self._channel, self._method
         if credentials is not None or compression is not None:
             check_call(credentials, compression)
@@ -67,12 +67,12 @@ class Multicallable(BaseMulticallable):
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> Call:
-        """Start a call that is driven by events."""
+        """Start a call that runs by events."""
         driver = self._driver(Driver, requests, timeout, metadata, credentials, wait_for_ready, compression)
         driver.start()
-        if driver.refused and driver.verdict is not None:  # grpc raises at once when the request can't be serialised
+        if driver.refused and driver.verdict is not None:  # as grpc, raise at once when the request can't be serialized
             explanation = driver.explain()
-            raise error_of(explanation, driver.verdict)
+            raise call_error(explanation, driver.verdict)
         return (StreamCall if self._method.kind.endswith("stream") else Call)(driver)
 
 
@@ -126,11 +126,11 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> Call:
-        """Make a call that may be hedged, in this thread; it has ended well, or an error is raised."""
+        """Make a call that may be hedged in this thread, and return it after success. Raises CallError."""
         driver = self._driver(BlockingDriver, request, timeout, metadata, credentials, wait_for_ready, compression)
         verdict = driver.run()
         if verdict.outcome.code:
-            raise error_of(driver.explain(), verdict)
+            raise call_error(driver.explain(), verdict)
         return Call(driver)
 
     def _block(
@@ -143,7 +143,7 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> tuple[Any, Any]:
-        """Make the call in this thread. Of the pair that is returned, the call is there only ``with_call``."""
+        """Make the call in this thread. Returns the response and, only ``with_call``, the call."""
         channel, method = self._channel, self._method
         if credentials is not None or compression is not None:
             check_call(credentials, compression)
@@ -167,17 +167,17 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
                     result = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
                 elif reads_reports:
                     result, inner = core.with_call(request, attempt.timeout, sent, credentials, wait, compression)
-                    pool.answered(address, inner.trailing_metadata())
+                    pool.take_load_report(address, inner.trailing_metadata())
                 else:
                     result = core(request, attempt.timeout, sent, credentials, wait, compression)
             except grpc.RpcError as error:
-                return outcome_of(error, pool, address, final=too_large(self._serializer, request))
+                return outcome_of_error(error, pool, address, final=exceeds_replay_limit(self._serializer, request))
             except ValueError:
                 if channel.closed or not subchannel.closed:
                     raise
-                return NEVER_SENT  # the endpoint is gone: its channel closed between the look and the call
+                return NEVER_SENT  # the endpoint was removed: its channel closed after the pick
             if with_call and reads_reports:
-                pool.answered(address, result[1].trailing_metadata())
+                pool.take_load_report(address, result[1].trailing_metadata())
             return Outcome(0, result=result)
 
         verdict = run_blocking(assembly.flow(call, now), perform, pool)
@@ -187,8 +187,8 @@ class UnaryUnary(Multicallable, grpc.UnaryUnaryMultiCallable):  # type: ignore[t
                 return outcome.result, None
             response, core_call = cast("tuple[Any, grpc.Call]", outcome.result)
             return response, FinishedCall(core_call, explain(call, assembly.target, verdict, time.monotonic()))
-        assembly.failed(call, verdict, context.current())
-        raise error_of(explain(call, assembly.target, verdict, time.monotonic()), verdict) from None
+        assembly.note_failure(call, verdict, context.current())
+        raise call_error(explain(call, assembly.target, verdict, time.monotonic()), verdict) from None
 
 
 class UnaryStream(Multicallable, grpc.UnaryStreamMultiCallable):  # type: ignore[type-arg]

@@ -1,6 +1,6 @@
-"""The log lines about a channel's endpoints: added, removed, lost, returned, ejected; and its resolver, lost and found.
+"""Log lines about a channel's endpoints (added, removed, lost, returned, ejected) and its resolver.
 
-Called by the pool when something has changed, never by a call.
+The pool calls it on changes; calls never do.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mesh.policy.cluster.cluster import Cluster
 _LOG = logging.getLogger("mesh.channel")
 
 LISTED = 3
-"""How many endpoints a line names."""
+"""Endpoints that a line names."""
 
 
 def listed(addresses: Iterable[str]) -> str:
-    """Some addresses, the first three by name."""
+    """The first addresses by name, and how many more there are."""
     all_of_them = list(addresses)
     more = len(all_of_them) - LISTED
     text = ", ".join(all_of_them[:LISTED])
     return f"{text} and {more} more" if more > 0 else text
 
 
-class Events:
-    """What was logged of one channel. Belongs to the pool's loop."""
+class EndpointLog:
+    """One channel's log lines. Used on the pool's loop only."""
 
     def __init__(self, cluster: Cluster, clock: Callable[[], float] = time.monotonic) -> None:
         self._cluster = cluster
@@ -38,8 +38,8 @@ class Events:
         self._ejected: frozenset[str] = frozenset()
         self._failing = ""
 
-    def resolved(self, update: Update) -> None:
-        """The resolver has said something: where it fails, how; and that it no longer does."""
+    def on_resolver_update(self, update: Update) -> None:
+        """Log that the resolver fails, and that it works again."""
         name = self._cluster.name
         if update.endpoints is None:
             lines.warning(_LOG, "discovery", "%s: %s%s", name, update.error, self._kept())
@@ -52,16 +52,16 @@ class Events:
         known = len(self._cluster.nodes)
         return f"; keeping {known} known endpoint{'' if known == 1 else 's'}" if known else ""
 
-    def updated(self, new: Iterable[Endpoint], gone: Iterable[str]) -> None:
-        """The endpoint set has changed."""
+    def on_endpoints(self, new: Iterable[Endpoint], gone: Iterable[str]) -> None:
+        """Log which endpoints were added and removed."""
         for kind, addresses in (("added", [each.address for each in new]), ("removed", list(gone))):
             if addresses:
-                self._say(kind, addresses)
+                self._log(kind, addresses)
         for address in self._lost.keys() - self._cluster.nodes.keys():
             self._lost.pop(address, None)
 
-    def observed(self, states: Iterable[tuple[str, Connectivity]], causes: Mapping[str, str]) -> None:
-        """Endpoints have these states now. A connection that is made anew at once isn't lost."""
+    def on_states(self, states: Iterable[tuple[str, Connectivity]], causes: Mapping[str, str]) -> None:
+        """Log which endpoints were lost and which returned. A connection that is re-established at once isn't lost."""
         lost: list[str] = []
         unreachable: list[str] = []
         returned: list[str] = []
@@ -78,10 +78,10 @@ class Events:
                     returned.append(f"{address} after {self._clock() - since:.1f} s")
         for kind, what in (("lost", lost), ("unreachable", unreachable), ("returned", returned)):
             if what:
-                self._say(kind, what)
+                self._log(kind, what)
 
-    def swept(self) -> None:
-        """Ejections may have changed."""
+    def on_sweep(self) -> None:
+        """Log which endpoints were ejected and which returned from ejection."""
         out = self._cluster.ejections.out
         if not out and not self._ejected:
             return
@@ -93,10 +93,10 @@ class Events:
         ejected = [f"{address}: {why[address]}" for address in sorted(now - before)]
         returned = [f"{address} from ejection" for address in sorted(before - now) if address in self._cluster.nodes]
         if ejected:
-            self._say("ejected", ejected)
+            self._log("ejected", ejected)
         if returned:
-            self._say("returned", returned)
+            self._log("returned", returned)
 
-    def _say(self, kind: str, what: list[str]) -> None:
+    def _log(self, kind: str, what: list[str]) -> None:
         endpoints = "endpoint" if len(what) == 1 else f"{len(what)} endpoints"
         lines.info(_LOG, kind, "%s: %s %s: %s", self._cluster.name, endpoints, kind, listed(what))
