@@ -1,5 +1,8 @@
-"""Writes docs/service-config.md, from the comments of service_config.proto, and docs/limits.md, from the constants that
-LIMITS names and their docstrings: ``make docs``."""
+"""Writes the pages of docs/ that come from sources: ``make docs``.
+
+Two are made here: service-config.md, from the comments of service_config.proto, and limits.md, from the constants that
+LIMITS names and their docstrings. The others have a module each, beside this one.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from typing import NamedTuple
 
 from google.protobuf import descriptor_pb2
 
+from docs import diagrams, statuses
+from docs import variables as variables_page
 from mesh import variables
 from mesh.server.settings import ServerSettings
 
@@ -216,8 +221,9 @@ def _row(limit: Limit) -> str:
     if limit.module == SETTINGS:
         field = next(each for each in dataclasses.fields(ServerSettings) if each.name == limit.name)
         variable = field.metadata["variable"]
-        name, value, about = f"ServerSettings.{limit.name}", field.default, variables.SERVERS[variable]
-        about = f"{about[0].upper()}{about[1:].partition(', in seconds')[0]}."
+        name, about = f"ServerSettings.{limit.name}", variables.SERVERS[variable]
+        value: float = getattr(ServerSettings(), limit.name)
+        about = f"{about[0].upper()}{about[1:].partition(', in ')[0]}."
         change = f"`{variable}`"
     else:
         module = importlib.import_module(limit.module)
@@ -256,6 +262,9 @@ def _amount(value: float, unit: str) -> str:
 PAGES = {
     ROOT / "docs" / "service-config.md": service_config_page,
     ROOT / "docs" / "limits.md": limits_page,
+    ROOT / "docs" / "statuses.md": statuses.page,
+    ROOT / "docs" / "variables.md": variables_page.page,
+    ROOT / "docs" / "diagrams.md": diagrams.page,
 }
 
 if __name__ == "__main__":

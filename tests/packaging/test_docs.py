@@ -24,7 +24,7 @@ def generate() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["service-config.md", "limits.md"])
+@pytest.mark.parametrize("name", ["service-config.md", "limits.md", "statuses.md", "variables.md", "diagrams.md"])
 def test_a_page_is_what_its_sources_say(generate: Any, name: str) -> None:
     page = ROOT / "docs" / name
     assert page.read_text() == generate.PAGES[page](), "run: make docs"

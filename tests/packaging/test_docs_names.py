@@ -8,11 +8,14 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor import Descriptor
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from mesh import variables
 from mesh.config.parse import parse
@@ -29,6 +32,13 @@ PAGES = sorted(
 )
 HOMES = ("", "mesh", "tests", "benchmarks", "generated")
 """Where a page's paths may begin."""
+
+SERVICES = {
+    service.full_name: service
+    for file in (registry_pb2, health_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+}
+"""What may be called in an example."""
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -86,7 +96,7 @@ def test_imports_in_code(page: Path) -> None:
 @page
 def test_files(page: Path) -> None:
     named = [name for name in quoted(page) if re.fullmatch(r"[\w.-]+(/[\w.-]*)+|\w+\.(py|md|toml|lock|proto)", name)]
-    tops = {path.name for path in (ROOT, *ROOT.glob("*"), *(ROOT / "mesh").glob("*")) if path.is_dir()}
+    tops = {path.name for path in (ROOT, *ROOT.glob("*"), *(ROOT / "mesh").glob("*")) if path.is_dir()} - {".venv"}
     ours = [name for name in named if "/" not in name or name.split("/")[0] in tops]
     homes = [ROOT / home for home in HOMES]
     assert [name for name in ours if not any((home / name).exists() for home in homes)] == []
@@ -108,6 +118,18 @@ def test_commands(page: Path) -> None:
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     scripts = re.findall(r"python ((?:examples|docs|benchmarks)/\S+\.py)", text)
     assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+@page
+def test_grpcurl(page: Path) -> None:
+    for block in blocks(page, "console"):
+        for line in re.findall(r"^\$ (grpcurl .* \S+/\S+)$", block, re.MULTILINE):
+            arguments = shlex.split(line)
+            service, _, method = arguments[-1].rpartition("/")
+            found = SERVICES[service].FindMethodByName(method) if method in SERVICES[service].methods_by_name else None
+            assert found is not None, line
+            request = arguments[arguments.index("-d") + 1] if "-d" in arguments else "{}"
+            json_format.Parse(request, message_factory.GetMessageClass(found.input_type)())
 
 
 @page
@@ -157,3 +179,10 @@ def test_what_can_be_seen_of_a_server(page: Path) -> None:
             for attribute in name.partition("(")[0].split(".")[1:]:
                 assert hasattr(found, attribute), name
                 found = getattr(found, attribute)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = set(re.findall(r"^- \[[^]]+\]\(([^)]+)\)", index.read_text(), re.MULTILINE))
+    pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
+    assert pages - linked == set()

@@ -1,0 +1,138 @@
+"""docs/variables.md: every MESH_* variable. What they are for is in mesh/variables.py; defaults and accepted values are
+those of the settings that read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args, get_origin
+
+from annotated_types import Gt, Le
+
+from mesh import variables
+from mesh.addresses import FORMS
+from mesh.registry.__main__ import DEFAULT_LISTEN
+from mesh.server.settings import ServerSettings
+from services.events.settings import EventSettings
+from services.order.settings import OrderSettings
+from services.settings import SERVER_DEFAULTS, Settings
+
+
+class Row(NamedTuple):
+    default: str
+    accepts: str
+    read_by: str
+
+
+HEAD = """\
+<!-- Written by docs/generate.py from mesh/variables.py and the settings that read the variables. -->
+# Environment variables
+
+A variable that is empty counts as not set. A server or registry with a wrong value doesn't start: it exits with code 2
+and names the variable, its value and what it accepts. A variable that begins with `MESH_` and isn't listed here gets
+one warning, with the nearest known name, when a process makes its first channel or server.
+
+Variables that set a server are fields of `mesh.ServerSettings`, too: what a program passes there is used as it is, and
+the environment isn't read. The mesh has no variables for retries, timeouts and balancing: those are
+[the service config](service-config.md). `GRPC_ENABLE_FORK_SUPPORT` and gRPC core's other variables keep their meaning
+([forking.md](forking.md)).
+"""
+
+SECTIONS = {
+    "Clients": variables.CHANNELS,
+    "Servers": variables.SERVERS,
+    "The registry": variables.REGISTRIES,
+    "The shop": variables.SHOP,
+}
+"""The groups of mesh/variables.py."""
+
+OTHERS = {
+    "MESH_CACHE": Row("none: nothing is kept", "a folder; it is made", "clients"),
+    "MESH_SERVICE_CONFIG": Row("none", "a file", "clients"),
+    "MESH_REGISTRY_LISTEN": Row(f"`{DEFAULT_LISTEN}`", FORMS, "the registry (`--listen` wins)"),
+    "MESH_REGISTRY_STATE": Row("none: in memory only", "a folder; it is made", "the registry (`--state` wins)"),
+    "MESH_CONFIG": Row("none", "a TOML file", "its services"),
+}
+"""What is read where no settings class describes it."""
+
+NO_DEFAULT = {
+    "MESH_ADVERTISE": "the address listened on; of all interfaces the one that leads to the registry",
+    "MESH_INSTANCE_ID": "the address advertised",
+    "MESH_REGISTRY": "none: servers don't register, and `mesh:///` targets must name it",
+    "MESH_DATABASE_URL": "SQLite in `MESH_DATA`",
+    "MESH_NATS_URL": "none: no event comes or goes",
+}
+"""What an empty default means, where that isn't "none"."""
+
+ACCEPTS = {
+    "MESH_DATABASE_URL": "`sqlite:///path` or `postgresql://user:password@host/name`",
+    "MESH_NATS_URL": "`nats://host:port`, several separated by commas",
+    "MESH_USER_SERVICE": "a target",
+    "MESH_DATA": "a folder; it is made",
+}
+"""Of the shop's settings that are any text to their class."""
+
+
+def page() -> str:
+    """The text of docs/variables.md."""
+    rows = {**OTHERS, **_servers(), **_shop()}
+    lines = [HEAD.rstrip()]
+    for title, group in SECTIONS.items():
+        lines.append(f"\n## {title}\n\n| variable | what it is | default | accepts | read by |\n|---|---|---|---|---|")
+        lines.extend(f"| `{name}` | {about} | {' | '.join(rows.pop(name))} |" for name, about in group.items())
+    if rows:
+        raise ValueError(f"not in mesh/variables.py: {', '.join(rows)}")
+    return "\n".join(lines) + "\n"
+
+
+def _servers() -> Mapping[str, Row]:
+    found = {}
+    for field in dataclasses.fields(ServerSettings):
+        name = field.metadata.get("variable", "")
+        if name:
+            default = "" if field.default is dataclasses.MISSING else _written(field.default)
+            if name in SERVER_DEFAULTS:
+                default += f" (the shop: `{SERVER_DEFAULTS[name]}`)"
+            readers = "clients, servers" if name in variables.CHANNELS else "servers"
+            found[name] = Row(default or NO_DEFAULT.get(name, "none"), _accepted(name), readers)
+    return found
+
+
+def _accepted(name: str) -> str:
+    """What a server's variable accepts, in the words of the refusal of what it doesn't."""
+    try:
+        ServerSettings.from_env({name: "\0"})
+    except ValueError as error:
+        return str(error).partition("expected ")[2].partition(": ")[0]
+    return "any text"
+
+
+def _shop() -> Mapping[str, Row]:
+    found = {}
+    for key, field in OrderSettings.model_fields.items():
+        name = f"{variables.PREFIX}{key.upper()}"
+        if get_origin(field.annotation) is Literal:
+            accepts = ", ".join(f"`{value}`" for value in get_args(field.annotation))
+        elif field.annotation is float:
+            (above,) = (each.gt for each in field.metadata if isinstance(each, Gt))
+            (most,) = (each.le for each in field.metadata if isinstance(each, Le))
+            accepts = f"seconds above {above}, at most {most}"
+        else:
+            accepts = ACCEPTS[name]
+        readers = "its services"
+        if key not in Settings.model_fields:
+            readers = "order, notification" if key in EventSettings.model_fields else "order"
+        found[name] = Row(_written(field.default) or NO_DEFAULT[name], accepts, readers)
+    return found
+
+
+def _written(value: object) -> str:
+    """A default as one would write it in the environment."""
+    if isinstance(value, bool):
+        value = int(value)
+    elif isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, float):
+        value = f"{value:g}"
+    return f"`{value}`" if str(value) else ""
