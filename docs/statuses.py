@@ -285,9 +285,9 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "RuntimeError",
-                "<channel>| belongs to another event loop, |<loop>| at |<address>|. Make a channel for each loop.",
+                "<channel>| belongs to another event loop, |<loop>| at |<address>|. Create a channel for each loop.",
                 "An asyncio channel is used on another loop than the one of its first call.",
-                "Make a channel for each loop (for each `asyncio.run`).",
+                "Create a channel for each loop (for each `asyncio.run`).",
             ),
         ),
     ),

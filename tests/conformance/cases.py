@@ -939,7 +939,7 @@ HEDGING = [
     Case(
         "a negative pushback leaves the attempts that still run",
         A6 + "Pushback",
-        hedge(4),
+        hedge(4, delay="0.1s"),  # long enough for the second attempt to fail before a third one
         [LATE, fails("-1"), "OK"],
         Expect("OK", 2, cancelled=0),
         core=Expect("OK", 1),
