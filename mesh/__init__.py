@@ -1,14 +1,70 @@
-"""Weft: a service mesh for gRPC in Python, with no sidecars. The public names, and nothing else."""
+"""Weft: a service mesh for gRPC in Python, without sidecars.
 
-from mesh.channel.sync.channel import insecure_channel, secure_channel
+Channels through the mesh are drop-ins for gRPC's own; generated stubs work unchanged::
+
+    with mesh.insecure_channel("mesh:///weft.user.v1.UserService") as channel:
+        users = user_pb2_grpc.UserServiceStub(channel)
+        user = users.GetUser(request, timeout=5)
+
+A service is one call to serve, with health checking, registration, deadlines, overload protection and graceful drain::
+
+    sys.exit(mesh.serve([(user_pb2_grpc.add_UserServiceServicer_to_server, Users())]))
+
+``mesh.aio`` has the same for asyncio.
+
+Calling
+    insecure_channel, secure_channel   create a ``grpc.Channel`` to a service
+    Channel.stats()                    what the channel knows of its endpoints: a ``ChannelStats`` of ``EndpointStats``
+    explain(call_or_error)             the attempts made for a call: an ``Explanation`` of ``AttemptRecord``
+    RpcError                           what a failed call raises: a ``grpc.RpcError`` with ``explain()``
+
+Serving
+    serve, Server                      serve until SIGTERM; or as a context manager
+    ServerSettings                     their settings; from ``MESH_*`` variables without any
+    ServerInterceptor                  the same protection for a ``grpc.Server`` of your own
+    ServerObserver                     is notified of each call that a server handled or refused
+
+In a handler
+    remaining()                        seconds left of the inbound call
+    detach()                           calls made in here outlive the inbound call
+    Criticality                        how important a call is, for load shedding
+
+https://grpc.io/docs/guides/ explains the terms; docs/ in the repository has the pages.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+from mesh.channel.sync.channel import Channel, insecure_channel, secure_channel
 from mesh.context import detach, remaining
-from mesh.errors import explain
+from mesh.criticality import Criticality
+from mesh.errors import RpcError, explain
+from mesh.observe import AttemptRecord, ChannelStats, EndpointStats, Explanation, ServerObserver
+from mesh.server.handlers.interceptors import ServerInterceptor
 from mesh.server.settings import ServerSettings
 from mesh.server.sync import Server, serve
 
+if TYPE_CHECKING:
+    from mesh import aio
+
+    __version__: str
+
 __all__ = [
+    "AttemptRecord",
+    "Channel",
+    "ChannelStats",
+    "Criticality",
+    "EndpointStats",
+    "Explanation",
+    "RpcError",
     "Server",
+    "ServerInterceptor",
+    "ServerObserver",
     "ServerSettings",
+    "__version__",
+    "aio",
     "detach",
     "explain",
     "insecure_channel",
@@ -16,3 +72,12 @@ __all__ = [
     "secure_channel",
     "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: most programs use one of the two worlds, and nobody needs the version to make calls.
+    if name == "aio":
+        return import_module("mesh.aio")
+    if name == "__version__":
+        return metadata.version("weft")
+    raise AttributeError(f"module 'mesh' has no attribute {name!r}")

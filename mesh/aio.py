@@ -1,6 +1,14 @@
-"""The public names for asyncio, and nothing else."""
+"""Weft for asyncio: channels that are drop-ins for ``grpc.aio``'s, and servers on an event loop.
 
-from mesh.channel.aio.channel import insecure_channel, secure_channel
+    insecure_channel, secure_channel   create a ``grpc.aio.Channel`` to a service
+    serve, Server                      serve until SIGTERM; or as an asynchronous context manager
+    ServerInterceptor                  the same protection for a ``grpc.aio.Server`` of your own
+
+Everything else is in ``mesh``: ``mesh.explain``, ``mesh.remaining``, ``mesh.ServerSettings``, ...
+"""
+
+from mesh.channel.aio.channel import Channel, insecure_channel, secure_channel
 from mesh.server.aio import Server, serve
+from mesh.server.handlers.interceptors import AioServerInterceptor as ServerInterceptor
 
-__all__ = ["Server", "insecure_channel", "secure_channel", "serve"]
+__all__ = ["Channel", "Server", "ServerInterceptor", "insecure_channel", "secure_channel", "serve"]

@@ -3,6 +3,7 @@ server tells of the calls that come in."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mesh.codes import Code
@@ -51,6 +52,59 @@ class Explanation:
         took = "" if self.seconds is None else f" after {_milliseconds(self.seconds)}"
         details = f": {self.details}" if self.details else ""
         lines = [f"{self.method} to {self.target}: {self.code}{took}{details}", *map(str, self.attempts)]
+        return "\n  ".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStats:
+    """What a channel knows of one endpoint.
+
+    ``state``: its connection's, as ``grpc.ChannelConnectivity`` names it. ``cause``: why it can't be reached, while
+    that is known. ``ejected``: why outlier detection has ejected it, and for how long; empty while it is not.
+    ``in_flight``: attempts. ``latency``: the peak-sensitive moving average that balancing compares, in seconds, in
+    which failures count as slow; 0.0 before the first response. ``weight``: its share of the load relative to the
+    others.
+    """
+
+    address: str
+    state: str
+    cause: str
+    ejected: str
+    in_flight: int
+    latency: float
+    weight: float
+
+    def __str__(self) -> str:
+        cause = f": {self.cause}" if self.cause else ""
+        ejected = f", ejected: {self.ejected}" if self.ejected else ""
+        flight = f"{self.in_flight} in flight, {_milliseconds(self.latency)}, weight {self.weight:g}"
+        return f"{self.address} {self.state}{cause}{ejected}, {flight}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStats:
+    """A snapshot of what a channel knows: ``channel.stats()``.
+
+    ``state``: of the whole channel. ``error``: why there are no endpoints, if there are none. ``panic``: so many
+    endpoints are ejected that ejections are ignored. ``ejections``: how often each kind occurred ("ejected: 5 failures
+    in a row", "returned", "would eject: ..." in a dry run). ``refusals``: calls that the client refused, by reason.
+    ``outstanding``: calls that have not ended.
+    ``retry_budget``: retries and hedges that the budget allows now.
+    """
+
+    target: str
+    state: str
+    error: str
+    endpoints: tuple[EndpointStats, ...]
+    panic: bool
+    ejections: Mapping[str, int]
+    refusals: Mapping[str, int]
+    outstanding: int
+    retry_budget: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.target} {self.state}{' (panic: ejections are ignored)' if self.panic else ''}"]
+        lines += [str(each) for each in self.endpoints] or ([self.error] if self.error else [])
         return "\n  ".join(lines)
 
 

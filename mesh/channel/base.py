@@ -10,8 +10,9 @@ import grpc
 from mesh.channel.assemble import Assembly
 from mesh.channel.driver import EventDriver, Owner
 from mesh.channel.replay import Request
+from mesh.channel.stats import channel_stats
 from mesh.model import Connectivity
-from mesh.observe import Explanation
+from mesh.observe import ChannelStats, Explanation
 from mesh.wire import CONNECTIVITY
 
 
@@ -77,6 +78,10 @@ class BaseChannel(MulticallableFactory):
         if self.closed:
             return grpc.ChannelConnectivity.SHUTDOWN
         return CONNECTIVITY[self.assembly.pool.state() if self._stop is not None else Connectivity.IDLE]
+
+    def stats(self) -> ChannelStats:
+        """What the channel knows now of its endpoints, ejections, refusals and retry budget."""
+        return channel_stats(self.assembly, self.connectivity())
 
     def __repr__(self) -> str:
         name = "mesh.aio.Channel" if isinstance(self, grpc.aio.Channel) else "mesh.Channel"

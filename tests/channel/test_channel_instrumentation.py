@@ -240,7 +240,7 @@ def test_a_channel_is_not_kept_by_what_stands_around_its_calls(
     instrument(monkeypatch, "added", seen, form)
     channel = mesh.insecure_channel(server.address)
     one_of_each(channel)
-    pool = channel.assembly.pool  # type: ignore[attr-defined]
+    pool = channel.assembly.pool
     del channel
     gc.collect()
     eventually(lambda: pool.closed)

@@ -212,7 +212,7 @@ def insecure_channel(
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
-) -> grpc.aio.Channel:
+) -> Channel:
     """Create a ``grpc.aio.Channel`` through the mesh: a drop-in for ``grpc.aio.insecure_channel``.
 
     ``target`` and ``options`` as for ``mesh.insecure_channel``.
@@ -229,7 +229,7 @@ def secure_channel(
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
-) -> grpc.aio.Channel:
+) -> Channel:
     """As ``insecure_channel``, over TLS. For ``mesh:///`` and ``dns:///`` targets, servers must have a certificate for
     the service's name, not for an address.
 

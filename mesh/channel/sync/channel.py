@@ -216,7 +216,7 @@ def insecure_channel(
     target: str,
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
-) -> grpc.Channel:
+) -> Channel:
     """Create a ``grpc.Channel`` through the mesh: a drop-in for ``grpc.insecure_channel``.
 
     ``target`` is ``mesh:///SERVICE``, ``static:///HOST:PORT,HOST:PORT``, ``dns:///HOST:PORT``, or any target that grpc
@@ -233,7 +233,7 @@ def secure_channel(
     credentials: grpc.ChannelCredentials,
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
-) -> grpc.Channel:
+) -> Channel:
     """As ``insecure_channel``, over TLS. For ``mesh:///`` and ``dns:///`` targets, servers must have a certificate for
     the service's name, not for an address.
 

@@ -39,21 +39,30 @@ class Budget:
     def withdraw(self, now: float) -> bool:
         """Take one retry from the budget; False when there is none."""
         with self._lock:
-            # Reading the count advances it, so the reads are taken off.
-            calls = next(self._calls) - self._reads
-            self._reads += 1
-            elapsed = max(0.0, now - self._stamp)  # threads may come in another order than their instants
-            earned = (calls - self._seen) * self._config.ratio + elapsed * self._config.min_per_second
-            self._seen = calls
-            self._stamp += elapsed
-            # What is not used leaks away over TTL, so a long quiet time leaves TTL seconds' worth and no more.
-            if elapsed > TTL:
-                self._balance, earned = 0.0, earned * TTL / elapsed
-            self._balance = self._balance * (1 - min(elapsed, TTL) / TTL) + earned
+            self._update(now)
             if self._balance < 1.0:
                 return False
             self._balance -= 1.0
             return True
+
+    def balance(self, now: float) -> float:
+        """How many retries the budget allows now."""
+        with self._lock:
+            self._update(now)
+            return self._balance
+
+    def _update(self, now: float) -> None:
+        # Reading the count advances it, so the reads are taken off.
+        calls = next(self._calls) - self._reads
+        self._reads += 1
+        elapsed = max(0.0, now - self._stamp)  # threads may come in another order than their instants
+        earned = (calls - self._seen) * self._config.ratio + elapsed * self._config.min_per_second
+        self._seen = calls
+        self._stamp += elapsed
+        # What is not used leaks away over TTL, so a long quiet time leaves TTL seconds' worth and no more.
+        if elapsed > TTL:
+            self._balance, earned = 0.0, earned * TTL / elapsed
+        self._balance = self._balance * (1 - min(elapsed, TTL) / TTL) + earned
 
     def __repr__(self) -> str:
         return f"<Budget balance={self._balance:.1f}>"

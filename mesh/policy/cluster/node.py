@@ -149,6 +149,10 @@ class Node:
                 self.stamp = max(now, self.stamp)
         self.ignore(started)
 
+    def latency(self, now: float) -> float:
+        """The average decayed to ``now``, in seconds."""
+        return self.cost * exp(min(0.0, self.stamp - now) / self.decay)
+
     def counted(self) -> tuple[int, int]:
         """Successes and failures since this was last asked."""
         with self._lock:

@@ -51,6 +51,18 @@ def test_with_nothing_allowed_there_is_nothing() -> None:
     assert repr(budget) == "<Budget balance=0.0>"
 
 
+def test_the_balance_is_what_may_be_withdrawn_now() -> None:
+    budget = budget_of(ratio=0.5, min_per_second=0.1)
+    assert budget.balance(0.0) == pytest.approx(1.0)
+    budget.call()
+    budget.call()
+    assert budget.balance(0.0) == pytest.approx(2.0)
+    assert budget.withdraw(0.0)
+    assert budget.withdraw(0.0)
+    assert not budget.withdraw(0.0)
+    assert budget.balance(0.0) == pytest.approx(0.0)
+
+
 def test_what_is_not_used_leaks_away() -> None:
     budget = budget_of(ratio=1.0, min_per_second=0.0)
     for _ in range(100):
