@@ -331,7 +331,7 @@ def idempotency_of(path: str) -> Idempotency:
 def _endpoint_config(health_service: str | None) -> str:
     if health_service is None:
         return "{}"  # pick_first: one connection for an address, also when it is a name with several
-    # round_robin, because pick_first ignores health (A17).
+    # round_robin, because pick_first ignores health (docs/correctness.md, C1).
     return json.dumps(
         {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": health_service}}
     )

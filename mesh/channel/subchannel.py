@@ -53,8 +53,8 @@ class Subchannel(abc.ABC):
     """One endpoint's core channel: one address, whose connection and keepalive core owns.
 
     Retries use a second core channel, on which core's own retries are off: with them on, core strips the header that
-    tells the server how many attempts came before (A6). The first retry to this endpoint opens it; it is closed when
-    unused.
+    tells the server how many attempts came before (docs/correctness.md, R4). The first retry to this endpoint opens it;
+    it is closed when unused.
     """
 
     def __init__(

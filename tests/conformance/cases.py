@@ -644,7 +644,7 @@ BUFFERING = [
 DEADLINES = [
     Case(
         "one deadline holds over all attempts",
-        "FIELD 6.2; gRFC A6, Retry Policy",
+        "docs/correctness.md, D1; gRFC A6, Retry Policy",
         retry(),
         [UNAVAILABLE, HANGS],
         Expect("DEADLINE_EXCEEDED", 2),
@@ -652,7 +652,7 @@ DEADLINES = [
     ),
     Case(
         "each attempt is told what is left of the deadline",
-        "FIELD 6.2",
+        "docs/correctness.md, D1",
         retry(),
         [fails("50"), fails("50"), "OK"],
         Expect("OK", 3, gaps=[0.05, 0.05], shrinks=0.03),  # HTTP/2 carries it in steps of 10 ms
@@ -660,7 +660,7 @@ DEADLINES = [
     ),
     Case(
         "the call's own deadline is not retried, though its status is listed",
-        "FIELD 6.2",
+        "docs/correctness.md, D1",
         retry(codes=["DEADLINE_EXCEEDED"]),
         [HANGS],
         Expect("DEADLINE_EXCEEDED", 1),
@@ -668,7 +668,7 @@ DEADLINES = [
     ),
     Case(
         "a backoff that ends after the deadline is not waited for",
-        "linkerd2#2369",
+        "linkerd#2369",
         retry(backoff="30s", most="30s"),
         [UNAVAILABLE, "OK"],
         Expect(UNAVAILABLE, 1),
@@ -678,7 +678,7 @@ DEADLINES = [
     ),
     Case(
         "a pushback that ends after the deadline is not waited for",
-        "linkerd2#2369",
+        "linkerd#2369",
         retry(),
         [fails("30000"), "OK"],
         Expect(UNAVAILABLE, 1),
@@ -688,7 +688,7 @@ DEADLINES = [
     ),
     Case(
         "a call that has expired is never sent",
-        "FIELD 6.2",
+        "docs/correctness.md, D1",
         retry(),
         ["OK"],
         Expect("DEADLINE_EXCEEDED", 0),
@@ -797,7 +797,7 @@ DEADLINES = [
     ),
     Case(
         "a server stream's retries share its deadline",
-        "FIELD 6.2",
+        "docs/correctness.md, D1",
         retry(),
         [UNAVAILABLE, HANGS],
         Expect("DEADLINE_EXCEEDED", 2, messages=0),
@@ -970,7 +970,7 @@ HEDGING = [
     ),
     Case(
         "hedges end with the call's deadline",
-        "FIELD 6.2",
+        "docs/correctness.md, D1",
         hedge(2),
         [HANGS],
         Expect("DEADLINE_EXCEEDED", 2),

@@ -146,7 +146,7 @@ class Weighted(WeightedRoundRobin):
 
 
 class PowerOfTwo(Picker):
-    """Two distinct nodes at random, the less busy one takes it (P2C: Mitzenmacher 2001; A48 and Finagle).
+    """Two distinct nodes at random, the less busy one takes it (P2C; docs/correctness.md, B2).
 
     Of two alike the first drawn is taken, which is chance again. The busier one is taken when it is idle and nothing
     was heard from it for ``starvation`` seconds before the other was (Kratos), so that what is remembered of it can be
@@ -235,7 +235,6 @@ class Probing(Picker):
 
 
 def another(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
-    """One at random that was not tried; when all were, the one tried longest ago (FIELD 6.9: begin anew, don't get
-    stuck)."""
+    """One at random that was not tried; when all were, the one tried longest ago (docs/correctness.md, R7)."""
     fresh = [node for node in nodes if node not in tried]
     return rng.choice(fresh) if fresh else max(nodes, key=tried[::-1].index)

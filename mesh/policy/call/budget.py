@@ -2,8 +2,8 @@
 
 The budget bounds the load that retries add while everything fails: a share of the calls and a few each second
 (Finagle's RetryBudget). It is withdrawn from when a retry is decided, so those waiting in backoff count
-(envoy#30205), and retries and hedges share one. The throttle stops them while most attempts fail (A6); it is off
-unless the service config sets it.
+(docs/correctness.md, R6), and retries and hedges share one. The throttle stops them while most attempts fail (A6); it
+is off unless the service config sets it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When a call ends: one deadline over all of its attempts, backoffs and hedges (FIELD 6.2).
+"""When a call ends: one deadline over all of its attempts, backoffs and hedges (docs/correctness.md, D1).
 
 Instants are monotonic seconds; math.inf is no deadline.
 """

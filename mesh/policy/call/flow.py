@@ -5,8 +5,8 @@ for blocking calls, futures, streams and asyncio (``mesh/channel/driver.py``), a
 
 Rule 1: one deadline holds over all attempts, backoffs and hedges; nothing waits past it.
 Rule 2: an attempt that the driver didn't start costs nothing: neither budget, nor an attempt of the policy's. What was
-started counts as sent; A6's transparent retries are core's own (docs/decisions/0013).
-Rule 3: once the server has begun to answer an attempt, that attempt is the call (A6's commit).
+started counts as sent; A6's transparent retries are core's own (docs/correctness.md, R3).
+Rule 3: once the server has begun to answer an attempt, that attempt is the call (docs/correctness.md, R1).
 Rule 4: what is in flight is given back exactly once, also when the driver closes the flow half-way.
 Rule 5: what the client itself refuses (``policy/call/overload.py``) is final, and reaches no endpoint's memory.
 Rule 6: any wake-up may come at any time, also for attempts that are over; the flow then only looks again.

@@ -90,8 +90,8 @@ class Hedges:
         call's.
 
         A non-fatal status sends the next hedge at once, or after the server's pushback; a negative pushback means no
-        more hedges; any other status is fatal (FIELD 6.4). ``timed_out``: the attempt's own timeout ended it, which is
-        never fatal to the others. ``final``: the attempt was the call already.
+        more hedges; any other status is fatal (docs/correctness.md, H1). ``timed_out``: the attempt's own timeout ended
+        it, which is never fatal to the others. ``final``: the attempt was the call already.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
         non_fatal = timed_out or outcome.code in self._policy.non_fatal

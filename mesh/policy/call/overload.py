@@ -5,7 +5,7 @@ The less a call matters, the sooner it is refused: its metadata says (``CRITICAL
 is made for. A refusal is final: it is never retried, and counts against no endpoint.
 
 Rule 1: a call is counted before it is sent, and as accepted until the service refuses it: else the first calls in
-flight would look like refusals (FIELD 6.17). One refused here counts as a request, never as accepted.
+flight would look like refusals (docs/correctness.md, O1). One refused here counts as a request, never as accepted.
 Rule 2: what was entered is left exactly once. The count is a deque's length: its append and pop are atomic, so threads
 share it without a lock. Rule 3: in a dry run refusals are counted and not made.
 """

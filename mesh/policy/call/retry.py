@@ -1,8 +1,7 @@
 """Whether a failed attempt is followed by another, and after which delay (A6).
 
-Pushback (FIELD 6.3): negative or unparseable stops; otherwise exactly that delay, and backoff begins anew. Throttle
-(FIELD 6.7): a failure that a retry is for, or one with a pushback that forbids it, takes a token; the retry needs
-strictly more than half of them. The budget is asked last, so that nothing is withdrawn for a retry that isn't made.
+Pushback, throttle and budget are as in docs/correctness.md, R2, R5 and R6. The budget is asked last, so that nothing is
+withdrawn for a retry that isn't made.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 CLOSED passes. A trip (failures in a row, or outlier detection's word) opens it. OPEN refuses until its time is over, or
 until its connection was made anew, which is news of the endpoint. HALF_OPEN has one real request probe it; PROBING
 waits for that one. A success closes, a failure opens again, and a probe that says nothing (cancelled, never sent) frees
-the slot for another (FIELD 6.13).
+the slot for another (docs/correctness.md, E5).
 
 Rule 1: ``probe``, ``succeeded``, ``failed`` and ``ignored`` are called under the node's lock. The last three return
 whether the cluster is to look at the node; it alone applies TRIP, TIME and RECONNECTED, because it alone knows how many

@@ -1,9 +1,9 @@
 """How busy an endpoint is: its node remembers what is in flight, how slow it has been, and how it has answered.
 
-Rule 1: a node's memory is keyed by its address and survives updates of the endpoint set.
-Rule 2: in flight is +1 at the pick and -1 exactly once, however the attempt ends.
+Rule 1: a node's memory is keyed by its address and survives updates of the endpoint set (docs/correctness.md, B4).
+Rule 2: in flight is +1 at the pick and -1 exactly once, however the attempt ends (docs/correctness.md, B1).
 Rule 3: a failure that speaks of the endpoint counts as slow, so that failing fast doesn't look like answering fast
-(envoy#20907, Linkerd's load biaser); one that speaks of the request, a cancel or a local refusal counts as nothing.
+(docs/correctness.md, B3); one that speaks of the request, a cancel or a local refusal counts as nothing.
 Rule 4: loads are compared for each unit of weight, so a heavier endpoint may be busier. Between idle endpoints weight
 decides nothing: a picker draws them by their weights already.
 """

@@ -1,11 +1,11 @@
 """Which endpoints answer so much worse than the others that they are left out (A50), and for how long.
 
 ``outliers`` is A50's two algorithms over one interval's counts. ``Ejections`` keeps who is out: for base time × how
-often of late, up to the maximum, with jitter, so that many clients don't come back in step (FIELD 6.15).
+often of late, up to the maximum, with jitter, so that many clients don't come back in step (docs/correctness.md, J1).
 
-Rule 1: the share ejected is checked as it would be *after*, not before (FIELD 6.12, envoy#27066). One may always be
+Rule 1: the share ejected is checked as it would be *after*, not before (docs/correctness.md, E1). One may always be
 ejected where there are three or more, however small the share: else small clusters would have no ejection at all.
-Rule 2: an ejected endpoint keeps its connection; it is only not picked.
+Rule 2: an ejected endpoint keeps its connection; it is only not picked (docs/correctness.md, E2).
 Rule 3: in a dry run everything is decided and counted, and nothing is done.
 """
 

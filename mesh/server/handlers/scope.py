@@ -32,7 +32,7 @@ MAX_DIGITS = 9
 """Digits of an attempt's number in metadata."""
 
 
-# grpc says about 9.2e18 s, or None, for "no deadline"; nothing that has one has a century.
+# grpc says about 9.2e18 s, or None, for "no deadline" (docs/correctness.md, P1).
 _NO_DEADLINE = 3e9
 
 

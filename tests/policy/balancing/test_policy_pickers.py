@@ -144,7 +144,7 @@ def test_a_weight_of_next_to_nothing_and_one_of_nearly_all_break_nothing(policy:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_many_clients_do_not_start_at_the_same_endpoint(policy: str) -> None:
-    # 900 clients, 3 endpoints. FIELD 6.15: herds.
+    # 900 clients, 3 endpoints (docs/correctness.md, J1).
     starts = Counter(
         picked(picker_of(policy, nodes_of(3), seed), 0.0, random.Random(seed)).endpoint.address for seed in range(900)
     )

@@ -152,7 +152,7 @@ def test_threads_lose_no_call_and_no_retry() -> None:
     assert got == 10_000  # half of the 20,000 calls, each counted once
 
 
-# -- the throttle (A6, FIELD 6.7)
+# -- the throttle (A6; docs/correctness.md, R5)
 
 
 def throttle_of(tokens: float = 10.0, ratio: float = 0.1) -> Throttle:

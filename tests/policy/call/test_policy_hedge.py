@@ -1,4 +1,4 @@
-"""Hedging (A6, FIELD 6.4): a second attempt beside a running one; and the latencies that it learns from."""
+"""Hedging (A6; docs/correctness.md, H1): a second attempt beside a running one; and what it learns from."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_refusal_counts_against_no_endpoint_and_earns_no_retries() -> None:
 
 @pytest.mark.parametrize("how", ["succeeds", "fails", "is given up", "is cancelled", "runs out of time"])
 def test_however_a_call_ends_its_place_is_free_once(how: str) -> None:
-    # FIELD 6.10.
+    # docs/correctness.md, B1.
     cluster = limited()
     call = Driven(cluster=cluster, deadline=5.0)
     assert len(cluster.gate.out) == 1
@@ -162,8 +162,7 @@ def test_the_chance_is_that_of_the_book(requests: int, accepts: int, expected: f
 
 
 def test_calls_in_flight_do_not_look_refused() -> None:
-    # FIELD 6.17: counted before sending; and as accepted until it is known better, or the first calls of a client would
-    # refuse the next.
+    # docs/correctness.md, O1: counted as accepted until the service refuses, or the first calls would refuse the next.
     counts = throttled()
     assert all(counts.request(0.0) == 0.0 for _ in range(1000))
 
@@ -221,7 +220,7 @@ def test_while_the_service_accepts_half_nothing_is_refused_here() -> None:
 
 
 def test_of_what_is_refused_there_a_tenth_is_still_sent() -> None:
-    # Of 2,000 with p = 0.9: 5 standard deviations of 200 are 67. FIELD 6.17: the cap is below 100 %.
+    # Of 2,000 with p = 0.9: 5 standard deviations of 200 are 67 (docs/correctness.md, O1).
     assert abs(overloaded(0.0)["refused there"] - 200) <= 67
 
 

@@ -1,4 +1,4 @@
-"""Retries, as A6 and FIELD 6 have them: what is tried again, when, where, and what it costs."""
+"""Retries, as A6 and docs/correctness.md have them: what is tried again, when, where, and what it costs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_no_backoff_is_infinite_or_beyond_its_maximum(initial: float, maximum: f
     assert all(0 <= backoff.delay(rng) <= maximum * 1.2000001 for _ in range(50))
 
 
-# -- pushback (FIELD 6.3)
+# -- pushback (docs/correctness.md, R2)
 
 
 def test_pushback_of_0_retries_at_once() -> None:
@@ -165,7 +165,7 @@ def test_pushback_does_not_raise_the_number_of_attempts() -> None:
     call.ends(Code.UNAVAILABLE, of=3)
 
 
-# -- one deadline over all of it (FIELD 6.2)
+# -- one deadline over all of it (docs/correctness.md, D1)
 
 
 def test_a_backoff_that_would_reach_the_deadline_is_not_slept() -> None:
@@ -276,7 +276,7 @@ def test_woken_too_early_a_retry_still_waits_for_its_time() -> None:
     assert call.waits(until=(0.8, 1.2)).until == until
 
 
-# -- budget and throttle (FIELD 6.7, 6.8)
+# -- budget and throttle (docs/correctness.md, R5 and R6)
 
 
 def test_an_empty_budget_ends_the_call_with_its_failure() -> None:
@@ -362,7 +362,7 @@ def test_a_method_without_retries_takes_no_token() -> None:
     assert repr(cluster.throttle) == "<Throttle 4/4>"
 
 
-# -- transparent retries (FIELD 6.5)
+# -- transparent retries (docs/correctness.md, R3)
 
 
 def test_what_was_never_sent_goes_elsewhere_at_once_and_costs_nothing() -> None:
@@ -456,7 +456,7 @@ def test_a_retry_waits_for_an_endpoint_and_ends_at_the_deadline_with_its_failure
     call.ends(Code.UNAVAILABLE, "failure 1", of=1)
 
 
-# -- where to (FIELD 6.9)
+# -- where to (docs/correctness.md, R7)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -479,7 +479,7 @@ def test_the_only_endpoint_is_tried_again() -> None:
     assert call.addresses == ["e0", "e0"]
 
 
-# -- commit (FIELD 6.1)
+# -- commit (docs/correctness.md, R1)
 
 
 def test_a_failure_after_the_headers_is_final() -> None:

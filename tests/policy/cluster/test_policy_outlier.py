@@ -142,7 +142,7 @@ def test_cancels_and_what_never_left_break_no_row_and_begin_none() -> None:
 
 
 def test_an_endpoint_that_fails_five_times_in_a_row_is_left_out_and_keeps_its_connection() -> None:
-    # FIELD 6.12: the connection stays while ejected.
+    # docs/correctness.md, E2.
     cluster = cluster_with()
     fails(cluster, "e0")
     assert cluster.sweep(1.0)
@@ -164,7 +164,7 @@ def test_the_pool_is_woken_when_there_is_something_to_eject_and_not_before() -> 
 
 
 def test_an_ejection_lasts_its_time_longer_each_time_and_jittered() -> None:
-    # FIELD 6.15: jitter on the end of an ejection, or many clients come back in step.
+    # docs/correctness.md, J1: without jitter many clients would come back in step.
     longest = []
     for seed in range(50):
         cluster = cluster_of(5, ServiceConfig(balancer=ROUND_ROBIN, ejection=IN_A_ROW), seed=seed)
@@ -234,7 +234,7 @@ def returning(now: float = 40.0) -> Cluster:
 
 
 def test_exactly_one_real_request_probes_a_returning_endpoint() -> None:
-    # FIELD 6.13.
+    # docs/correctness.md, E5.
     cluster = returning()
     taken = Counter(address_of(cluster, 40.0) for _ in range(41))
     assert taken["e0"] == 1
@@ -281,7 +281,7 @@ def test_a_probe_that_fails_keeps_it_out_for_longer() -> None:
 
 @pytest.mark.parametrize("how", ["cancelled", "given up", "never sent"])
 def test_a_probe_that_says_nothing_frees_its_slot_for_another(how: str) -> None:
-    # FIELD 6.13: release the slot if the probe is cancelled.
+    # docs/correctness.md, E5.
     cluster = returning()
     call = Driven(cluster=cluster, now=40.0)
     if how == "given up":
@@ -349,7 +349,7 @@ def test_one_that_comes_and_goes_is_not() -> None:
     [(3, 67, 2), (3, 10, 1), (3, 100, 3), (3, 0, 0), (2, 100, 0), (1, 100, 0), (5, 40, 2), (10, 10, 1), (20, 10, 2)],
 )
 def test_the_share_ejected_is_checked_as_it_would_be_after(count: int, percent: float, most: int) -> None:
-    # FIELD 6.12: checked before, 67 % of 3 hosts ejected all three (envoy#27066). One may always be, of three or more.
+    # docs/correctness.md, E1: checked before, 67 % of 3 hosts ejected all three. One may always be, of three or more.
     cluster = cluster_with(replace(IN_A_ROW, max_percent=percent), count)
     for address in list(cluster.nodes):
         fails(cluster, address)
@@ -383,7 +383,7 @@ def panicking() -> Cluster:
 
 
 def test_with_fewer_than_half_left_all_are_used_and_it_is_said() -> None:
-    # FIELD 6.13: panic overrides ejection, and says so (envoy#2671).
+    # docs/correctness.md, E6.
     cluster = panicking()
     assert picks(cluster) == {"e0", "e1", "e2", "e3"}
     assert cluster.panic
@@ -422,7 +422,7 @@ def test_without_a_threshold_only_the_last_one_is_kept_from_leaving() -> None:
 
 
 def test_endpoints_without_a_connection_are_no_reason_to_panic() -> None:
-    # FIELD 6.12, envoy#12076: what health removes isn't capped by what may be ejected.
+    # docs/correctness.md, E3.
     cluster = cluster_with(count=5)
     fails(cluster, "e0")
     cluster.sweep(1.0)
@@ -474,7 +474,7 @@ def test_when_all_fail_alike_none_is_an_outlier() -> None:
 
 
 def test_failure_percentage_is_above_its_threshold_not_at_it() -> None:
-    # FIELD 6.12: A50's text says ">=" here and ">" there; its algorithm says ">".
+    # docs/correctness.md, E4: A50's comments say ">=", its algorithm says ">".
     assert named(rated(0, 85, 86, 0, 0), SHARE) == [("e2", "failure percentage")]
 
 
