@@ -396,7 +396,7 @@ def test_a_peak_is_believed_at_once_and_forgotten_slowly() -> None:
     node.end(10.0, 10.0 - 0.1, OK)  # one decay time later: 1/e of the old, the rest of the new
     assert node.cost == pytest.approx(1 / 2.71828 + (1 - 1 / 2.71828) * 0.1, rel=1e-4)
     assert repr(node) == f"<Node e0 in_flight=0 cost={node.cost * 1000:.1f}ms>"
-    assert node.latency(20.0) == pytest.approx(node.cost / 2.71828, rel=1e-4)  # and unobserved it decays for readers alike
+    assert node.latency(20.0) == pytest.approx(node.cost / 2.71828, rel=1e-4)  # it decays unobserved
 
 
 SLOW = {
