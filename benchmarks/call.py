@@ -216,7 +216,7 @@ def flow_alone(bare: float) -> list[Row]:
     rng = random.Random(1)
     cluster = Cluster("bench", ServiceConfig(), rng, 0.0, threading.Lock)
     cluster.update([Endpoint(f"127.0.0.1:{port}") for port in range(1, 4)])
-    cluster.observe([(address, Connectivity.READY) for address in cluster.nodes])
+    cluster.update_states([(address, Connectivity.READY) for address in cluster.nodes])
     policy = ServiceConfig().method(UNARY, Idempotency.IDEMPOTENT)
     answered = Outcome(0)
 

@@ -158,7 +158,7 @@ def side_by_side(ports: list[list[int]], through: Options, core: Options, rate: 
 def ready_cluster(count: int, balancer: BalancerConfig) -> Cluster:
     cluster = Cluster("bench", ServiceConfig(balancer=balancer), random.Random(1), 0.0, threading.Lock)
     cluster.update(endpoints(count))
-    cluster.observe([(address, Connectivity.READY) for address in cluster.nodes])
+    cluster.update_states([(address, Connectivity.READY) for address in cluster.nodes])
     return cluster
 
 
@@ -219,7 +219,7 @@ def changes() -> list[Row]:
             return time.thread_time() - begun
 
         take(step, 0.0)
-        cluster.observe([(address, Connectivity.READY) for address in cluster.nodes])
+        cluster.update_states([(address, Connectivity.READY) for address in cluster.nodes])
         took = []
         for index in range(1, 21):
             change = pb.WatchResponse(epoch="e", revision=1 + index)
@@ -286,10 +286,10 @@ def halves(seconds: float) -> list[Row]:
 
                 async def watch() -> None:
                     nonlocal ejected
-                    out = through.assembly.cluster.ejections.out
+                    out = through.assembly.cluster.ejections.ejected
                     while f"127.0.0.1:{bad}" not in out and time.monotonic() - begun < 15 * seconds:
                         await asyncio.sleep(0.01)
-                        out = through.assembly.cluster.ejections.out
+                        out = through.assembly.cluster.ejections.ejected
                     if f"127.0.0.1:{bad}" in out:
                         ejected = time.monotonic() - begun
 

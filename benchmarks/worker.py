@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 
 from mesh.orca import OrcaLoadReport
-from mesh.wire import LOAD, ORCA_LOAD
+from mesh.wire import ORCA_LOAD_REPORT, WEFT_LOAD_REPORT
 
 REPORT_PERIOD = 0.1
 SMOOTHING = 0.2
@@ -79,7 +79,9 @@ class Worker:
                 before = getattr(self._report, field)
                 setattr(self._report, field, before + (value / (now - last) - before) * SMOOTHING)
             last = now
-            self._trailers = tuple((key, self._report.SerializeToString()) for key in (ORCA_LOAD, LOAD))
+            self._trailers = tuple(
+                (key, self._report.SerializeToString()) for key in (ORCA_LOAD_REPORT, WEFT_LOAD_REPORT)
+            )
 
 
 def main() -> None:

@@ -267,13 +267,13 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "ValueError",
-                "target |<target>|: which registry? Set |<variable>|=host:port, or write mesh://host:port/|<service>",
+                "target |<target>|: no registry; set |<variable>|=host:port, or write mesh://host:port/|<service>",
                 "A `mesh:///` target, and `MESH_REGISTRY` isn't set.",
                 "Set it, before the channel is made.",
             ),
             Status(
                 "ValueError",
-                "target |<target>|: unknown scheme |<scheme>|; known are |<schemes>|, and host:port",
+                "target |<target>|: unknown scheme |<scheme>|; known: |<schemes>|, and host:port",
                 "The target begins with a scheme that neither the mesh nor gRPC has.",
                 "Correct the target.",
             ),

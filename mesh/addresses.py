@@ -1,9 +1,9 @@
-"""Addresses as people write them: the one parser for what servers listen on and advertise, what instances register, and
-what targets and ``MESH_REGISTRY`` name.
+"""The parser for addresses: what servers listen on and advertise, what instances register, and what targets and
+``MESH_REGISTRY`` name.
 
-``host:port``, ``[ipv6]:port``, ``[ipv6%zone]:port``; where a port isn't needed, also a host alone, which may be an IPv6
-address with or without brackets (as in gRPC, more than one colon without brackets is an IPv6 address). Sockets of this
-machine are written as gRPC's targets: ``unix:path``, ``unix-abstract:name``, ``vsock:cid:port``.
+``host:port``, ``[ipv6]:port``, ``[ipv6%zone]:port``; where the port is optional, also a host alone, which may be an
+IPv6 address with or without brackets (as in gRPC, more than one colon without brackets is an IPv6 address). Local
+sockets are written as gRPC's targets: ``unix:path``, ``unix-abstract:name``, ``vsock:cid:port``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 TARGET_SCHEMES = ("dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p")
-"""What gRPC's own targets begin with."""
+"""The schemes of gRPC's own targets."""
 
 FORMS = "host:port, [ipv6]:port or unix:path"
 
@@ -33,7 +33,7 @@ class Address(NamedTuple):
 
     @property
     def is_wildcard(self) -> bool:
-        """Whether this stands for all of a machine's addresses: one to listen on, and not to call."""
+        """Whether this means all of a machine's addresses: to listen on, not to call."""
         try:
             return ipaddress.ip_address(self.host).is_unspecified
         except ValueError:
@@ -44,7 +44,7 @@ class Address(NamedTuple):
 
 
 def is_local(text: str) -> bool:
-    """Whether this is a socket of this machine: ``unix:path`` and the like."""
+    """Whether this is a local socket: ``unix:path`` and the like."""
     return text.isprintable() and _LOCAL.fullmatch(text) is not None
 
 
@@ -58,9 +58,9 @@ def is_ip(host: str) -> bool:
 
 
 def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address:
-    """The address that ``text`` is; ``port`` is what a host alone gets, None where the port must be there.
+    """Parse an address. ``port``: the default port; None where a port is required.
 
-    Raises ValueError, saying what is wrong with it and how to write it.
+    Raises ValueError, which says what is wrong and how to write it.
     """
     if not text.isprintable():
         raise ValueError(f"{text!r} has a character that can't be printed")
@@ -95,7 +95,7 @@ def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address
 
 
 def check_target(text: str) -> None:
-    """Raise ValueError unless ``text`` is an address, or another target that gRPC takes (``dns:///name:port``)."""
+    """Raise ValueError unless ``text`` is an address, or another target that gRPC accepts (``dns:///name:port``)."""
     if not (text.isprintable() and _TARGET.fullmatch(text)):
         parse(text)
 

@@ -1,6 +1,6 @@
-"""What travels down a call tree: the inbound call being handled, and what the calls made for it inherit.
+"""Context propagation: the inbound call being handled, and what the calls made for it inherit.
 
-The one file with contextvars. The server's half enters a ``Scope`` around each handler; the channels read it.
+This is the only file with contextvars. Servers set a ``Scope`` around each handler; channels read it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from contextvars import ContextVar
 class Scope:
     """The inbound call being handled.
 
-    ``deadline``: when it ends, in monotonic seconds; None without one. ``is_retry``: the inbound attempt was itself a
-    retry or a hedge, so calls made for it don't retry (chain stop). ``exhausted``: set when a call made for it was
-    allowed to retry and failed, so that the server can tell the caller above not to retry. ``criticality``: the
-    inbound call's ("CRITICAL", "SHEDDABLE", ...; empty when it said nothing), for the calls below it: they send it
-    as ``weft-criticality``. ``arrived``: when this process first saw it. ``begun``: its handler runs.
+    ``deadline``: in monotonic seconds; None if there is none. ``is_retry``: the inbound attempt is itself a retry or a
+    hedge, so calls made for it aren't retried. ``exhausted``: a call made for it was allowed to retry and failed, so
+    the server tells its caller not to retry. ``criticality``: the inbound call's ("CRITICAL", "SHEDDABLE", ...; empty
+    if it has none), which calls made for it send as ``weft-criticality``. ``arrived``: when it arrived in this process.
+    ``handler_started``: its handler runs.
     """
 
     __slots__ = (
         "_children",
         "arrived",
-        "begun",
         "cancelled",
         "closed",
         "criticality",
         "deadline",
         "exhausted",
+        "handler_started",
         "is_retry",
     )
 
@@ -40,15 +40,15 @@ class Scope:
         self.is_retry = is_retry
         self.criticality = criticality
         self.arrived = arrived
-        self.begun = False
+        self.handler_started = False
         self.exhausted = False
         self.cancelled = False
         self.closed = False
-        # A dict for its order and its O(1) removal; keyed by identity of the child call.
+        # A dict, for its order and O(1) removal; keyed by the child call's identity.
         self._children: dict[int, Callable[[], object]] = {}
 
     def adopt(self, child: object, cancel: Callable[[], object]) -> None:
-        """Have ``cancel`` called when the inbound call is cancelled; at once, if it already was."""
+        """Call ``cancel`` when the inbound call is cancelled; at once, if it already was."""
         self._children[id(child)] = cancel
         if self.cancelled:
             self.cancel()
@@ -70,7 +70,7 @@ class Scope:
             cancel()
 
     def close(self) -> None:
-        """The handler has ended: what it left running inherits nothing more, and isn't cancelled with the call."""
+        """The handler has ended: what it left running inherits nothing anymore, and isn't cancelled with the call."""
         self.closed = True
 
     def __repr__(self) -> str:
@@ -79,18 +79,18 @@ class Scope:
 
 _scope: ContextVar[Scope | None] = ContextVar("mesh_scope", default=None)
 
-REFUSED: ContextVar[str] = ContextVar("mesh_refused", default="")
+REFUSAL_REASON: ContextVar[str] = ContextVar("mesh_refused", default="")
 """Why the inbound call was refused before its handler, for the server's observer; empty when it was not."""
 
 inbound = _scope.get
-"""The scope of the inbound call that this context comes from, also when its handler has ended; or None."""
+"""The scope of the inbound call that this context belongs to, even after its handler has ended; or None."""
 
 
 def current() -> Scope | None:
-    """The scope of the inbound call being handled here; None outside of one, and once its handler has ended.
+    """The scope of the inbound call being handled; None outside of one, and once its handler has ended.
 
-    A task or thread that a handler starts inherits the handler's context for good. What it does after the handler has
-    ended is its own: the inbound call's deadline says nothing about it.
+    A task or thread that a handler starts keeps the handler's context forever. After the handler has ended, the inbound
+    call's deadline no longer applies to it.
     """
     scope = _scope.get()
     return None if scope is None or scope.closed else scope
@@ -107,13 +107,13 @@ def entered(scope: Scope | None) -> Iterator[None]:
 
 
 def enter(scope: Scope | None) -> None:
-    """As ``entered``, for the rest of the current context (a task of its own, say)."""
+    """Like ``entered``, for the rest of the current context (a task of its own, for example)."""
     _scope.set(scope)
 
 
 def remaining() -> float | None:
-    """Seconds left for the inbound call being handled (0.0 when it is over); None outside of one, or without a
-    deadline."""
+    """Seconds until the deadline of the inbound call being handled (0.0 once it has passed); None outside of one, or
+    without a deadline."""
     scope = current()
     if scope is None or scope.deadline is None:
         return None

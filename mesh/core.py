@@ -1,10 +1,10 @@
-"""gRPC's own channels, for the connections that the mesh makes itself: to endpoints, and to the registry.
+"""gRPC's own channels, for the mesh's connections to endpoints and to the registry.
 
-Instrumentation (OpenTelemetry, Sentry) replaces ``grpc.insecure_channel`` and its like with functions whose channels
-are wrapped. The mesh's own connections must not be: a wrapped channel hides its state, and internal RPCs would be
-reported as the user's. So the channels are made of grpc's classes, which nobody replaces.
+Instrumentation (OpenTelemetry, Sentry) replaces ``grpc.insecure_channel`` and similar functions with ones that return
+wrapped channels. The mesh's own connections must not be wrapped: a wrapped channel hides its state, and internal RPCs
+would be reported as the user's. So channels are made from grpc's classes, which aren't replaced.
 
-These names of grpcio are private, and used only here; tests/test_core.py pins them.
+The private names of grpcio are used only here; tests/test_core.py pins them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def aio_channel(
 
 
 def state(channel: Any, connect: bool) -> int:
-    """The state of a ``grpc.Channel``, as core's number; with ``connect``, an idle one begins to connect.
+    """The connectivity state of a ``grpc.Channel``, as core's number; ``connect``: an idle channel starts to connect.
 
-    ``grpc.Channel`` reports its state only to subscribers, each of which costs a thread.
+    ``grpc.Channel`` reports its state only to subscribers, and each of those costs a thread.
     """
     return channel._channel.check_connectivity_state(connect)  # type: ignore[no-any-return]  # noqa: SLF001
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 CRITICALITY = "weft-criticality"
 """The metadata key that says how much a call matters: CRITICAL_PLUS, CRITICAL, SHEDDABLE_PLUS or SHEDDABLE."""
 
 
 class Criticality(enum.IntEnum):
-    """How much a call matters, from the last to be shed to the first. Calls that say nothing are CRITICAL."""
+    """How much a call matters, from the last to be shed to the first. Calls without the metadata are CRITICAL."""
 
     CRITICAL_PLUS = 0
     CRITICAL = 1
@@ -20,5 +21,18 @@ class Criticality(enum.IntEnum):
 BY_NAME = {criticality.name: criticality for criticality in Criticality}
 """The values of the metadata key."""
 
-SHARES = (1.0, 1.0, 0.9, 0.8)
-"""How much of a limit calls of each criticality may fill: the sheddable leave room, so that the rest seldom wait."""
+LIMIT_SHARES = (1.0, 1.0, 0.9, 0.8)
+"""The share of a limit that each criticality may use: sheddable calls leave room, so that others rarely wait."""
+
+
+def criticality_of(name: str) -> Criticality:
+    """The criticality with that name; CRITICAL for any other text."""
+    return BY_NAME.get(name, Criticality.CRITICAL)
+
+
+def criticality_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> Criticality:
+    """The criticality in a call's metadata."""
+    for key, value in metadata or ():
+        if key == CRITICALITY:
+            return criticality_of(str(value))
+    return Criticality.CRITICAL

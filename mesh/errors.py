@@ -1,4 +1,4 @@
-"""What a user may catch: gRPC's own error classes, with ``explain()``."""
+"""The errors that calls raise: gRPC's own error classes, with ``explain()``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mesh.observe import Explanation
 
 
 def explain(call_or_error: object) -> Explanation:
-    """Every attempt that was made for a call: where, when, and how it ended.
+    """All attempts of a call: to which endpoint, when, and how each ended.
 
-    ``call_or_error`` is a call of a mesh channel, an error that one raised, or what an interceptor made of either: a
-    call or an error around it, or a generator of its responses, as long as that has more to give.
+    ``call_or_error``: a call of a mesh channel, an error that one raised, or an interceptor's wrapper around either: a
+    call, an error, or a generator of responses that isn't exhausted.
 
-    Raises TypeError when there is no call of a mesh channel in it, and asyncio.InvalidStateError while interceptors
-    have not made it yet.
+    Raises TypeError when it has no call of a mesh channel, and asyncio.InvalidStateError while interceptors haven't
+    made the call yet.
     """
     looked_at: list[object] = []
     ahead = [call_or_error]
@@ -53,17 +53,16 @@ def _inside(found: object) -> Iterable[object]:
 
 
 class RpcError(grpc.RpcError):
-    """What every failed call of a mesh channel raises: blocking, future, stream and asyncio. A ``grpc.RpcError``; each
-    kind is also what grpc raises there."""
+    """The base of what failed calls of a mesh channel raise: blocking, future, stream and asyncio. A ``grpc.RpcError``;
+    each subclass is also of the type that grpc raises there."""
 
     def explain(self) -> Explanation:
-        """Every attempt that was made for the call: where, when, and how it ended."""
+        """All attempts of the call: to which endpoint, when, and how each ended."""
         raise NotImplementedError
 
 
 class CallError(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
-    """A blocking call failed. What grpc raises there, a ``grpc.RpcError`` that is a ``grpc.Call`` and a
-    ``grpc.Future``."""
+    """A blocking call failed. As in grpc, a ``grpc.RpcError`` that is also a ``grpc.Call`` and a ``grpc.Future``."""
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class CallError(RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg]
 
 
 class AioRpcError(RpcError, grpc.aio.AioRpcError):
-    """An asyncio call failed. What grpc raises there."""
+    """An asyncio call failed. Also a ``grpc.aio.AioRpcError``."""
 
     def __init__(
         self,
@@ -191,7 +190,7 @@ class AioRpcError(RpcError, grpc.aio.AioRpcError):
 def terminated(
     name: str, code: grpc.StatusCode, details: str | None, debug: str | None = None, endpoint: str = ""
 ) -> str:
-    """What grpc prints of an RPC that is over; where nothing in it names the endpoint, a last sentence does."""
+    """The text of an RPC that has terminated, as grpc's, plus the endpoint if nothing in it names it."""
     lines = [f"<{name} of RPC that terminated with:", f"\tstatus = {code}", f'\tdetails = "{details}"']
     if code is not grpc.StatusCode.OK:
         lines.append(f'\tdebug_error_string = "{debug}"')
@@ -201,11 +200,11 @@ def terminated(
     return f"{text} The call went to endpoint {endpoint}."
 
 
-_LONGEST = 200  # characters of core's that an error repeats
+_LONGEST = 200  # characters of core's details that an error repeats
 
 
-def in_short(details: str) -> str:
-    """Core's account of a failed connection without what every such account says. For people, not for programs."""
+def short_details(details: str) -> str:
+    """Core's details of a failed connection, without what all of them have. For people, not for programs."""
     text = details.partition("last error: ")[2] or details
     text = re.sub(r"^[A-Z_]+: ", "", text)
     text = re.sub(r"^(ipv4|ipv6|unix|unix-abstract|vsock):\S+: ", "", text)

@@ -1,8 +1,8 @@
-"""The values that the mesh passes around: endpoints, calls, the flow's steps and wake-ups, outcomes and verdicts.
+"""The mesh's value types: endpoints, calls, the flow's steps and wake-ups, outcomes and verdicts.
 
 A flow (``policy/call/flow.py``) yields steps and is sent wake-ups; a driver (``channel/driver.py``) performs the steps.
-Nothing here does IO or knows gRPC's classes. Instants (``now``, ``until``, ``deadline``) are monotonic seconds;
-timeouts are spans in seconds. What is made for every call is slotted and not frozen: freezing costs up to a
+Nothing here does IO or uses gRPC's classes. Instants (``now``, ``until``, ``deadline``) are monotonic seconds; timeouts
+are spans in seconds. Types of which every call makes one have slots and aren't frozen, which would cost up to a
 microsecond each.
 """
 
@@ -19,11 +19,11 @@ from mesh.config.settings import MethodPolicy
 Metadatum = tuple[str, str | bytes]
 
 Lock = AbstractContextManager[object]
-"""Held for arithmetic alone. Policies are given their locks, as they are given time and chance."""
+"""Held only for arithmetic. Policies are given their locks, like time and randomness."""
 
 
 class Connectivity(enum.IntEnum):
-    """The state of an endpoint's connection, or of a channel over all of them, with gRPC core's numbers."""
+    """The connectivity state of an endpoint or of a whole channel, with gRPC core's numbers."""
 
     IDLE = 0
     CONNECTING = 1
@@ -34,7 +34,7 @@ class Connectivity(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Where an endpoint runs, from the largest to the smallest."""
+    """Where an endpoint runs."""
 
     region: str = ""
     zone: str = ""
@@ -42,15 +42,15 @@ class Locality:
 
 
 MAX_WEIGHT = 1_000
-"""The largest weight that an instance may have; the least is 1. So one instance that asks for too much gets at most a
-thousand times the share of another."""
+"""The largest weight of an instance; the smallest is 1. So no instance can ask for more than a thousand times the share
+of another."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An address that may be called: ``host:port``, or a target that gRPC itself takes (``unix:path``).
+    """An address that may be called: ``host:port``, or a target that gRPC itself accepts (``unix:path``).
 
-    ``weight`` is its share of the load against others; ``priority`` 0 is used before 1.
+    ``weight``: its share of the load relative to others. ``priority``: 0 is used before 1.
     """
 
     address: str
@@ -62,10 +62,11 @@ class Endpoint:
 
 @dataclass(slots=True)
 class CallSpec:
-    """One call: what the user asked for, and the record of what was done for it.
+    """One call: what the user asked for, and a record of its attempts.
 
-    ``deadline`` is math.inf without one. ``may_retry`` is false under an inbound attempt that is itself a retry
-    (chain stop). ``attempts`` is filled by the flow as it goes and is what ``explain()`` reads.
+    ``deadline``: math.inf if there is none. ``may_retry``: false when the call is made for an inbound attempt that is
+    itself a retry, so that retries don't multiply along a chain of services. ``attempts`` is filled by the flow, for
+    ``explain()``.
     """
 
     method: str
@@ -81,10 +82,9 @@ class CallSpec:
 class Outcome:
     """How an attempt ended.
 
-    ``pushback``: the server's word on when to retry, in seconds; negative: not at all; None: it said nothing.
-    ``committed``: the server had begun to answer, so the caller may have seen it. ``never_sent``: the driver didn't
-    start it. ``cancelled``: it was cancelled here. ``result``: what the driver keeps with it; the flow never looks
-    inside.
+    ``pushback``: when to retry according to the server, in seconds; negative: not at all; None: it didn't say.
+    ``committed``: the server had begun to respond, so the caller may have seen it. ``never_sent``: the driver didn't
+    start it. ``cancelled``: it was cancelled in this process. ``result``: the driver's own; the flow doesn't use it.
     """
 
     __slots__ = ("cancelled", "code", "committed", "details", "never_sent", "pushback", "result")
@@ -121,9 +121,8 @@ class Outcome:
 class Attempt:
     """Step: start this attempt, and wait until something happens or ``until``.
 
-    ``timeout`` None: unbounded. ``previous``: attempts that were sent for the call before this one, which the server
-    is told. The flow writes down what became of it: ``started``, ``ended``, ``outcome`` and ``note`` (what was unusual
-    about the pick) are for ``explain()``.
+    ``timeout`` None: unbounded. ``previous``: the number of attempts sent before this one, for the server. The flow
+    records ``started``, ``ended``, ``outcome`` and ``note`` (what was unusual about the pick) for ``explain()``.
     """
 
     __slots__ = (
@@ -167,8 +166,8 @@ class Attempt:
 class Wait:
     """Step: start nothing; wait until something happens or ``until``.
 
-    Backoff, a pushback before the next hedge, a queue for a READY endpoint, and the life of a committed stream are
-    all this. With ``picker``, a change of the cluster's picker from this one is something that happens.
+    For backoff, pushback, the delay before a hedge, a call that waits for a READY endpoint, and a committed stream.
+    With ``picker``, the replacement of this picker is a reason to wake up, too.
     """
 
     __slots__ = ("picker", "until")
@@ -182,7 +181,7 @@ class Wait:
 
 
 class Commit:
-    """Step: attempt ``number`` is the call now; cancel the others, hand it to the caller, go on waiting."""
+    """Step: commit to attempt ``number``: cancel the others, hand it to the caller, and go on waiting."""
 
     __slots__ = ("number",)
 
@@ -196,7 +195,7 @@ class Commit:
 
 
 class Cancel:
-    """Step: cancel attempt ``number``, whose end is reported as any other's."""
+    """Step: cancel attempt ``number``, and report its end like any other's."""
 
     __slots__ = ("number",)
 
@@ -216,7 +215,7 @@ Step = Attempt | Wait | Commit | Cancel
 
 
 class Headers:
-    """Wake-up: the server has begun to answer attempt ``number``."""
+    """Wake-up: the server has begun to respond to attempt ``number``."""
 
     __slots__ = ("now", "number")
 
@@ -226,7 +225,7 @@ class Headers:
 
 
 class Overflow(Headers):
-    """Wake-up: what attempt ``number`` has sent is more than the replay buffer holds."""
+    """Wake-up: attempt ``number`` has sent more than the replay buffer holds."""
 
     __slots__ = ()
 
@@ -243,7 +242,7 @@ class Ended:
 
 
 class Elapsed:
-    """Wake-up: the step's time is over, or what it waits for may have come: look again."""
+    """Wake-up: the step's time is up, or what it waits for may have happened: decide again."""
 
     __slots__ = ("now",)
 
@@ -255,7 +254,7 @@ Wake = Headers | Ended | Elapsed
 
 
 class Verdict:
-    """How a call ended: the ``outcome``, and the ``attempt`` that it is of; None when the mesh itself ended it."""
+    """How a call ended: the ``outcome``, and the ``attempt`` that had it; None when the mesh itself ended the call."""
 
     __slots__ = ("attempt", "outcome")
 

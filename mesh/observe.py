@@ -1,5 +1,4 @@
-"""Why a call went as it did: what ``explain()`` returns, on every call object and every raised error; and what a
-server tells of the calls that come in."""
+"""What ``explain()`` returns, for every call object and every raised error; and the observer of a server's calls."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from mesh.model import CallSpec, Outcome, Verdict
 class AttemptRecord:
     """One attempt of a call.
 
-    ``started`` is in seconds since the call began, ``seconds`` how long it took. ``code`` is a status code's name,
+    ``started``: seconds since the call started. ``seconds``: how long it took. ``code``: a status code's name,
     "NEVER_SENT" for an attempt that didn't leave this process, or "RUNNING". ``note``: what was unusual about the pick
     ("panic: ...").
     """
@@ -36,9 +35,9 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A call with all its attempts. ``seconds`` and ``code`` are None and "RUNNING" while it runs; ``str`` reads
-    well. ``endpoint``: the address whose answer, or failure, is the call's; empty when the mesh itself ended it, or
-    while it runs."""
+    """A call and its attempts; ``str`` of it is for people. While the call runs, ``seconds`` is None and ``code`` is
+    "RUNNING". ``endpoint``: the address whose response, or failure, is the call's; empty when the mesh itself ended the
+    call, or while it runs."""
 
     method: str
     target: str
@@ -86,8 +85,8 @@ class ChannelStats:
     """A snapshot of what a channel knows: ``channel.stats()``.
 
     ``state``: of the whole channel. ``error``: why there are no endpoints, if there are none. ``panic``: so many
-    endpoints are ejected that ejections are ignored. ``ejections``: how often each kind occurred ("ejected: 5 failures
-    in a row", "returned", "would eject: ..." in a dry run). ``refusals``: calls that the client refused, by reason.
+    endpoints are ejected that ejections are ignored. ``ejections``: how often each kind occurred ("ejected: consecutive
+    failures", "returned", "would eject: ..." in a dry run). ``refusals``: calls that the client refused, by reason.
     ``outstanding``: calls that have not ended.
     ``retry_budget``: retries and hedges that the budget allows now.
     """
@@ -109,15 +108,15 @@ class ChannelStats:
 
 
 class ServerObserver:
-    """Told of each call that a server has dealt with: for metrics, as ``ServerSettings(observer=...)``.
+    """Called for each call of a server, for metrics: ``ServerSettings(observer=...)``.
 
-    Override what is of use. It is told where the call ended: on the event loop, or on the handler's thread, so several
-    at a time; it should be quick, and never wait. What it raises is logged, and nobody else notices.
+    Override what you need. The methods run on the event loop or on the handlers' threads, several at a time, so they
+    must be fast and must not block. Exceptions are logged, and don't affect calls.
     """
 
     def handled(self, method: str, code: int, seconds: float) -> None:
-        """A call that reached its handler has ended: ``method`` is "/package.Service/Method", ``code`` the status's
-        number, ``seconds`` what it took, its wait for a permit and all."""
+        """A call that reached its handler has ended. ``method``: "/package.Service/Method". ``code``: the status code's
+        number. ``seconds``: how long it took, including its time in the queue."""
 
     def refused(self, method: str, reason: str) -> None:
         """A call was refused before its handler. ``reason``: starting, draining, delay, full, streams, expired or
@@ -125,7 +124,7 @@ class ServerObserver:
 
 
 def explain(call: CallSpec, target: str, verdict: Verdict | None, now: float) -> Explanation:
-    """Explain ``call`` as it stands: ``verdict`` None while it runs; ``now`` is when it ended, or the present."""
+    """Explain ``call``. ``verdict``: None while it runs. ``now``: when it ended, or the current time."""
     attempts = tuple(
         AttemptRecord(
             number=attempt.number,

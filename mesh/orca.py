@@ -1,6 +1,6 @@
-"""ORCA's messages (gRFC A51): the report of a server's load, and the request for it.
+"""ORCA's messages (gRFC A51): the load report of a server, and the request for it.
 
-They live in a descriptor pool of their own: another package in the process may bring the same files.
+They are in a descriptor pool of their own, because another package in the process may register the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _Field = descriptor_pb2.FieldDescriptorProto
 
 
 def _messages() -> tuple[Any, Any]:
-    """The classes of the report and of the request for it, with the fields that are used here, numbered as in ORCA."""
+    """The classes of the report and of the request, with the fields that are used here and ORCA's field numbers."""
     report = descriptor_pb2.FileDescriptorProto(
         name="xds/data/orca/v3/orca_load_report.proto", package="xds.data.orca.v3", syntax="proto3"
     )

@@ -1,7 +1,7 @@
-"""Every environment variable of the mesh and its shop, in one place; and a warning for those that nobody knows.
+"""All environment variables of the mesh and its shop, and a warning for unknown ones.
 
-A misspelt variable is silent: the default applies. So the first channel or server of a process warns of each variable
-that begins with ``MESH_`` and isn't known. All processes know the variables of all: an environment is often shared.
+A misspelt variable would be ignored silently. So the first channel or server of a process logs a warning for each
+variable that starts with ``MESH_`` and isn't known. All processes know all of them, as environments are often shared.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from mesh.config.reader import nearest
+from mesh.config.reader import did_you_mean
 
 _LOG = logging.getLogger("mesh.config")
 
 PREFIX = "MESH_"
 
 CHANNELS = {
-    "MESH_CACHE": "the folder of the disk cache, from which clients start while their registry is away",
+    "MESH_CACHE": "the directory of the disk cache, which clients use while the registry is unavailable",
     "MESH_REGION": "the region that this process runs in",
     "MESH_REGISTRY": "the registry: where servers register, and where mesh:/// targets are looked up",
     "MESH_SERVICE_CONFIG": "the file with service configs",
     "MESH_SUB_ZONE": "the part of the zone that this process runs in",
     "MESH_ZONE": "the zone that this process runs in",
 }
-"""Read by channels. Servers read the registry and the locality, too."""
+"""For channels. Servers use the registry and the locality, too."""
 
 SERVERS = {
     "MESH_ADVERTISE": "the address that clients are given",
@@ -59,13 +59,13 @@ SERVERS = {
     "MESH_STREAM_GRACE": "how long streams get to finish in a drain, in seconds",
     "MESH_WEIGHT": "the replica's share of the load",
 }
-"""Read by servers: the fields of ``ServerSettings``."""
+"""For servers: the fields of ``ServerSettings``."""
 
 REGISTRIES = {
     "MESH_REGISTRY_LISTEN": "where the registry listens",
     "MESH_REGISTRY_STATE": "the folder in which the registry keeps service configs across restarts",
 }
-"""Read by ``python -m mesh.registry``."""
+"""For ``python -m mesh.registry``."""
 
 SHOP = {
     "MESH_CONFIG": "a TOML file that sets variables which the environment doesn't",
@@ -78,7 +78,7 @@ SHOP = {
     "MESH_USER_TIMEOUT": "how long the user service may take to answer, in seconds",
     "MESH_WATCH_INTERVAL": "how often watches look for changes, in seconds",
 }
-"""Read by the shop's services."""
+"""For the shop's services."""
 
 KNOWN: Mapping[str, str] = {**CHANNELS, **SERVERS, **REGISTRIES, **SHOP}
 
@@ -89,17 +89,19 @@ _warned = False
 
 
 def unknown(names: Iterable[str]) -> list[str]:
-    """A line for each variable of the mesh's that nobody knows."""
+    """A line for each unknown variable."""
     strange = sorted(
         name for name in names if name.startswith(PREFIX) and name not in KNOWN and not _KUBERNETES.fullmatch(name)
     )
-    known = [name.removeprefix(PREFIX) for name in KNOWN]  # else all would be alike by their beginnings
-    hints = {name: nearest(name.removeprefix(PREFIX), known).replace("mean '", f"mean '{PREFIX}") for name in strange}
+    known = [name.removeprefix(PREFIX) for name in KNOWN]  # without it, as a common prefix makes all names similar
+    hints = {
+        name: did_you_mean(name.removeprefix(PREFIX), known).replace("mean '", f"mean '{PREFIX}") for name in strange
+    }
     return [f"{name}: unknown environment variable, ignored{hint}" for name, hint in hints.items()]
 
 
 def warn_once() -> None:
-    """Log a warning for each unknown variable of this process's environment, the first time that this is called."""
+    """Log a warning for each unknown variable in this process's environment, on the first call only."""
     global _warned
     if not _warned:
         _warned = True

@@ -15,7 +15,7 @@ from mesh import variables
 from mesh.config.descriptors import unknown_names
 from mesh.config.parse import parse
 from mesh.config.settings import ServiceConfig
-from mesh.config.sources import Configs, Source
+from mesh.config.sources import ConfigSources, Source
 from mesh.server.settings import ServerSettings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
@@ -152,8 +152,8 @@ def test_a_channel_logs_each_warning_once_for_a_source_and_text(
 ) -> None:
     monkeypatch.setattr("mesh.config.sources._warned", set())
     for source in (Source.FILE, Source.REGISTRY, Source.FILE):
-        configs = Configs("test", service=USER)
-        configs.offer(source, config(methodconfig=[]))
+        configs = ConfigSources("test", service=USER)
+        configs.update(source, config(methodconfig=[]))
     logged = [(record.levelno, record.name, record.getMessage()) for record in caplog.records]
     what = "methodconfig: unknown key, ignored; did you mean 'methodConfig'?"
     assert logged == [

@@ -37,10 +37,10 @@ from mesh.channel.subchannel import Method, Subchannel
 from mesh.codes import Code
 from mesh.config.parse import for_core
 from mesh.config.settings import NEVER_HEDGE, NEVER_RETRY, Idempotency, MethodPolicy, ServiceConfig
-from mesh.config.sources import PERIOD, ConfigFile, Configs, Source
+from mesh.config.sources import FILE_POLL_PERIOD, ConfigFile, ConfigSources, Source
 from mesh.core import ChannelOptions
 from mesh.criticality import CRITICALITY
-from mesh.discovery.target import in_short, resolver_for
+from mesh.discovery.target import resolver_for, short_target
 from mesh.model import CallSpec, Endpoint, Locality, Metadatum, Outcome, Verdict
 from mesh.policy.call.deadline import deadline_of
 from mesh.policy.call.early import PENDING, EarlyCall, early_flow
@@ -95,13 +95,13 @@ class Assembly:
         self._retries = bool(given.pop("grpc.enable_retries", 1))
         if forking.generation:  # core must not reuse the parent's connection, which has the same options
             given.setdefault("weft.forks", forking.generation)
-        name = in_short(target)
-        self._configs = Configs(name, service=found.health_service or "", balanced_by_core=resolver is None)
-        self._configs.offer(Source.OPTION, text or "")
+        name = short_target(target)
+        self._configs = ConfigSources(name, service=found.health_service or "", balanced_by_core=resolver is None)
+        self._configs.update(Source.OPTION, text or "")
         # Whether calls wait for a config that the resolver provides.
         self._config_pending = resolver is not None and resolver.configures and not text
         # With a config in the options the other sources are never read.
-        self._config_file = None if text else ConfigFile.of_environment(found.health_service or target)
+        self._config_file = None if text else ConfigFile.from_environment(found.health_service or target)
         source = resolver.source if resolver is not None else ""
         self.cluster = Cluster(name, self.config, self.rng, time.monotonic(), threading.Lock, source)
         self.cluster.locality = Locality(
@@ -162,14 +162,14 @@ class Assembly:
 
     async def _watch_config_file(self, config_file: ConfigFile) -> None:
         while True:
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(FILE_POLL_PERIOD)
             self._read(config_file)
 
     def _read(self, config_file: ConfigFile) -> None:
         try:
-            text = config_file.news()
+            text = config_file.poll()
         except ValueError as error:
-            self._configs.refuse(Source.FILE, str(error))
+            self._configs.reject(Source.FILE, str(error))
         else:
             if text is not None:
                 self._apply_config(Source.FILE, text)
@@ -177,7 +177,7 @@ class Assembly:
     def _apply_config(self, source: Source, text: str) -> None:
         """Apply a config from the next call on, if ``text`` changes it. Calls in flight keep theirs."""
         with self._lock:
-            changed = self._configs.offer(source, text)
+            changed = self._configs.update(source, text)
             first = self._config_pending and (changed or source is Source.REGISTRY)
             if not (changed or first):
                 return
@@ -247,7 +247,7 @@ class Assembly:
         scope = context.current()
         inherited = None if scope is None else scope.deadline
 
-        def settle(call: EarlyCall) -> None:
+        def apply_policy(call: EarlyCall) -> None:
             policy = method.policy
             if policy is not PENDING:
                 call.policy = policy
@@ -261,7 +261,7 @@ class Assembly:
             metadata if scope is None else _with_criticality(metadata, scope),
             bool(wait_for_ready),
             scope is None or not scope.is_retry,
-            settle=settle,
+            apply_policy=apply_policy,
         )
 
     def flow(self, call: CallSpec, now: float) -> Flow:

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
-from mesh.errors import in_short
+from mesh.errors import short_details
 from mesh.model import Connectivity
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ async def cause_of(subchannel: Subchannel) -> str:
     """Why ``subchannel`` can't be reached; empty when it can be, or nothing is known."""
     details = await _details(subchannel.core())
     if not details.endswith(_UNHEALTHY):
-        return in_short(details)
+        return short_details(details)
     service = _health_service(subchannel)
     async with subchannel.channel_without_health() as channel:
         request = health_pb2.HealthCheckRequest(service=service)
@@ -105,7 +105,7 @@ async def cause_of(subchannel: Subchannel) -> str:
                 _CHECK, health_pb2.HealthCheckRequest.SerializeToString, health_pb2.HealthCheckResponse.FromString
             )(request, timeout=TIMEOUT)
         except grpc.aio.AioRpcError as error:
-            return f"health check failed: {error.code().name}: {in_short(error.details() or '')}"
+            return f"health check failed: {error.code().name}: {short_details(error.details() or '')}"
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return f"health check of {service!r} returned {status}" if service else f"health check returned {status}"
 

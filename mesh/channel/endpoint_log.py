@@ -82,14 +82,14 @@ class EndpointLog:
 
     def on_sweep(self) -> None:
         """Log which endpoints were ejected and which returned from ejection."""
-        out = self._cluster.ejections.out
+        out = self._cluster.ejections.ejected
         if not out and not self._ejected:
             return
         now = frozenset(out)
         if now == self._ejected:
             return
         before, self._ejected = self._ejected, now
-        why = self._cluster.ejections.why
+        why = self._cluster.ejections.reasons
         ejected = [f"{address}: {why[address]}" for address in sorted(now - before)]
         returned = [f"{address} from ejection" for address in sorted(before - now) if address in self._cluster.nodes]
         if ejected:

@@ -20,7 +20,7 @@ from mesh.channel.subchannel import Subchannel
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.policy.cluster.cluster import Cluster
 from mesh.tasks import keep_running
-from mesh.wire import LOAD
+from mesh.wire import WEFT_LOAD_REPORT
 
 _LOG = logging.getLogger("mesh.channel")
 
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("mesh.channel")
 def take(cluster: Cluster, address: str, trailing_metadata: Any) -> None:
     """Give the cluster the report in the trailers of a response from ``address``."""
     for key, value in trailing_metadata or ():
-        if key == LOAD:
+        if key == WEFT_LOAD_REPORT:
             try:
                 report = OrcaLoadReport.FromString(value)
             except DecodeError:

@@ -137,7 +137,7 @@ class CorePool(Pool):
         super().__init__(cluster)
         self._subchannel = subchannel
         cluster.update((endpoint,))
-        cluster.observe([(endpoint.address, Connectivity.READY)])
+        cluster.update_states([(endpoint.address, Connectivity.READY)])
 
     def get(self, address: str) -> Subchannel:  # noqa: ARG002
         return self._subchannel

@@ -19,7 +19,7 @@ from mesh.channel.subchannel import Subchannel
 from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Connectivity
 from mesh.policy.cluster.cluster import Cluster
-from mesh.policy.cluster.connecting import Connects
+from mesh.policy.cluster.connecting import ConnectPacer
 from mesh.policy.cluster.node import Node
 from mesh.tasks import keep_running
 
@@ -54,9 +54,9 @@ class ResolvedPool(Pool):
         # pick_first does. (Reconnecting at once, while the server restarts, would leave them in backoff when the call
         # comes.)
         self._idle_after_ready: set[str] = set()
-        self._connects = Connects()
+        self._connects = ConnectPacer()
         self._stalled = False
-        cluster.alarm = lambda: self._wake()
+        cluster.on_breaker_event = lambda: self._wake()
         self._out_of_band: OutOfBand | None = None
         self._resolving: asyncio.Task[None] | None = None
         self._paused = False
@@ -144,10 +144,10 @@ class ResolvedPool(Pool):
 
     def _stall(self, error: str) -> None:
         self._stalled = bool(error)
-        self._update_cluster(lambda: self.cluster.stalled(error))
+        self._update_cluster(lambda: self.cluster.set_connect_error(error))
 
     def _unresolved(self, error: str) -> None:
-        self._update_cluster(lambda: self.cluster.unresolved(error, final=True))
+        self._update_cluster(lambda: self.cluster.resolver_error(error, final=True))
 
     async def _resolve(self) -> None:
         updated = False
@@ -163,7 +163,7 @@ class ResolvedPool(Pool):
 
     def _update(self, update: Update) -> None:
         if update.endpoints is None:
-            self.cluster.unresolved(update.error, final=update.final)
+            self.cluster.resolver_error(update.error, final=update.final)
             return
         nodes = dict(self.cluster.nodes)
         new, gone = self.cluster.update(update.endpoints, update.error)
@@ -196,7 +196,7 @@ class ResolvedPool(Pool):
             self._resolver.resolve_now()
         idle = self._idle_after_ready
         awake = (entry for entry in states if entry[0] not in idle) if idle else states
-        begin, pause = self._connects.look(awake, now)
+        begin, pause = self._connects.poll(awake, now)
         error: Exception | None = None
         for address in begin:
             try:
@@ -250,6 +250,6 @@ class ResolvedPool(Pool):
             if known.get(address, seen := self._causes.reported_state(address, state)) != seen
         ]
         if changed:
-            self._update_cluster(functools.partial(self.cluster.observe, changed))
+            self._update_cluster(functools.partial(self.cluster.update_states, changed))
             self._states_changed = True  # the tick logs it, not the call that may be here
             self._wake()

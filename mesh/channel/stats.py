@@ -24,8 +24,8 @@ def channel_stats(assembly: Assembly, state: grpc.ChannelConnectivity) -> Channe
         endpoints=endpoints,
         panic=cluster.panic,
         ejections=MappingProxyType(dict(cluster.ejections.counts)),
-        refusals=MappingProxyType(dict(cluster.gate.counts)),
-        outstanding=len(cluster.gate.out),
+        refusals=MappingProxyType(dict(cluster.admission.counts)),
+        outstanding=len(cluster.admission.outstanding),
         retry_budget=cluster.budget.balance(time.monotonic()),
     )
 
@@ -37,7 +37,7 @@ def _endpoint(subchannel: Subchannel, cluster: Cluster) -> EndpointStats:
         address=address,
         state=subchannel.state().name,
         cause=cluster.causes.get(address, ""),
-        ejected=cluster.ejections.why.get(address, ""),
+        ejected=cluster.ejections.reasons.get(address, ""),
         in_flight=node.in_flight if node else 0,
         latency=node.latency(time.monotonic()) if node else 0.0,
         weight=node.weight if node else 0.0,

@@ -1,4 +1,4 @@
-"""What the protobuf descriptors loaded in this process say of services and methods."""
+"""Checks a config's service and method names against the protobuf descriptors that are loaded in this process."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from collections.abc import Iterable
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 
-from mesh.config.reader import MAX_WARNINGS, nearest
+from mesh.config.reader import MAX_WARNINGS, did_you_mean
 from mesh.config.settings import ServiceConfig
 
-_LOOKED_AT = 200
-"""How many of a config's services are looked at: finding what is meant takes a while."""
+_MAX_CHECKED = 200
+"""How many of a config's services are checked: searching for similar names is slow."""
 
-_ALIKE = 0.9
-"""How much a service's name must be like a known one to be taken for a slip: about one letter in ten."""
+_SIMILARITY = 0.9
+"""How similar a service's name must be to a known one to count as a typo: about one letter in ten differs."""
 
 
 def unknown_names(config: ServiceConfig, services: Iterable[str] = ()) -> tuple[str, ...]:
-    """The services and methods in a config's ``methodConfig`` that are likely slips, a line each.
+    """The likely typos among services and methods in a config's ``methodConfig``, a line each.
 
-    A method is unknown when its service's descriptor is loaded and doesn't have it. Of a service that isn't loaded
-    nothing is known: it may be another process's. It is named only when it is nearly the name of one that is known:
-    of ``services`` (those of the channel), or of those that are loaded. A version alone is no slip.
+    A method is unknown when its service's descriptor is loaded and doesn't have it. A service that isn't loaded may be
+    another process's, so it is reported only when its name is similar to a known one: one of ``services`` (the
+    channel's), or one that is loaded. Names that differ only in the version aren't typos.
     """
     found: list[str] = []
     known: set[str] | None = None
     methods: dict[str, list[str]] = {}
     for service, method in config.methods:
         methods.setdefault(service, []).append(method)
-    for service in sorted(methods.keys() - {""})[:_LOOKED_AT]:
+    for service in sorted(methods.keys() - {""})[:_MAX_CHECKED]:
         descriptor = _service(service)
         if descriptor is None:
             known = _loaded() | set(services) if known is None else known
             others = [each for each in known if _unversioned(each) != _unversioned(service)]
-            if service not in known and (hint := nearest(service, others, _ALIKE)):
+            if service not in known and (hint := did_you_mean(service, others, _SIMILARITY)):
                 found.append(f"methodConfig: unknown service {service!r}{hint}")
             continue
         for method in sorted(methods[service]):
             if method and method not in descriptor.methods_by_name and len(found) < MAX_WARNINGS:
-                hint = nearest(method, descriptor.methods_by_name)
+                hint = did_you_mean(method, descriptor.methods_by_name)
                 known_methods = hint or f"; known: {', '.join(sorted(descriptor.methods_by_name)) or 'none'}"
                 found.append(f"methodConfig: {service} has no method {method!r}{known_methods}")
     return tuple(found[:MAX_WARNINGS])
@@ -55,7 +55,7 @@ def _service(name: str) -> ServiceDescriptor | None:
 
 
 def _loaded() -> set[str]:
-    """The services of the generated modules that are loaded: the pool itself can't be listed."""
+    """The services of the generated modules that are imported; the descriptor pool can't be listed."""
     modules = [module for name, module in tuple(sys.modules.items()) if name.endswith("_pb2") and module is not None]
     files = [vars(module).get("DESCRIPTOR") for module in modules]
     return {

@@ -1,8 +1,8 @@
 """The service config: gRPC's own JSON and the mesh's further keys, parsed into settings.
 
-``protos/weft/mesh/v1/service_config.proto`` defines every key. A config is taken whole or not at all: the first thing
-wrong raises ``ValueError`` with the path of the field. Keys that aren't known are ignored, as gRPC does (a newer
-config must not stop an older client), and named in ``ServiceConfig.warnings``.
+``protos/weft/mesh/v1/service_config.proto`` defines every key. A config is accepted whole or not at all: the first
+error raises ``ValueError`` with the field's path. Unknown keys are ignored, as in gRPC (a newer config must not break
+an older client), and listed in ``ServiceConfig.warnings``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from mesh.config.reader import MAX_RING, MAX_SIZE, MAX_WARNINGS, Field, Object, Reading, nearest, read_json, shown_key
+from mesh.config.reader import (
+    MAX_RING,
+    MAX_SIZE,
+    MAX_WARNINGS,
+    Field,
+    Object,
+    ParseState,
+    abbreviated_key,
+    did_you_mean,
+    read_json,
+)
 from mesh.config.settings import (
     NEVER_HEDGE,
     AdaptiveConfig,
@@ -34,10 +44,10 @@ from mesh.config.settings import (
 
 
 def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
-    """Parse a service config's JSON. ``balanced_by_core``: the balancing policy is for gRPC core to read.
+    """Parse a service config's JSON. ``balanced_by_core``: the balancing policy is left to gRPC core.
 
     Raises:
-        ValueError: names the path of what is wrong, "service config: methodConfig[0].timeout: ...".
+        ValueError: with the path of the invalid field, "service config: methodConfig[0].timeout: ...".
     """
     root = _read(text)
     health = root.get("healthCheckConfig", Field.object)
@@ -54,13 +64,13 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
         slow_start=root.get_or("slowStart", _slow_start, SlowStartConfig()),
         zone=root.get_or("zoneAwareness", _zone, ZoneConfig()),
         overload=root.get_or("overload", _overload, OverloadConfig()),
-        warnings=root.read.warnings(),  # last: by now every part has asked for its keys
+        warnings=root.state.warnings(),  # last: by now every known key has been read
     )
 
 
 def for_core(text: str) -> str:
-    """What of a service config is left to gRPC core, where core resolves and balances: all but calls' retries and
-    timeouts, which are the mesh's."""
+    """The part of a service config that is left to gRPC core when core resolves and balances: everything but retries
+    and timeouts, which the mesh does."""
     ours = ("methodConfig", "retryThrottling", "retryBudget", "slowStart", "zoneAwareness", "overload")
     return json.dumps({key: value for key, value in _read(text).items.items() if key not in ours})
 
@@ -75,7 +85,7 @@ def _read(text: str) -> Object:
         value = read_json(text)
     except ValueError as error:
         raise ValueError(f"service config: {error}") from None
-    return Field("", value, Reading()).object()
+    return Field("", value, ParseState()).object()
 
 
 def _methods(root: Object) -> dict[tuple[str, str], MethodPolicy]:
@@ -87,9 +97,9 @@ def _methods(root: Object) -> dict[tuple[str, str], MethodPolicy]:
             name = name_field.object()
             key = name.get_or("service", Field.string, ""), name.get_or("method", Field.string, "")
             if key[1] and not key[0]:
-                raise name.field("service").fail("required beside a method")
+                raise name.field("service").fail("required with a method")
             if key in methods:
-                raise name_field.fail("named twice")
+                raise name_field.fail("duplicate name")
             methods[key] = policy
     return methods
 
@@ -98,7 +108,7 @@ def _method(config: Object) -> MethodPolicy:
     retry = config.get("retryPolicy", _retry)
     hedge = config.get("hedgingPolicy", _hedge)
     if retry and hedge:
-        raise config.field("hedgingPolicy").fail("excludes retryPolicy")
+        raise config.field("hedgingPolicy").fail("not allowed together with retryPolicy")
     return MethodPolicy(
         timeout=config.get_or("timeout", Field.timeout_or_none, math.inf),
         default_timeout=config.get_or("defaultTimeout", Field.timeout, math.inf),
@@ -112,18 +122,18 @@ def _method(config: Object) -> MethodPolicy:
 def _retry(field: Field) -> RetryPolicy:
     retry = field.object()
     receive_timeout = retry.get_or("perAttemptRecvTimeout", Field.timeout, math.inf)
-    if receive_timeout < math.inf:  # then a timeout is reason enough, as in core
+    if receive_timeout < math.inf:  # then timeouts alone are retryable, as in core
         codes: frozenset[int] = retry.get_or("retryableStatusCodes", Field.codes, frozenset())
     else:
-        codes = retry.need("retryableStatusCodes", Field.codes)
+        codes = retry.required("retryableStatusCodes", Field.codes)
         if not codes:
             raise retry.field("retryableStatusCodes").fail("expected at least one status code")
     return RetryPolicy(
         receive_timeout=receive_timeout,
-        max_attempts=retry.need("maxAttempts", Field.attempts),
-        initial_backoff=retry.need("initialBackoff", Field.timeout),
-        max_backoff=retry.need("maxBackoff", Field.timeout),
-        multiplier=retry.need("backoffMultiplier", Field.positive),
+        max_attempts=retry.required("maxAttempts", Field.attempts),
+        initial_backoff=retry.required("initialBackoff", Field.timeout),
+        max_backoff=retry.required("maxBackoff", Field.timeout),
+        multiplier=retry.required("backoffMultiplier", Field.positive),
         codes=codes,
     )
 
@@ -131,7 +141,7 @@ def _retry(field: Field) -> RetryPolicy:
 def _hedge(field: Field) -> HedgingPolicy:
     hedge = field.object()
     return HedgingPolicy(
-        max_attempts=hedge.need("maxAttempts", Field.attempts),
+        max_attempts=hedge.required("maxAttempts", Field.attempts),
         delay=hedge.get_or("hedgingDelay", Field.duration, 0.0),
         non_fatal=hedge.get_or("nonFatalStatusCodes", Field.codes, frozenset()),
         percentile=hedge.get_or("delayPercentile", Field.percentile, 0.0),
@@ -147,7 +157,7 @@ def _balancer(root: Object) -> tuple[BalancerConfig | None, EjectionConfig | Non
 
 
 def _policy(parent: Object, key: str) -> _Balancing:
-    """The first policy of a list that is known (A24). Names may end in gRPC's "_experimental"."""
+    """The first known policy of a list (A24). Names may end in gRPC's "_experimental"."""
     for entry in parent.list(key):
         policies = entry.object()
         if len(policies.items) != 1:
@@ -157,15 +167,15 @@ def _policy(parent: Object, key: str) -> _Balancing:
         read = _POLICIES.get(name.removesuffix("_experimental"))
         if read is not None:
             return read(settings.object())
-        # Other clients' policies may stand in the list (A24): only what looks like one of ours is a slip.
-        if len(parent.read.policies) < MAX_WARNINGS and (hint := nearest(name, _POLICIES)):
-            parent.read.policies.append(f"{entry.path}: unknown policy {shown_key(name)}, skipped{hint}")
+        # The list may have other clients' policies (A24): only a name similar to one of ours is a typo.
+        if len(parent.state.policies) < MAX_WARNINGS and (hint := did_you_mean(name, _POLICIES)):
+            parent.state.policies.append(f"{entry.path}: unknown policy {abbreviated_key(name)}, skipped{hint}")
     known = ", ".join(sorted(_POLICIES))
-    raise parent.field(key).fail(f"none of these policies is known; known: {known}")
+    raise parent.field(key).fail(f"no known policy; known: {known}")
 
 
 def _child(settings: Object) -> _Balancing:
-    """The policy below one that takes another's endpoints from it; peak_ewma when it names none."""
+    """The child policy; peak_ewma when none is set."""
     return _policy(settings, "childPolicy") if settings.list("childPolicy") else (BalancerConfig(), None)
 
 
@@ -204,7 +214,7 @@ def _ring_hash(settings: Object) -> _Balancing:
     least = settings.get_or("minRingSize", Field.positive_whole, 1024)
     most = settings.get_or("maxRingSize", Field.positive_whole, 4096)
     if most < least:
-        raise settings.field("maxRingSize").fail("expected no less than minRingSize")
+        raise settings.field("maxRingSize").fail("expected at least minRingSize")
     factor = settings.get_or("boundedLoadFactor", Field.not_negative, 0.0)
     if 0 < factor < 1:
         raise settings.field("boundedLoadFactor").fail("expected 0, or a number of 1 or more")
@@ -220,20 +230,20 @@ def _ring_hash(settings: Object) -> _Balancing:
 
 def _random_subsetting(settings: Object) -> _Balancing:
     balancer, ejection = _child(settings)
-    return replace(balancer, subset=settings.need("subsetSize", Field.positive_whole)), ejection
+    return replace(balancer, subset=settings.required("subsetSize", Field.positive_whole)), ejection
 
 
 def _priority(settings: Object) -> _Balancing:
-    children = settings.need("children", Field.object)
-    children.known.update(children.items)  # names that the config makes up itself
+    children = settings.required("children", Field.object)
+    children.known.update(children.items)  # names that the config itself defines
     levels = []
-    for name in settings.need("priorities", Field.list):
-        child = children.need(name.string(), Field.object)
+    for name in settings.required("priorities", Field.list):
+        child = children.required(name.string(), Field.object)
         levels.append(_policy(child, "config"))
     if not levels:
         raise settings.field("priorities").fail("expected at least one name")
     ejection = next((each for _, each in levels if each is not None), None)
-    return replace(levels[0][0], levels=tuple(balancer for balancer, _ in levels)), ejection
+    return replace(levels[0][0], priorities=tuple(balancer for balancer, _ in levels)), ejection
 
 
 def _outlier_detection(settings: Object) -> _Balancing:
@@ -288,7 +298,7 @@ def _reports(settings: Object) -> ReportsConfig:
     )
 
 
-# A policy is a line here, one in policy/balancing/policies.py, and one in the proto.
+# A new policy needs a line here, one in policy/balancing/policies.py, and one in the proto.
 _POLICIES: dict[str, Callable[[Object], _Balancing]] = {
     "least_request": _least_request,
     "outlier_detection": _outlier_detection,
@@ -305,9 +315,9 @@ _POLICIES: dict[str, Callable[[Object], _Balancing]] = {
 def _slow_start(field: Field) -> SlowStartConfig:
     settings, default = field.object(), SlowStartConfig()
     return SlowStartConfig(
-        window=settings.need("window", Field.duration),
+        window=settings.required("window", Field.duration),
         aggression=settings.get_or("aggression", Field.positive, default.aggression),
-        least=settings.get_or("minWeightPercent", Field.percentage, 100 * default.least) / 100,
+        min_weight=settings.get_or("minWeightPercent", Field.percentage, 100 * default.min_weight) / 100,
     )
 
 
@@ -354,6 +364,6 @@ def _throttle(throttle: Object | None) -> ThrottleConfig | None:
     if throttle is None:
         return None
     return ThrottleConfig(
-        max_tokens=throttle.need("maxTokens", Field.tokens),
-        token_ratio=throttle.need("tokenRatio", Field.token_ratio),
+        max_tokens=throttle.required("maxTokens", Field.tokens),
+        token_ratio=throttle.required("tokenRatio", Field.token_ratio),
     )

@@ -1,6 +1,6 @@
-"""JSON read with the path at hand: what is wrong is named with the field that it is in.
+"""Reads JSON and keeps each value's path, so that errors name the invalid field.
 
-JSON that two readers may take differently is refused: a key given twice, text that isn't UTF-8.
+JSON that parsers read differently is rejected: duplicate keys, and text that isn't UTF-8.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ MAX_ATTEMPTS = 5
 """Attempts of a call. "Clients MUST treat values greater than 5 as 5" - A6."""
 
 MAX_SIZE = 256 * 1024
-"""The JSON of a service config, in UTF-8. Each channel reads it on the thread that its calls need."""
+"""A service config's JSON, in UTF-8. Each channel parses it on the thread that its calls need."""
 
 MAX_DEPTH = 64
-"""Objects and lists inside each other in a service config."""
+"""Nested objects and lists in a service config."""
 
 MIN_TIMEOUT = 0.001
-"""Timeouts and backoffs in a service config. Shorter ones are slips of the unit: every call would fail, or be retried
-without a pause."""
+"""Timeouts and backoffs in a service config. Shorter ones are mistakes in the unit: every call would fail, or be
+retried without a delay."""
 
 MIN_PERIOD = 0.01
-"""Periods in a service config: between reports, between comparisons of endpoints."""
+"""Periods in a service config: of load reports, of outlier detection."""
 
 MAX_NUMBER = 40
-"""Characters of a number that a service config writes as a string."""
+"""Characters of a number that is a string in a service config."""
 
 MAX_RING = 4096
-"""Points on a hash ring. "A cap on the ring size", gRPC's own - A42."""
+"""Entries of a hash ring. "A cap on the ring size", gRPC's own - A42."""
 
 
-class _Repeating(dict[str, object]):
-    """An object of which JSON has one key more than once: ``repeated``."""
+class _DuplicateKey(dict[str, object]):
+    """A JSON object with a duplicate key: ``key``."""
 
-    repeated = ""
+    key = ""
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     items = dict(pairs)
     if len(items) == len(pairs):
         return items
-    found = _Repeating(items)
+    found = _DuplicateKey(items)
     seen: set[str] = set()
-    found.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    found.key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     return found
 
 
@@ -60,15 +60,15 @@ def _whole(text: str) -> float:
 
 
 def read_json(text: str) -> object:
-    """JSON's value, without what different readers read differently: keys given twice, and text that isn't UTF-8.
+    """Parse JSON, without what parsers read differently: duplicate keys, and text that isn't UTF-8.
 
     Raises:
-        ValueError: says what is wrong, and the path of it: "methodConfig[0].timeout: given twice".
+        ValueError: with the path and the reason: "methodConfig[0].timeout: duplicate key".
     """
     try:
         root: object = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except RecursionError:
-        raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other") from None
+        raise ValueError(f"more than {MAX_DEPTH} nested objects and lists") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     _check(root, None)
@@ -76,8 +76,8 @@ def read_json(text: str) -> object:
     for _ in range(MAX_DEPTH):
         below: list[tuple[object, _Link]] = []
         for value, link in level:
-            if isinstance(value, _Repeating):
-                raise ValueError(f"{_path((link, value.repeated))}: given twice")
+            if isinstance(value, _DuplicateKey):
+                raise ValueError(f"{_path((link, value.key))}: duplicate key")
             if isinstance(value, dict):
                 for key in value:
                     _check(key, link)
@@ -89,11 +89,11 @@ def read_json(text: str) -> object:
         if not below:
             return root
         level = below
-    raise ValueError(f"{_path(level[0][1])[:200]}: more than {MAX_DEPTH} objects and lists inside each other")
+    raise ValueError(f"{_path(level[0][1])[:200]}: more than {MAX_DEPTH} nested objects and lists")
 
 
 _Link = tuple[Any, str | int] | None
-"""Where a value stands: its parent's link, and its key there. Paths are made of it only where they are needed."""
+"""A value's position: its parent's link, and its key there. Paths are built from it only when needed."""
 
 
 def _list(value: object) -> list[object]:
@@ -106,26 +106,26 @@ def _check(value: object, link: _Link) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{_path(link)}: not valid UTF-8 text, got {shown(value)}") from None
+            raise ValueError(f"{_path(link)}: not valid UTF-8 text, got {abbreviated(value)}") from None
 
 
 def _path(link: _Link) -> str:
     keys: list[str] = []
     while link is not None:
         link, key = link
-        keys.append(f"[{key}]" if isinstance(key, int) else f".{shown_key(key)}")
-    return "".join(reversed(keys)).lstrip(".") or "the whole"
+        keys.append(f"[{key}]" if isinstance(key, int) else f".{abbreviated_key(key)}")
+    return "".join(reversed(keys)).lstrip(".") or "the config"
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """ "; did you mean 'x'?" for a name that is likely a slip of ``known``'s x; else empty. ``cutoff``: how much they
-    must be alike, as ``difflib`` counts it."""
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean 'x'?" for a name that is likely a typo of x in ``known``; else empty. ``cutoff``: the similarity
+    needed, as ``difflib`` computes it."""
     by_lower = {each.lower(): each for each in known}
     found = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=cutoff)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
-# -- reading JSON with the path at hand
+# -- values with their paths
 
 _DURATION = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,9})?s")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -135,8 +135,8 @@ MAX_WARNINGS = 20
 """Warnings about unknown keys and names in one service config."""
 
 
-class Reading:
-    """The objects of a config and the keys that the parser asked for: the others are unknown."""
+class ParseState:
+    """The objects of a config and the keys that the parser has read: any others are unknown."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}  # by path
@@ -146,43 +146,43 @@ class Reading:
         unknown = [(each, key) for each in self.objects.values() for key in each.items if key not in each.known]
         more = len(unknown) + len(self.policies) - MAX_WARNINGS
         found = [
-            f"{each.path}.{shown_key(key)}".lstrip(".") + f": unknown key, ignored{_hint(key, each.known)}"
-            for each, key in unknown[:MAX_WARNINGS]  # what is meant takes a while to find
+            f"{each.path}.{abbreviated_key(key)}".lstrip(".") + f": unknown key, ignored{_hint(key, each.known)}"
+            for each, key in unknown[:MAX_WARNINGS]  # searching for similar names is slow
         ]
         found = [*found, *self.policies][:MAX_WARNINGS]
         return (*found, f"{more} more") if more > 0 else tuple(found)
 
 
 def _hint(key: str, known: Iterable[str]) -> str:
-    return nearest(key, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
+    return did_you_mean(key, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
-def shown_key(key: str) -> str:
-    return key if key.isidentifier() and len(key) <= 60 else shown(key)
+def abbreviated_key(key: str) -> str:
+    return key if key.isidentifier() and len(key) <= 60 else abbreviated(key)
 
 
 class Field:
-    """A JSON value and where it stands. Each reader returns the value as asked for, or fails with the path."""
+    """A JSON value and its path. Each method returns the value as a type, or raises ValueError with the path."""
 
-    __slots__ = ("path", "read", "value")
+    __slots__ = ("path", "state", "value")
 
-    def __init__(self, path: str, value: object, read: Reading) -> None:
+    def __init__(self, path: str, value: object, state: ParseState) -> None:
         self.path = path
         self.value = value
-        self.read = read
+        self.state = state
 
     def fail(self, why: str) -> ValueError:
-        return ValueError(f"service config: {self.path or 'the whole'}: {why}, got {shown(self.value)}")
+        return ValueError(f"service config: {self.path or 'the config'}: {why}, got {abbreviated(self.value)}")
 
     def object(self) -> Object:
         if not isinstance(self.value, dict):
             raise self.fail("expected an object")
-        return self.read.objects.setdefault(self.path, Object(self.path, self.value, self.read))
+        return self.state.objects.setdefault(self.path, Object(self.path, self.value, self.state))
 
     def list(self) -> list[Field]:
         if not isinstance(self.value, list):
             raise self.fail("expected a list")
-        return [Field(f"{self.path}[{index}]", item, self.read) for index, item in enumerate(self.value)]
+        return [Field(f"{self.path}[{index}]", item, self.state) for index, item in enumerate(self.value)]
 
     def string(self) -> str:
         if not isinstance(self.value, str):
@@ -195,7 +195,7 @@ class Field:
         return self.value
 
     def number(self) -> float:
-        # JSON as Python reads it also has NaN and Infinity; proto3 JSON lets numbers be strings.
+        # Python's JSON parser also accepts NaN and Infinity; in proto3 JSON numbers may be strings.
         value = self.value
         if isinstance(value, str) and len(value) <= MAX_NUMBER and _NUMBER.fullmatch(value):
             value = float(value)
@@ -247,7 +247,7 @@ class Field:
         return self._at_least(MIN_TIMEOUT)
 
     def timeout_or_none(self) -> float:
-        """A timeout, of which 0 is none at all, as in core."""
+        """A timeout; 0 means none, as in core."""
         return self.timeout() if self.duration() else math.inf
 
     def period(self) -> float:
@@ -297,19 +297,19 @@ class Field:
 
 
 class Object:
-    """A JSON object and where it stands. ``known``: the keys that were asked for."""
+    """A JSON object and its path. ``known``: the keys that were read."""
 
-    __slots__ = ("items", "known", "path", "read")
+    __slots__ = ("items", "known", "path", "state")
 
-    def __init__(self, path: str, items: dict[str, object], read: Reading) -> None:
+    def __init__(self, path: str, items: dict[str, object], state: ParseState) -> None:
         self.path = path
         self.items = items
-        self.read = read
+        self.state = state
         self.known: set[str] = set()
 
     def field(self, key: str) -> Field:
         self.known.add(key)
-        return Field(f"{self.path}.{key}" if self.path else key, self.items.get(key), self.read)
+        return Field(f"{self.path}.{key}" if self.path else key, self.items.get(key), self.state)
 
     def get(self, key: str, read: Callable[[Field], T]) -> T | None:
         field = self.field(key)
@@ -322,7 +322,7 @@ class Object:
     def list(self, key: str) -> list[Field]:
         return self.get(key, Field.list) or []
 
-    def need(self, key: str, read: Callable[[Field], T]) -> T:
+    def required(self, key: str, read: Callable[[Field], T]) -> T:
         field = self.field(key)
         if field.value is None:
             raise field.fail("required")
@@ -336,6 +336,6 @@ def _as_float(value: float) -> float:
         return math.inf
 
 
-def shown(value: object) -> str:
+def abbreviated(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

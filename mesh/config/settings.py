@@ -20,8 +20,8 @@ class Idempotency(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When to try a call again (A6). ``max_attempts`` counts the first one; 1 means never. ``receive_timeout`` is for
-    each attempt's response."""
+    """When to retry a call (A6). ``max_attempts`` includes the first one; 1 means never. ``receive_timeout``: how long
+    each attempt waits for its response."""
 
     max_attempts: int
     initial_backoff: float = 0.025
@@ -33,10 +33,10 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class HedgingPolicy:
-    """When to send a second attempt beside a running one (A6). ``max_attempts`` counts the first one; 1 means never.
+    """When to send another attempt while one is running (A6). ``max_attempts`` includes the first one; 1 means never.
 
-    ``percentile``, when not 0, is the share of the method's latencies to wait out (0 < p < 100); ``delay`` holds
-    until enough of them have been seen.
+    ``percentile``: the percentile of the method's latencies to use as the delay (0 < p < 100; 0: none). ``delay`` is
+    used until enough latencies have been recorded.
     """
 
     max_attempts: int
@@ -48,7 +48,7 @@ class HedgingPolicy:
 NEVER_RETRY = RetryPolicy(1, codes=frozenset())
 NEVER_HEDGE = HedgingPolicy(1)
 
-# What a method may have without a config, by its descriptor; 25 ms and 250 ms are A44's.
+# Without a config, by the method's descriptor; 25 ms and 250 ms are A44's.
 DEFAULT_RETRY = {
     Idempotency.UNKNOWN: NEVER_RETRY,
     Idempotency.IDEMPOTENT: RetryPolicy(3),
@@ -58,11 +58,11 @@ DEFAULT_RETRY = {
 
 @dataclass(frozen=True, slots=True)
 class MethodPolicy:
-    """What holds for the calls of one method.
+    """The settings of one method's calls.
 
-    ``timeout`` caps a call's own; ``default_timeout`` is for calls that bring none; ``attempt_timeout`` is for one
-    attempt, ``receive_timeout`` for what comes before the first response of a stream. ``wait_for_ready`` None: as the
-    call says, else false. ``retry`` None: what the method's descriptor allows.
+    ``timeout``: the maximum of a call's own. ``default_timeout``: for calls without one. ``attempt_timeout``: for each
+    attempt. ``receive_timeout``: for the first response of a stream. ``wait_for_ready`` None: the call's own, else
+    false. ``retry`` None: what the method's descriptor allows.
     """
 
     timeout: float = math.inf
@@ -76,9 +76,9 @@ class MethodPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ReportsConfig:
-    """How endpoints' load reports become weights (A58). ``enabled``: whether they are read at all.
+    """How weights are computed from load reports (A58). ``enabled``: whether load reports are used.
 
-    ``out_of_band`` is the seconds between the reports that are asked of ORCA's service; 0: they come with the answers.
+    ``out_of_band``: the period of reports from ORCA's service, in seconds; 0: reports come with responses.
     """
 
     enabled: bool = False
@@ -91,12 +91,12 @@ class ReportsConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalancerConfig:
-    """Which balancing policy, with its settings; those of the other policies mean nothing.
+    """A balancing policy and its settings; those of other policies are ignored.
 
-    ``decay_time``, ``failure_penalty`` and ``starvation`` (seconds without an answer after which an idle endpoint is
-    tried) are peak_ewma's, ``starvation`` and ``choices`` least_request's, the ring's and ``load_factor`` (0: not
-    bounded) ring_hash's. ``subset``: how many endpoints a client uses; 0: all. ``levels``: the policies of the
-    endpoints' priorities, in their order; none: this one for all.
+    ``decay_time``, ``failure_penalty`` and ``starvation`` (seconds without a response after which an idle endpoint is
+    tried) are peak_ewma's; ``starvation`` and ``choices`` least_request's; ``hash_header``, ``min_ring``, ``max_ring``
+    and ``load_factor`` (0: unbounded) ring_hash's. ``subset``: how many endpoints a client uses; 0: all.
+    ``priorities``: the policy for each priority, in order; empty: this one for all.
     """
 
     name: str = "peak_ewma"
@@ -111,7 +111,7 @@ class BalancerConfig:
     load_factor: float = 0.0
     shuffle: bool = False
     subset: int = 100
-    levels: tuple[BalancerConfig, ...] = ()
+    priorities: tuple[BalancerConfig, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +136,11 @@ class FailurePercentageConfig:
 
 @dataclass(frozen=True, slots=True)
 class EjectionConfig:
-    """When an endpoint is left out for how it answers (A50), and for how long (seconds).
+    """Outlier detection (A50): when an endpoint is ejected, and for how long (seconds).
 
-    ``consecutive``: failures of any kind in a row; ``gateway``: UNAVAILABLE or DEADLINE_EXCEEDED in a row;
-    ``timeouts``: DEADLINE_EXCEEDED in a row; 0 turns each off. ``panic``: below this percentage of ready endpoints that
-    aren't ejected, ejections are ignored. ``dry_run``: count what would be ejected, and eject nothing.
+    ``consecutive``: consecutive failures; ``gateway``: consecutive UNAVAILABLE or DEADLINE_EXCEEDED; ``timeouts``:
+    consecutive DEADLINE_EXCEEDED; 0 turns each off. ``panic``: the panic threshold: when a smaller percentage of READY
+    endpoints isn't ejected, ejections are ignored. ``dry_run``: count ejections, but don't eject.
     """
 
     interval: float = 10.0
@@ -158,18 +158,18 @@ class EjectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class SlowStartConfig:
-    """How an endpoint's weight grows once it is ready: max(``least``, (age / ``window``) ^ (1 / ``aggression``)).
-    A ``window`` of 0 is no slow start."""
+    """Slow start: an endpoint's weight once it is READY: max(``min_weight``, (age / ``window``) ^ (1 /
+    ``aggression``)). A ``window`` of 0 turns it off."""
 
     window: float = 0.0
     aggression: float = 1.0
-    least: float = 0.1
+    min_weight: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class ZoneConfig:
-    """When calls stay in the client's own zone: ``enabled``, with at least ``min_cluster`` endpoints in all, and
-    ``min_endpoints`` of the zone's own to be called."""
+    """Zone awareness: calls stay in the client's own zone if there are at least ``min_cluster`` endpoints in all and
+    ``min_endpoints`` available in the zone."""
 
     enabled: bool = False
     min_cluster: int = 6
@@ -178,8 +178,8 @@ class ZoneConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveConfig:
-    """Google SRE's adaptive throttle: refuse with p = (requests - ``k`` × accepts) / (requests + 1), over ``window``
-    seconds, and never more than ``max_refused`` of calls."""
+    """Google SRE's client-side throttling: refuse with p = (requests - ``k`` × accepts) / (requests + 1), over
+    ``window`` seconds, and at most ``max_refused`` of the calls."""
 
     k: float = 2.0
     window: float = 120.0
@@ -188,8 +188,8 @@ class AdaptiveConfig:
 
 @dataclass(frozen=True, slots=True)
 class OverloadConfig:
-    """What a client refuses to send: calls beyond ``max_outstanding`` (A32), and by the adaptive throttle.
-    ``dry_run``: count what would be refused, and refuse nothing."""
+    """Calls that a client refuses to send: those over ``max_outstanding`` (A32), and by the adaptive throttle.
+    ``dry_run``: count refusals, but don't refuse."""
 
     max_outstanding: float = math.inf
     adaptive: AdaptiveConfig | None = None
@@ -198,7 +198,7 @@ class OverloadConfig:
 
 @dataclass(frozen=True, slots=True)
 class BudgetConfig:
-    """How many retries and hedges there may be beside the calls: a share of them, and a number each second."""
+    """The retry budget: retries and hedges as a share of calls, plus a number per second."""
 
     ratio: float = 0.1
     min_per_second: float = 10.0
@@ -206,7 +206,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True, slots=True)
 class ThrottleConfig:
-    """A6's retry throttling: at most ``max_tokens``, ``token_ratio`` back for each success."""
+    """A6's retry throttling: at most ``max_tokens``; each success adds ``token_ratio``."""
 
     max_tokens: float
     token_ratio: float
@@ -214,8 +214,8 @@ class ThrottleConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """A whole service config. ``health_service`` None: endpoints' health isn't watched. ``warnings``: the keys that
-    were ignored because nobody knows them, each with its path."""
+    """A whole service config. ``health_service`` None: no health checks. ``warnings``: the unknown keys that were
+    ignored, each with its path."""
 
     methods: Mapping[tuple[str, str], MethodPolicy] = field(default_factory=dict)
     balancer: BalancerConfig | None = None
@@ -229,8 +229,8 @@ class ServiceConfig:
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def method(self, path: str, idempotency: Idempotency) -> MethodPolicy:
-        """The policy of ``/package.Service/Method``: the most specific name wins, and the descriptor fills what it
-        leaves."""
+        """The policy of ``/package.Service/Method``: the most specific name wins, and the descriptor gives what it
+        doesn't set."""
         service, _, name = path.removeprefix("/").rpartition("/")
         found = self.methods
         policy = found.get((service, name)) or found.get((service, "")) or found.get(("", "")) or MethodPolicy()

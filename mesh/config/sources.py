@@ -1,10 +1,9 @@
-"""Where a channel's service config comes from: the channel's option, a file that is read again when it changes, the
-registry.
+"""The sources of a channel's service config: the channel's option, a hot-reloaded file, the registry.
 
-Rule 1: the first of them that has a config gives it, whole; nothing is merged.
-Rule 2: a config is taken whole or not at all. One with anything wrong in it is logged once, with the field's path, and
-what its source said last stays (A21).
-Rule 3: a source that can't be read has not changed its mind.
+Rule 1: the first source that has a config is used; configs aren't merged.
+Rule 2: a config is applied whole or not at all. An invalid one is logged once, with the field's path, and the source's
+previous config stays (A21).
+Rule 3: when a source can't be read, its previous config stays.
 """
 
 from __future__ import annotations
@@ -22,25 +21,26 @@ from mesh.config.reader import read_json
 from mesh.config.settings import ServiceConfig
 
 FILE_VARIABLE = "MESH_SERVICE_CONFIG"
-"""The environment variable that names the file. It holds a service config, or
+"""The environment variable with the file's path. The file has one service config, or
 ``{"services": {"weft.user.v1.UserService": {...}, "dns:///search:50051": {...}, "*": {...}}}``: a config for each
-service of a ``mesh:///`` target and for each other target, and one for all the rest."""
+service of a ``mesh:///`` target, for each other target, and a default."""
 
-PERIOD = 1.0
-"""Between two looks at the file. Seconds."""
+FILE_POLL_PERIOD = 1.0
+"""How often the file is checked for changes. Seconds."""
 
 MAX_FILE = 1024 * 1024
-"""The file with service configs. A ConfigMap of Kubernetes has the same limit. Bytes."""
+"""The file with service configs. Kubernetes has the same limit for a ConfigMap. Bytes."""
 
 _LOG = logging.getLogger("mesh.config")
 
 
-_REMEMBERED = 100
-"""Texts that warnings were logged of: a program that makes its channels over and over must not log them as often."""
+_MAX_WARNED = 100
+"""How many configs that have been warned of are remembered: a program that keeps making channels must not repeat the
+warnings."""
 
 
 class Source(enum.IntEnum):
-    """Who gave a config; the lower number goes first."""
+    """The source of a config; the lowest number has precedence."""
 
     OPTION = 0
     FILE = 1
@@ -50,11 +50,11 @@ class Source(enum.IntEnum):
 _warned: set[tuple[str, Source, int]] = set()
 
 
-class Configs:
-    """What the sources of one channel say, and the ``current`` config that follows from it.
+class ConfigSources:
+    """The configs of one channel by source, and the ``current`` one.
 
-    ``channel`` is what log lines call it. ``service``: the one that it calls, where that is known.
-    ``balanced_by_core``: its balancing policy is for gRPC core to read.
+    ``channel``: its name in log lines. ``service``: the one that it calls, if known. ``balanced_by_core``: the
+    balancing policy is left to gRPC core.
     """
 
     def __init__(self, channel: str, *, service: str = "", balanced_by_core: bool = False) -> None:
@@ -63,22 +63,22 @@ class Configs:
         self._service = service
         self._balanced_by_core = balanced_by_core
         self._parsed: dict[Source, ServiceConfig] = {}
-        self._complaints: dict[Source, str] = {}
+        self._rejected: dict[Source, str] = {}
 
-    def offer(self, source: Source, text: str) -> bool:
-        """Take what a source says now; empty when it has no config. Returns whether ``current`` is another since.
+    def update(self, source: Source, text: str) -> bool:
+        """Apply a source's config; empty when it has none. Returns whether ``current`` has changed.
 
         Raises:
-            ValueError: the channel's option is wrong, which its caller can mend; other sources' errors are logged.
+            ValueError: the channel's option is invalid, which its caller can fix; other sources' errors are logged.
         """
         try:
             parsed = parse(text, balanced_by_core=self._balanced_by_core) if text else None
         except ValueError as error:
             if source is Source.OPTION:
                 raise
-            self.refuse(source, str(error))
+            self.reject(source, str(error))
             return False
-        self._complaints.pop(source, None)
+        self._rejected.pop(source, None)
         if parsed is None:
             self._parsed.pop(source, None)
         else:
@@ -96,16 +96,16 @@ class Configs:
     def _warn(self, source: Source, text: str, parsed: ServiceConfig) -> None:
         key = (self._channel, source, hash(text))
         if key not in _warned:
-            if len(_warned) >= _REMEMBERED:
+            if len(_warned) >= _MAX_WARNED:
                 _warned.clear()
             _warned.add(key)
             for warning in (*parsed.warnings, *unknown_names(parsed, [self._service] if self._service else ())):
                 _LOG.warning("%s: service config from the %s: %s", self._channel, source.name.lower(), warning)
 
-    def refuse(self, source: Source, why: str) -> None:
-        """A source said what can't be taken: say so, once for each reason."""
-        if self._complaints.get(source) != why:
-            self._complaints[source] = why
+    def reject(self, source: Source, why: str) -> None:
+        """Log that a source's config was rejected, once per reason."""
+        if self._rejected.get(source) != why:
+            self._rejected[source] = why
             if source in self._parsed:
                 kept = "keeping the previous one"
             else:
@@ -113,11 +113,13 @@ class Configs:
             _LOG.error("%s: service config from the %s rejected; %s: %s", self._channel, source.name.lower(), kept, why)
 
     def __repr__(self) -> str:
-        return f"<Configs {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"
+        return (
+            f"<ConfigSources {self._channel} from {'+'.join(source.name.lower() for source in sorted(self._parsed))}>"
+        )
 
 
 class ConfigFile:
-    """The file's part for one channel, looked at again and again. ``names``: what the file may call the channel."""
+    """The file's config for one channel, polled for changes. ``names``: the channel's keys in the file, in order."""
 
     def __init__(self, path: str, *names: str) -> None:
         self._path = Path(path)
@@ -125,17 +127,17 @@ class ConfigFile:
         self._seen: object = None
 
     @classmethod
-    def of_environment(cls, *names: str) -> ConfigFile | None:
+    def from_environment(cls, *names: str) -> ConfigFile | None:
         """The file that ``MESH_SERVICE_CONFIG`` names, if it names one."""
         path = os.environ.get(FILE_VARIABLE)
         return cls(path, *names) if path else None
 
-    def news(self) -> str | None:
-        """The JSON of the channel's config when the file is another than at the last look, empty when it has none for
-        this channel; None when the file is as it was.
+    def poll(self) -> str | None:
+        """The JSON of the channel's config if the file has changed since the last poll, empty when it has none for this
+        channel; None if the file hasn't changed.
 
         Raises:
-            ValueError: the file can't be read or isn't what it should be; told once, until it changes again.
+            ValueError: the file can't be read or is invalid; raised once per change of the file.
         """
         seen = self._stamp()
         if seen == self._seen:
@@ -158,8 +160,8 @@ class ConfigFile:
         return next((json.dumps(services[name]) for name in self._names if name in services), "")
 
     def _stamp(self) -> object:
-        """What changes when the file does; with the inode, because a file renamed into place may be as old and as long
-        as the one before."""
+        """A value that changes when the file does. With the inode: a file that was renamed into place may have the same
+        time and size as the previous one."""
         try:
             stat = self._path.stat()
         except OSError as error:

@@ -1,1 +1,1 @@
-"""Who is there: resolvers turn a target into endpoint sets."""
+"""Name resolution: resolvers turn a target into endpoint sets."""

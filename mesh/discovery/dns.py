@@ -1,9 +1,9 @@
-"""``dns:///``: the addresses of a name, asked for again and again.
+"""``dns:///``: polls the addresses of a name.
 
-gRPC's own resolver asks only after a disconnect, so clients never find replicas that are added (grpc/grpc#12295). This
-one polls, as grpc-dotnet does, keeps the last good answer while the name server fails, and looks again soon when an
-endpoint fails, though not more often than each second (gRPC's floor is 30 s). An address that an answer leaves out
-stays for as long as two more answers take (``probation.py``).
+gRPC's own resolver re-resolves only after a disconnect, so clients never find replicas that were added
+(grpc/grpc#12295). This one polls, as grpc-dotnet's does, and keeps the last good result while the name server fails. It
+re-resolves soon after an endpoint has failed, but at most once per second (gRPC: 30 s). An address that is missing from
+a result stays until it has been missing from two more (``probation.py``).
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from mesh.discovery.resolver import Resolver, Update
 from mesh.model import Endpoint
 
 PERIOD = 5.0
-"""Between two lookups. Seconds."""
+"""The time between two lookups. Seconds."""
 
-FLOOR = 1.0
-"""The shortest time between two lookups: after ``resolve_now``, and while nothing was ever found. Seconds."""
+MIN_RESOLUTION_INTERVAL = 1.0
+"""The minimum time between two lookups, after ``resolve_now`` and until the first result. Seconds."""
 
 PROBATION = 12.0
-"""How long an address stays that answers leave out. Seconds."""
+"""How long an address stays after it is missing from results. Seconds."""
 
 JITTER = 0.2
-"""The share that each pause is longer or shorter by, so that clients started together don't ask together."""
+"""The relative jitter of each delay, so that clients that started together don't poll together."""
 
 Lookup = Callable[[str, int], Awaitable[Iterable[str]]]
 """From host and port to IP addresses. Raises OSError."""
 
-# Two numbers for one thing: there is no such name, or it has no addresses. glibc alone knows the second.
+# No such name, or a name without addresses; the latter exists only in glibc.
 _NO_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 
 async def lookup(host: str, port: int) -> list[str]:
-    """The system's answer, through the loop's threads."""
+    """The system resolver's result; it runs in the loop's thread pool."""
     answers = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(answer[4][0]) for answer in answers]
 
 
 class DnsResolver(Resolver):
-    """Polls the addresses of ``host``, and yields them, sorted, when they have changed."""
+    """Polls the addresses of ``host``, and yields them sorted when they have changed."""
 
     source = "DNS"
 
@@ -54,7 +54,7 @@ class DnsResolver(Resolver):
         port: int,
         *,
         period: float = PERIOD,
-        floor: float = FLOOR,
+        min_interval: float = MIN_RESOLUTION_INTERVAL,
         probation: float = PROBATION,
         rng: random.Random | None = None,
         lookup: Lookup = lookup,
@@ -62,14 +62,14 @@ class DnsResolver(Resolver):
         self._host = host
         self._port = port
         self._period = period
-        self._floor = floor
+        self._min_interval = min_interval
         self._rng = rng or random.Random()
         self._lookup = lookup
         self._probation = Probation(probation)
-        self._asked = asyncio.Event()
+        self._resolve_requested = asyncio.Event()
 
     def resolve_now(self) -> None:
-        self._asked.set()
+        self._resolve_requested.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         if is_ip(self._host):
@@ -78,16 +78,16 @@ class DnsResolver(Resolver):
         found = False
         last: Update | None = None
         while True:
-            self._asked.clear()
+            self._resolve_requested.clear()
             update = await self._resolve(found)
             found = found or update.endpoints is not None
             if update != last:
                 last = update
                 yield update
             jitter = self._rng.uniform(1 - JITTER, 1 + JITTER)
-            await asyncio.sleep(self._floor * jitter)
+            await asyncio.sleep(self._min_interval * jitter)
             if found:
-                await self._wait(max(self._period - self._floor, 0.0) * jitter)
+                await self._wait(max(self._period - self._min_interval, 0.0) * jitter)
 
     async def _resolve(self, found: bool) -> Update:
         try:
@@ -99,17 +99,17 @@ class DnsResolver(Resolver):
             return Update(None, f"dns: {self._host!r} is not a name: {error}", final=not found)
         except OSError as error:
             return Update(None, f"dns: {self._host}: {error}")
-        # By address: the system may give another order each time, and picking is the balancer's work.
+        # Sorted by address: the system may return another order each time, and the order doesn't matter.
         return Update(self._probation.apply(endpoints, asyncio.get_running_loop().time()))
 
     async def _find(self) -> list[Endpoint]:
-        """The endpoints that there are now. Raises OSError."""
+        """The current endpoints. Raises OSError."""
         return [Endpoint(str(Address(address, self._port))) for address in await self._lookup(self._host, self._port)]
 
     async def _wait(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._asked.wait()
+                await self._resolve_requested.wait()
         except TimeoutError:
             pass
 

@@ -1,8 +1,8 @@
-"""The flap guard: an endpoint that is missing from an answer stays for a while (Finagle's StabilizingAddr).
+"""Stabilization: an endpoint that is missing from a result stays for a while (Finagle's StabilizingAddr).
 
-Name servers give part of the addresses at a time, and a registry may lose an instance and find it again: without this,
-each time would cost a connection and all that was learned of the endpoint. An endpoint that really is gone does no harm
-until then: its connection fails, or says that it no longer serves, and no call goes there.
+Name servers may return a part of the addresses at a time, and a registry may lose an instance for a moment. Without
+this, each such flap would cost a connection and the endpoint's statistics. Keeping an endpoint that really is gone does
+no harm: its connection fails or its health check does, so it gets no calls.
 
 No clock and no IO here; ``now`` is monotonic seconds.
 """
@@ -15,7 +15,7 @@ from mesh.model import Endpoint
 
 
 class Probation:
-    """The endpoints of the latest answer, with those that have been missing for less than ``hold`` seconds."""
+    """The endpoints of the latest result, and those that have been missing for less than ``hold`` seconds."""
 
     def __init__(self, hold: float) -> None:
         self._hold = hold
@@ -24,11 +24,11 @@ class Probation:
 
     @property
     def until(self) -> float | None:
-        """When the first of those missing is let go; None when none is missing."""
+        """When the next missing endpoint is removed; None when none is missing."""
         return min((until for until, _ in self._missing.values()), default=None)
 
     def apply(self, endpoints: Iterable[Endpoint], now: float) -> tuple[Endpoint, ...]:
-        """Take an answer, or the same one again because time has passed; returns the endpoints by address."""
+        """Apply a result, or the same one again because time has passed; returns the endpoints sorted by address."""
         present = {endpoint.address: endpoint for endpoint in endpoints}
         for address, endpoint in self._present.items():
             if address not in present:

@@ -1,4 +1,4 @@
-"""What every resolver is: an asynchronous stream of updates."""
+"""The interface of resolvers: an asynchronous stream of updates."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mesh.model import Endpoint
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a resolver has learned.
+    """A resolver's result.
 
-    ``endpoints``: all endpoints there are now; None when the resolver could not find out, and what was known holds.
-    ``error``: why it could not find out, or why there are none.
-    ``final``: while no endpoints were ever known, calls fail at once with ``error`` (a name that doesn't exist, a
-    registry that refuses connections) instead of waiting until their deadline (a registry that doesn't answer).
-    ``service_config``: the JSON of the config that holds for the service, empty when there is none; None when this says
-    nothing of it, and what was known holds.
+    ``endpoints``: all current endpoints; None when resolution failed, so that the previous ones stay.
+    ``error``: why resolution failed, or why there are no endpoints.
+    ``final``: if no endpoints have ever been known, calls fail at once with ``error`` (a name that doesn't exist, a
+    registry that refuses connections) instead of waiting until their deadline (a registry that doesn't respond).
+    ``service_config``: the service config's JSON, empty when there is none; None when it isn't known, so that the
+    previous one stays.
     """
 
     endpoints: tuple[Endpoint, ...] | None
@@ -28,10 +28,10 @@ class Update:
 
 
 class Resolver(abc.ABC):
-    """Finds the endpoints of one target. Made without IO; everything happens in ``updates``.
+    """Resolves one target to its endpoints. The constructor does no IO; ``updates`` does.
 
-    ``configures``: its updates bring a service config, so calls wait for the first one that does.
-    ``source``: what it asks, as errors name it.
+    ``configures``: its updates have a service config, so calls wait for the first one that has.
+    ``source``: the source of its results, for error texts.
     """
 
     configures = False
@@ -39,11 +39,11 @@ class Resolver(abc.ABC):
 
     @abc.abstractmethod
     def updates(self) -> AsyncGenerator[Update, None]:
-        """Yield what is known, then each change, for as long as it is iterated; closing the iterator frees all of it.
+        """Yield the current endpoints, then each change, until the iterator is closed, which releases its resources.
 
-        Never raises for what happens outside the process (a server away, garbage from it): that becomes an ``Update``
-        with an ``error``, and the resolver tries again by itself, with backoff and jitter.
+        It doesn't raise for failures outside the process (a server that is down or sends garbage): they become an
+        ``Update`` with an ``error``, and the resolver retries with backoff and jitter.
         """
 
     def resolve_now(self) -> None:  # noqa: B027 - a hint that a resolver may ignore
-        """An endpoint failed: look again soon, if looking is what this resolver does. Called on the resolver's loop."""
+        """An endpoint has failed: re-resolve soon, if this resolver polls. Called on the resolver's loop."""

@@ -1,13 +1,12 @@
-"""What a watcher knows of a service: the steps of a registry's watch, merged.
+"""A watcher's state: the instances of one service, merged from the messages of a registry's watch.
 
-The law of this file: no clock and no IO; ``now`` is monotonic seconds. What a registry says is merged or refused, and
-never raises.
+No clock and no IO here; ``now`` is monotonic seconds. Messages are merged or rejected; they never raise.
 
-A registry is believed as long as it lives. One that was restarted (its epoch is another) begins empty and hears from
-the services one by one, so what was known before is *held*: it stays among the endpoints until the service has
-registered again, or HOLD seconds have passed since the registry first told of any instance; while it tells of none, for
-as long as that lasts. An instance that really is gone by then does no harm: the health of its connection says so, and
-no call goes there. So it is with the service's config: a registry that was restarted and has none takes none away.
+A registry is trusted while it runs. After a restart (it has a new epoch) it starts empty and instances register again
+one by one, so the previous instances are *held*: they stay among the endpoints until they have registered again, or
+until HOLD_TIME seconds after the registry's first instance; while it has none, they stay. Keeping an instance that
+really is gone does no harm: its connection or health check fails, so it gets no calls. The service config is kept in
+the same way: a restarted registry without one doesn't remove it.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from mesh.addresses import is_local, parse
 from mesh.model import MAX_WEIGHT, Endpoint, Locality
 from weft.mesh.v1 import registry_pb2 as pb
 
-HOLD = 30.0
-"""Longer than services need to find a restarted registry and register again. Seconds."""
+HOLD_TIME = 30.0
+"""Longer than instances need to reconnect to a restarted registry and register. Seconds."""
 
 MAX_KNOWN = 50_000
-"""The most instances of a service that a client uses: more than a registry that obeys its own limits has of the usual
-size, so that one gone wrong can't fill its clients' memory."""
+"""The most instances of a service that a client uses. A registry within its own limits has fewer of the usual size, but
+a broken one must not fill its clients' memory."""
 
 
 @dataclass(slots=True)
 class _Snapshot:
-    """What a registry has sent so far of a snapshot in parts."""
+    """The parts of a snapshot that have arrived."""
 
     epoch: str
     instances: dict[str, Endpoint]
@@ -37,110 +36,110 @@ class _Snapshot:
 
 
 class Roster:
-    """The endpoints of one service, as its registry tells of them."""
+    """The endpoints of one service, according to its registry."""
 
-    def __init__(self, service: str, hold: float = HOLD) -> None:
+    def __init__(self, service: str, hold: float = HOLD_TIME) -> None:
         self._service = service
         self._hold = hold
         self._epoch = ""
         self._revision = 0
-        self._in_step = False
-        self._coming: _Snapshot | None = None
+        self._in_sync = False
+        self._incoming: _Snapshot | None = None
         self._config = ""
         self._known: dict[str, Endpoint] = {}
         self._held: dict[str, Endpoint] = {}
         self._held_until: float | None = None
 
     @property
-    def in_step(self) -> bool:
-        """Whether the next delta can be merged. If not, only a snapshot helps: begin a new watch."""
-        return self._in_step or self._coming is not None
+    def in_sync(self) -> bool:
+        """Whether a delta can be merged. If not, a new watch with a new snapshot is needed."""
+        return self._in_sync or self._incoming is not None
 
     @property
     def complete(self) -> bool:
-        """False between the parts of a snapshot: until the last has come, what was known before is used."""
-        return self._coming is None
+        """False between the parts of a snapshot: until the last one, the previous instances are used."""
+        return self._incoming is None
 
     @property
     def position(self) -> tuple[str, int]:
-        """The epoch and revision from which to resume the watch; ``("", 0)`` to begin with a snapshot."""
-        return (self._epoch, self._revision) if self._in_step else ("", 0)
+        """The epoch and revision from which to resume the watch; ``("", 0)`` to start with a snapshot."""
+        return (self._epoch, self._revision) if self._in_sync else ("", 0)
 
     @property
     def held_until(self) -> float | None:
-        """When to call ``settle``; None when nothing is held, or when it is held for as long as it takes."""
+        """When to call ``expire``; None when nothing is held, or the time hasn't started."""
         return self._held_until
 
     @property
     def service_config(self) -> str:
-        """The JSON of the service's config; empty when none is set."""
+        """The service config's JSON; empty when none is set."""
         return self._config
 
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """All endpoints, by address; of two instances with one address, the one that the registry knows now."""
+        """All endpoints, sorted by address; of two instances with one address, the one that isn't held."""
         found = {endpoint.address: endpoint for endpoint in (*self._held.values(), *self._known.values())}
         return tuple(found[address] for address in sorted(found))
 
     def apply(self, step: pb.WatchResponse, now: float) -> str:
-        """Merge a step of the watch. Returns what had to be ignored, for people to read; empty when all is well."""
+        """Merge a message of the watch. Returns a description of what had to be ignored; empty if nothing."""
         kind = step.WhichOneof("step")
         if not step.epoch or kind is None:
-            return "an answer without " + ("epoch" if kind else "snapshot or delta")
-        complaints: list[str] = []
+            return "a message without " + ("an epoch" if kind else "a snapshot or delta")
+        problems: list[str] = []
         if kind == "snapshot":
-            instances = self._read(step.snapshot.instances, complaints)
-            if complaints and not instances:
-                return complaints[0]
-            self._coming = _Snapshot(step.epoch, instances, step.snapshot.service_config)
-        elif self._coming is not None and step.epoch == self._coming.epoch:
-            self._coming.instances |= self._read(step.delta.upserted, complaints)
+            instances = self._read(step.snapshot.instances, problems)
+            if problems and not instances:
+                return problems[0]
+            self._incoming = _Snapshot(step.epoch, instances, step.snapshot.service_config)
+        elif self._incoming is not None and step.epoch == self._incoming.epoch:
+            self._incoming.instances |= self._read(step.delta.upserted, problems)
             for instance_id in step.delta.removed_ids:
-                self._coming.instances.pop(instance_id, None)
+                self._incoming.instances.pop(instance_id, None)
             if step.delta.HasField("service_config"):
-                self._coming.service_config = step.delta.service_config
-        elif not self._in_step or step.epoch != self._epoch or step.revision < self._revision:
-            self._in_step = False
-            self._coming = None
+                self._incoming.service_config = step.delta.service_config
+        elif not self._in_sync or step.epoch != self._epoch or step.revision < self._revision:
+            self._in_sync = False
+            self._incoming = None
             return f"a delta to {step.epoch}/{step.revision} that doesn't follow {self._epoch}/{self._revision}"
         else:
-            self._known |= self._read(step.delta.upserted, complaints)
+            self._known |= self._read(step.delta.upserted, problems)
             for instance_id in step.delta.removed_ids:
                 self._known.pop(instance_id, None)
             if step.delta.HasField("service_config"):
                 self._config = step.delta.service_config
-        known = self._known if self._coming is None else self._coming.instances
+        known = self._known if self._incoming is None else self._incoming.instances
         if len(known) > MAX_KNOWN:
-            complaints.append(f"more than {MAX_KNOWN} instances; the rest is ignored")
+            problems.append(f"more than {MAX_KNOWN} instances; the rest is ignored")
             for instance_id in list(known)[MAX_KNOWN:]:
                 del known[instance_id]
-        if self._coming is not None:
+        if self._incoming is not None:
             if step.more:
-                return complaints[0] if complaints else ""
-            self._replace(self._coming)
-            self._coming = None
+                return problems[0] if problems else ""
+            self._replace(self._incoming)
+            self._incoming = None
         self._epoch, self._revision = step.epoch, step.revision
         for instance_id in self._known:
             self._held.pop(instance_id, None)
         self._begin_hold(now)
-        return complaints[0] if complaints else ""
+        return problems[0] if problems else ""
 
-    def remember(self, snapshot: pb.Snapshot) -> None:
-        """Hold what was known in an earlier life of this process, as what another registry said."""
+    def restore(self, snapshot: pb.Snapshot) -> None:
+        """Hold the instances of the disk cache."""
         self._held |= self._read(snapshot.instances, [])
         self._config = self._config or snapshot.service_config
 
     def snapshot(self) -> pb.Snapshot:
-        """All of it, to be remembered."""
+        """All instances, for the disk cache."""
         instances = [_instance(self._service, key, endpoint) for key, endpoint in (self._held | self._known).items()]
         return pb.Snapshot(instances=instances, service_config=self._config)
 
-    def cut(self) -> None:
-        """The watch broke off: what is held has its time anew when the registry is back."""
-        self._coming = None
+    def watch_ended(self) -> None:
+        """The watch has ended: the hold time restarts when the registry is back."""
+        self._incoming = None
         self._held_until = None
 
-    def settle(self, now: float) -> None:
-        """Let go of what was held for long enough."""
+    def expire(self, now: float) -> None:
+        """Remove the held instances when their time is up."""
         if self._held_until is not None and now >= self._held_until:
             self._held = {}
             self._held_until = None
@@ -149,14 +148,14 @@ class Roster:
         at = f"{self._epoch}/{self._revision}"
         return f"<Roster {self._service} at {at} known={len(self._known)} held={len(self._held)}>"
 
-    def _replace(self, told: _Snapshot) -> None:
-        if told.epoch != self._epoch:
+    def _replace(self, snapshot: _Snapshot) -> None:
+        if snapshot.epoch != self._epoch:
             self._held |= self._known
             self._held_until = None
-        if told.epoch == self._epoch or told.service_config:
-            self._config = told.service_config
-        self._known = told.instances
-        self._in_step = True
+        if snapshot.epoch == self._epoch or snapshot.service_config:
+            self._config = snapshot.service_config
+        self._known = snapshot.instances
+        self._in_sync = True
 
     def _begin_hold(self, now: float) -> None:
         if not self._held:
@@ -164,19 +163,19 @@ class Roster:
         elif self._known and self._held_until is None:
             self._held_until = now + self._hold
 
-    def _read(self, instances: Iterable[pb.Instance], complaints: list[str]) -> dict[str, Endpoint]:
-        """The endpoints by instance id, without the instances that make no sense."""
+    def _read(self, instances: Iterable[pb.Instance], problems: list[str]) -> dict[str, Endpoint]:
+        """The endpoints by instance id, without invalid instances."""
         endpoints = {}
         for instance in instances:
             if instance.service != self._service:
-                complaints.append(f"instance {instance.id!r} of service {instance.service!r}, not {self._service!r}")
+                problems.append(f"instance {instance.id!r} of service {instance.service!r}, not {self._service!r}")
             elif not instance.id:
-                complaints.append(f"an instance at {instance.address!r} without an id")
+                problems.append(f"an instance at {instance.address!r} without an id")
             elif not _callable(instance.address):
-                complaints.append(f"instance {instance.id!r} with address {instance.address!r}")
+                problems.append(f"instance {instance.id!r} with address {instance.address!r}")
             else:
                 if instance.weight > MAX_WEIGHT:
-                    complaints.append(f"instance {instance.id!r} with weight {instance.weight}, used as {MAX_WEIGHT}")
+                    problems.append(f"instance {instance.id!r} with weight {instance.weight}, used as {MAX_WEIGHT}")
                 endpoints[instance.id] = _endpoint(instance)
         return endpoints
 

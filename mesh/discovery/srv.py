@@ -1,8 +1,7 @@
-"""``dns:///_service._proto.name``: the replicas that a name's SRV records list, with their ports, weights and
-priorities (RFC 2782).
+"""``dns:///_service._proto.name``: polls SRV records, which have ports, weights and priorities (RFC 2782).
 
-Needs dnspython, ``weft[dns]``: the system's resolver knows addresses alone. The hosts that the records name are then
-asked for as any other.
+Needs dnspython, ``weft[dns]``: the system's resolver only returns addresses. The records' hosts are resolved like any
+other.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.addresses import Address
-from mesh.discovery.dns import FLOOR, PERIOD, PROBATION, DnsResolver, Lookup, lookup
+from mesh.discovery.dns import MIN_RESOLUTION_INTERVAL, PERIOD, PROBATION, DnsResolver, Lookup, lookup
 from mesh.model import Endpoint
 
 if TYPE_CHECKING:
-    from dns.asyncresolver import Resolver as Asking
+    from dns.asyncresolver import Resolver as AsyncDnsResolver
 
-PATIENCE = 5.0
-"""How long the name servers may take to answer. Seconds."""
+SRV_TIMEOUT = 5.0
+"""How long to wait for the name servers. Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,16 @@ Query = Callable[[str], Awaitable[Iterable[Record]]]
 """From a name to its SRV records. Raises OSError."""
 
 
-async def query(name: str, asking: Asking | None = None) -> list[Record]:
-    """The name servers' answer; ``asking`` None: of those that the system is configured with, now."""
+async def query(name: str, resolver: AsyncDnsResolver | None = None) -> list[Record]:
+    """The name servers' answer; ``resolver`` None: the system's name servers, as configured now."""
     import dns.asyncresolver
     import dns.exception
     import dns.resolver
 
     try:
-        answer = await (asking or dns.asyncresolver.Resolver()).resolve(name, "SRV", lifetime=PATIENCE, search=True)
+        answer = await (resolver or dns.asyncresolver.Resolver()).resolve(
+            name, "SRV", lifetime=SRV_TIMEOUT, search=True
+        )
     except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
         raise socket.gaierror(socket.EAI_NONAME, "no SRV records") from None
     except dns.exception.DNSException as error:
@@ -62,20 +63,20 @@ class SrvResolver(DnsResolver):
         name: str,
         *,
         period: float = PERIOD,
-        floor: float = FLOOR,
+        min_interval: float = MIN_RESOLUTION_INTERVAL,
         probation: float = PROBATION,
         rng: random.Random | None = None,
         lookup: Lookup = lookup,
         query: Query = query,
     ) -> None:
         """Raises ImportError when dnspython isn't installed."""
-        import dns.asyncresolver  # noqa: F401 - now, where the program can be told
+        import dns.asyncresolver  # noqa: F401 - here, so that making the channel fails
 
-        super().__init__(name, 0, period=period, floor=floor, probation=probation, rng=rng, lookup=lookup)
+        super().__init__(name, 0, period=period, min_interval=min_interval, probation=probation, rng=rng, lookup=lookup)
         self._query = query
 
     async def _find(self) -> list[Endpoint]:
-        # A host of "" is the root: "the service is decidedly not available at this domain" - RFC 2782.
+        # The host "" is the root: "the service is decidedly not available at this domain" - RFC 2782.
         records = [record for record in await self._query(self._host) if record.host]
         answers = await asyncio.gather(
             *(self._lookup(record.host, record.port) for record in records), return_exceptions=True
@@ -88,7 +89,7 @@ class SrvResolver(DnsResolver):
             endpoints += [
                 Endpoint(
                     str(Address(address, record.port)),
-                    weight=max(record.weight, 1),  # 0 is "a very small chance", and for all alike: no preference
+                    weight=max(record.weight, 1),  # 0: "a very small chance of being selected"; for all: no preference
                     priority=priorities.index(record.priority),
                 )
                 for address in sorted(set(answer))

@@ -1,9 +1,9 @@
-"""What a target means: which resolver finds its endpoints, or that gRPC itself does.
+"""Target parsing: which resolver a target uses, the mesh's or gRPC's.
 
-The mesh's own: ``mesh:///SERVICE`` and ``mesh://REGISTRY/SERVICE``, ``static:///HOST:PORT,HOST:PORT``,
-``dns:///HOST:PORT``, and ``dns:///_SERVICE._PROTO.NAME`` for SRV records. Every other target that grpc takes
-(``host:port``, ``ipv4:``, ``unix:``, ``xds:``, ``dns://SERVER/HOST``, ...) is gRPC's. Source: gRPC's naming document,
-for what gRPC takes and for the default port.
+The mesh resolves ``mesh:///SERVICE`` and ``mesh://REGISTRY/SERVICE``, ``static:///HOST:PORT,HOST:PORT``,
+``dns:///HOST:PORT``, and ``dns:///_SERVICE._PROTO.NAME`` for SRV records. Every other target that grpc accepts
+(``host:port``, ``ipv4:``, ``unix:``, ``xds:``, ``dns://SERVER/HOST``, ...) is resolved by gRPC. Source: gRPC's naming
+document, for its targets and the default port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mesh.discovery.srv import SrvResolver
 from mesh.discovery.static import StaticResolver
 
 REGISTRY_VARIABLE = "MESH_REGISTRY"
-"""The environment variable that names the registry for ``mesh:///``: ``host:port``, or any target that gRPC takes."""
+"""The environment variable with the registry for ``mesh:///``: ``host:port``, or any target that gRPC accepts."""
 
 DEFAULT_PORT = 443
 """gRPC's own default port."""
@@ -35,14 +35,14 @@ _SRV = re.compile(r"_[A-Za-z0-9-]+\._[A-Za-z]+\.(?P<domain>\S+)", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A target, taken apart.
+    """A parsed target.
 
-    ``text``: as it was given.
-    ``scheme``: ``mesh``, ``static`` or ``dns`` when a resolver of the mesh finds its endpoints; empty when gRPC does.
-    ``health_service``: the name whose health the endpoints must report unless the service config says otherwise: the
-    service for ``mesh``; None for others, whose health isn't watched.
-    ``authority``: whom the endpoints' certificates must name: the service for ``mesh``, the name for ``dns`` (of SRV
-    records the domain that has them); None when each endpoint's own address is that.
+    ``text``: the target as given.
+    ``scheme``: ``mesh``, ``static`` or ``dns`` when the mesh resolves it; empty when gRPC does.
+    ``health_service``: the service name for health checks, unless the service config sets one: the service for
+    ``mesh``; None for others, which have no health checks.
+    ``authority``: the name that the endpoints' certificates must have: the service for ``mesh``, the name for ``dns``
+    (for SRV records, their domain); None when it is each endpoint's own address.
     """
 
     text: str
@@ -52,21 +52,21 @@ class Target:
 
 
 LISTED = 2
-"""How many addresses of a target log lines and errors repeat."""
+"""How many of a target's addresses log lines and errors show."""
 
 
-def in_short(text: str) -> str:
-    """A target as log lines and errors name it: of many addresses the first two."""
+def short_target(text: str) -> str:
+    """A target for log lines and errors: only the first two of many addresses."""
     addresses = text.split(",")
     more = len(addresses) - LISTED
     return f"{','.join(addresses[:LISTED])} (+{more} more)" if more > 0 else text
 
 
 def resolver_for(text: str) -> tuple[Target, Resolver | None]:
-    """Take a target apart and make its resolver; None when gRPC resolves it by itself, as one endpoint.
+    """Parse a target and make its resolver; None when gRPC resolves it, as one endpoint.
 
-    Does no IO. ``MESH_REGISTRY`` is read here, when the target needs it. Raises ValueError for a target that neither
-    the mesh nor gRPC takes, and says why.
+    Does no IO. Reads ``MESH_REGISTRY`` if the target needs it. Raises ValueError, with the reason, for a target that
+    neither the mesh nor gRPC accepts.
     """
     uri = _URI.fullmatch(text)
     if uri is None:
@@ -86,7 +86,7 @@ def resolver_for(text: str) -> tuple[Target, Resolver | None]:
     if scheme in TARGET_SCHEMES:
         return Target(text), None
     known = ", ".join(dict.fromkeys(OWN_SCHEMES + TARGET_SCHEMES))
-    raise ValueError(f"target {text!r}: unknown scheme {scheme!r}; known are {known}, and host:port")
+    raise ValueError(f"target {text!r}: unknown scheme {scheme!r}; known: {known}, and host:port")
 
 
 def _mesh(text: str, authority: str, service: str) -> Resolver:
@@ -97,7 +97,7 @@ def _mesh(text: str, authority: str, service: str) -> Resolver:
     registry = authority or os.environ.get(REGISTRY_VARIABLE, "")
     if not registry:
         raise ValueError(
-            f"target {text!r}: which registry? Set {REGISTRY_VARIABLE}=host:port, or write mesh://host:port/{service}"
+            f"target {text!r}: no registry; set {REGISTRY_VARIABLE}=host:port, or write mesh://host:port/{service}"
         )
     try:
         if authority:
@@ -106,7 +106,7 @@ def _mesh(text: str, authority: str, service: str) -> Resolver:
             check_target(registry)
     except ValueError as error:
         raise ValueError(f"target {text!r}: the registry must be host:port, not {registry!r}: {error}") from None
-    return RegistryResolver(registry, service, cache=Cache.of_environment(registry, service))
+    return RegistryResolver(registry, service, cache=Cache.from_environment(registry, service))
 
 
 def _static(text: str, authority: str, path: str) -> Resolver:
@@ -114,11 +114,11 @@ def _static(text: str, authority: str, path: str) -> Resolver:
         raise ValueError(f"target {text!r}: write three slashes, static:///{authority}")
     addresses = [address.strip() for address in path.split(",") if address.strip()]
     if not addresses:
-        raise ValueError(f"target {text!r}: names no address, as in static:///10.0.0.1:50051,10.0.0.2:50051")
+        raise ValueError(f"target {text!r}: no addresses; write static:///10.0.0.1:50051,10.0.0.2:50051")
     for address in addresses:
         try:
             if not is_local(address):
-                parse(address, least_port=0)  # grpc takes port 0
+                parse(address, least_port=0)  # grpc accepts port 0
         except ValueError as error:
             raise ValueError(f"target {text!r}: {address!r} is not {FORMS}: {error}") from None
     return StaticResolver(addresses)
@@ -133,7 +133,7 @@ def _dns(text: str, path: str) -> Resolver:
 
 def _srv(text: str, name: str) -> Resolver:
     if ":" in name:
-        raise ValueError(f"target {text!r}: SRV records bring their ports; leave it out")
+        raise ValueError(f"target {text!r}: SRV records have their own ports; remove the port")
     try:
         return SrvResolver(name)
     except ImportError:

@@ -1,2 +1,2 @@
-"""Decisions: plain code over values. Time and chance are arguments; nothing here does IO, waits, or knows gRPC's
-classes."""
+"""The decisions, as plain code over values. Time and randomness are arguments; nothing here does IO, waits, or uses
+gRPC's classes."""

@@ -21,7 +21,7 @@ from mesh.model import Metadatum
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.policy.server.admission import Admission
 from mesh.server.thread_pool import responses
-from mesh.wire import LOAD, ORCA_LOAD
+from mesh.wire import ORCA_LOAD_REPORT, WEFT_LOAD_REPORT
 
 PERIOD = 0.1
 """Seconds that a report is good for."""
@@ -93,7 +93,7 @@ class Load:
             self._cpu, self._ended, self._failed, self._stamp = cpu, ended, failed, now
         # Its bytes are never empty: a trailer that is, is none.
         report = self._report.SerializeToString() or b"\x09" + bytes(8)
-        self._trailers = tuple((key, report) for key in (ORCA_LOAD, LOAD))
+        self._trailers = tuple((key, report) for key in (ORCA_LOAD_REPORT, WEFT_LOAD_REPORT))
 
 
 def _interval(request: Any) -> float:

@@ -22,7 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mesh import core, lines
 from mesh.config.settings import RetryPolicy
-from mesh.errors import in_short
+from mesh.errors import short_details
 from mesh.policy.call.backoff import Backoff
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -262,5 +262,5 @@ def _reason(error: BaseException) -> str:
         # How core ends what a server that stops has not answered; this side's own cancels are no AioRpcError.
         if error.code() is grpc.StatusCode.CANCELLED or error.details() == "Cancelling all calls":
             return "the registry is shutting down"
-        return f"{error.code().name}: {in_short(error.details() or '')}"
+        return f"{error.code().name}: {short_details(error.details() or '')}"
     return str(error) or type(error).__name__

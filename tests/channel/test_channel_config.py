@@ -70,7 +70,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(autouse=True)
 def looked_at_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.channel.assemble.PERIOD", 0.01)
+    monkeypatch.setattr("mesh.channel.assemble.FILE_POLL_PERIOD", 0.01)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ LARGE = '{"x": "' + "y" * 300_000 + '"}'
 BAD = {
     "a lone surrogate": (SURROGATE, r'healthCheckConfig.serviceName: not valid UTF-8 text, got "\ud800"'),
     "1 ns": (NANOSECOND, 'methodConfig[0].timeout: expected a duration of 0.001s or more, got "0.000000001s"'),
-    "a key twice": (TWICE, "methodConfig[0].timeout: given twice"),
+    "a key twice": (TWICE, "methodConfig[0].timeout: duplicate key"),
     "300 kB": (LARGE, "300009 bytes; the limit is 262144"),
 }
 

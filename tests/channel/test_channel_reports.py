@@ -15,7 +15,7 @@ import pytest
 import mesh
 import mesh.aio
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
-from mesh.wire import LOAD
+from mesh.wire import WEFT_LOAD_REPORT
 from tests.processes import eventually
 
 UNARY = "/test.Load/Unary"
@@ -43,7 +43,7 @@ class Replica:
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         self.calls += 1
         if not self.aside:
-            context.set_trailing_metadata(((LOAD, self.report.SerializeToString()),))
+            context.set_trailing_metadata(((WEFT_LOAD_REPORT, self.report.SerializeToString()),))
         return request
 
     def _stream(self, _: Any, context: grpc.ServicerContext) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from mesh.channel.sync.channel import Channel
 from mesh.codes import Code
 from mesh.config.settings import EjectionConfig, ServiceConfig
 from mesh.discovery.resolver import Update
-from mesh.errors import AioRpcError, CallError, RpcError, in_short
+from mesh.errors import AioRpcError, CallError, RpcError, short_details
 from mesh.model import Endpoint
 from tests.policy.driving import Driven, cluster_of
 from tests.processes import eventually
@@ -218,7 +218,7 @@ def test_every_error_is_what_grpc_raises_and_an_error_of_the_mesh(fail: Fail, se
     ],
 )
 def test_cores_account_is_made_short(details: str, short: str) -> None:
-    assert in_short(details) == short
+    assert short_details(details) == short
 
 
 def test_lines_say_when_endpoints_come_fail_and_return(
@@ -254,12 +254,12 @@ def test_an_ejection_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "mesh")
     cluster = cluster_of(3, ServiceConfig(ejection=EjectionConfig(consecutive=1)))
     events, node = EndpointLog(cluster), cluster.nodes["e1"]
-    node.breaker.failed(0.0, Code.UNAVAILABLE)
-    cluster.ejections.heard(node)
+    node.breaker.record_failure(0.0, Code.UNAVAILABLE)
+    cluster.ejections.on_breaker_event(node)
     cluster.sweep(1.0)
     events.on_sweep()
     events.on_sweep()
-    assert caplog.messages == [f"test: endpoint ejected: e1: {cluster.ejections.why['e1']}"]
+    assert caplog.messages == [f"test: endpoint ejected: e1: {cluster.ejections.reasons['e1']}"]
     cluster.sweep(1000.0)
     Driven(cluster=cluster, now=1000.0).succeeds(1, at=1000.5)
     cluster.sweep(1001.0)

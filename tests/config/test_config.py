@@ -163,7 +163,7 @@ def test_a_config_is_read_whole() -> None:
             ("a.B", ""): hedged,
             ("", ""): hedged,
         },
-        balancer=replace(NEAR, levels=(NEAR, FAR, LAST)),
+        balancer=replace(NEAR, priorities=(NEAR, FAR, LAST)),
         ejection=EjectionConfig(
             1.0,
             2.0,
@@ -410,12 +410,16 @@ REFUSED: list[Case] = [
     *each(method, ["name"], LIST, {}, "a.B", 1),
     *each(name, ["service", "method"], "expected a string", 1, [], {}, True),
     at("methodConfig[0].name[0].service", "required", {"methodConfig": [{"name": [{"method": "Get"}]}]}),
-    at("methodConfig[0].name[1]", "named twice", {"methodConfig": [{"name": [{}, {"service": ""}]}]}),
-    at("methodConfig[1].name[0]", "named twice", {"methodConfig": [{"name": [{"service": "a"}]}] * 2}),
+    at("methodConfig[0].name[1]", "duplicate name", {"methodConfig": [{"name": [{}, {"service": ""}]}]}),
+    at("methodConfig[1].name[0]", "duplicate name", {"methodConfig": [{"name": [{"service": "a"}]}] * 2}),
     # methods
     *each(method, ["waitForReady"], "expected true or false", 1, "true", [], {}),
     *each(method, ["retryPolicy", "hedgingPolicy"], OBJECT, 1, "x", [], True),
-    at("methodConfig[0].hedgingPolicy", "excludes", {"methodConfig": [{"retryPolicy": RETRY, "hedgingPolicy": HEDGE}]}),
+    at(
+        "methodConfig[0].hedgingPolicy",
+        "not allowed together with retryPolicy",
+        {"methodConfig": [{"retryPolicy": RETRY, "hedgingPolicy": HEDGE}]},
+    ),
     *each(method, TIMEOUTS, DURATION, *WRONG_DURATIONS),
     *each(method, TIMEOUTS, "0 or more", "-1s"),
     *each(method, TIMEOUTS, TOO_SHORT, NANOSECOND, "0.000999999s"),
@@ -459,18 +463,18 @@ REFUSED: list[Case] = [
     at("loadBalancingConfig[0].round_robin", OBJECT, {"loadBalancingConfig": [{"round_robin": 1}]}),
     at(
         "loadBalancingConfig",
-        "none of these policies is known; known: least_request, outlier_detection, peak_ewma, pick_first, priority, ",
+        "no known policy; known: least_request, outlier_detection, peak_ewma, pick_first, priority, ",
         {"loadBalancingConfig": [{"grpclb": {}}]},
     ),
     at(
         "loadBalancingConfig[0].random_subsetting.childPolicy",
-        "none of",
+        "no known policy",
         policy_of("random_subsetting", {"subsetSize": 1, "childPolicy": [{"grpclb": {}}]}),
     ),
     at("loadBalancingConfig[0].random_subsetting.subsetSize", "required", policy_of("random_subsetting", {})),
     at(
         "loadBalancingConfig[0].ring_hash.maxRingSize",
-        "no less than minRingSize",
+        "at least minRingSize",
         policy_of("ring_hash", {"minRingSize": 20, "maxRingSize": 10}),
     ),
     at(
@@ -529,13 +533,13 @@ def test_what_is_wrong_is_refused_with_its_path(case: tuple[dict[str, Any], str]
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", "[" * 100_000, "1" * 5000, "\ud800"])
 def test_what_is_not_json_is_refused(text: str) -> None:
     for read in (parse, for_core):
-        with pytest.raises(ValueError, match=r"service config: (not JSON|the whole|more than 64 )"):
+        with pytest.raises(ValueError, match=r"service config: (not JSON|the config|more than 64 )"):
             read(text)
 
 
 @pytest.mark.parametrize("value", [[], "x", 1, None, True])
 def test_what_is_not_an_object_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="service config: the whole: expected an object, got "):
+    with pytest.raises(ValueError, match="service config: the config: expected an object, got "):
         parsed(value)
 
 
@@ -548,15 +552,15 @@ def test_what_is_not_text_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"methodConfig": [{"timeout": "1s", "timeout": "2s"}]}', "methodConfig[0].timeout: given twice"),
-        ('{"x": {"a": 1, "b": 2, "b": 3}}', "x.b: given twice"),
-        ('{"slowStart": null, "slowStart": {}}', "slowStart: given twice"),
+        ('{"methodConfig": [{"timeout": "1s", "timeout": "2s"}]}', "methodConfig[0].timeout: duplicate key"),
+        ('{"x": {"a": 1, "b": 2, "b": 3}}', "x.b: duplicate key"),
+        ('{"slowStart": null, "slowStart": {}}', "slowStart: duplicate key"),
         (r'{"healthCheckConfig": {"serviceName": "\ud800"}}', "healthCheckConfig.serviceName: not valid UTF-8 text"),
         (r'{"methodConfig": [{"name": [{"service": "\udfff"}]}]}', "methodConfig[0].name[0].service: not valid UTF-8"),
         (r'{"x": ["a", "\ud83d"]}', "x[1]: not valid UTF-8 text"),
         (r'{"x": {"\ud800": 1}}', "x: not valid UTF-8 text"),
         ('{"healthCheckConfig": {"serviceName": "\ud800"}}', "healthCheckConfig.serviceName: not valid UTF-8 text"),
-        ('{"x": ' + "[" * 64 + "]" * 64 + "}", "more than 64 objects and lists inside each other"),
+        ('{"x": ' + "[" * 64 + "]" * 64 + "}", "more than 64 nested objects and lists"),
         ('{"x": "' + "y" * 256 * 1024 + '"}', "262153 bytes; the limit is 262144"),
         ('{"x": "' + "é" * 128 * 1024 + '"}', "262153 bytes; the limit is 262144"),
         (
@@ -582,7 +586,7 @@ def test_policies_inside_each_other_without_end_are_refused() -> None:
     policy: dict[str, Any] = {"round_robin": {}}
     for _ in range(200):
         policy = {"random_subsetting": {"subsetSize": 1, "childPolicy": [policy]}}
-    with pytest.raises(ValueError, match="more than 64 objects and lists inside each other"):
+    with pytest.raises(ValueError, match="more than 64 nested objects and lists"):
         parsed({"loadBalancingConfig": [policy]})
 
 

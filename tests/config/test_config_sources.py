@@ -17,7 +17,7 @@ MEBIBYTE = 1024 * 1024
 LOOK = """\
 import sys
 try:
-    print(ConfigFile(sys.argv[1], "any").news())
+    print(ConfigFile(sys.argv[1], "any").poll())
 except ValueError as error:
     print(error)
 """
@@ -65,8 +65,8 @@ def test_what_is_no_file_of_text_is_refused(path: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b'{"services": {"*": {}, "*": {"slowStart": {}}}}', "services.*: given twice"),
-        (b'{"services": {"*": {"timeout": 1, "timeout": 2}}}', "services.*.timeout: given twice"),
+        (b'{"services": {"*": {}, "*": {"slowStart": {}}}}', "services.*: duplicate key"),
+        (b'{"services": {"*": {"timeout": 1, "timeout": 2}}}', "services.*.timeout: duplicate key"),
         (rb'{"healthCheckConfig": {"serviceName": "\ud800"}}', "healthCheckConfig.serviceName: not valid UTF-8 text"),
         (b'{"x": "\xff"}', "not UTF-8 text: invalid start byte at byte 7"),
         ('{"x": 1}'.encode("utf-16"), "not UTF-8 text: "),
@@ -78,7 +78,7 @@ def test_text_that_readers_would_read_differently_is_refused_with_its_path(
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(f"{file}: ")) as caught:
-        ConfigFile(str(file), "any").news()
+        ConfigFile(str(file), "any").poll()
     assert why.replace(".*", '."*"') in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_a_file_that_is_refused_leaves_no_descriptor_open(tmp_path: Path) -> Non
     before = len(list(Path("/proc/self/fd").iterdir()))
     for path in (str(file), "/dev"):
         with pytest.raises(ValueError, match=r"the limit is|not a regular file"):
-            ConfigFile(path, "any").news()
+            ConfigFile(path, "any").poll()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -96,4 +96,4 @@ def test_a_link_to_a_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None
     file, link = tmp_path / "config.json", tmp_path / "link"
     file.write_text("\ufeff" + json.dumps({"slowStart": None}), "utf-8")
     link.symlink_to(file)
-    assert ConfigFile(str(link), "any").news() == '{"slowStart": null}'
+    assert ConfigFile(str(link), "any").poll() == '{"slowStart": null}'

@@ -59,7 +59,7 @@ class Hop:
         self._rng = random.Random(1)
         self._cluster = Cluster("test", ServiceConfig(), self._rng, 0.0, contextlib.nullcontext)
         self._cluster.update(Endpoint(f"replica{index}") for index in range(3))
-        self._cluster.observe([(address, Connectivity.READY) for address in self._cluster.nodes])
+        self._cluster.update_states([(address, Connectivity.READY) for address in self._cluster.nodes])
 
     def call(self, done: Callable[[CallSpec, Verdict], None], *, may_retry: bool = True) -> None:
         time = self._time

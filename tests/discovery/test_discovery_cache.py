@@ -81,9 +81,9 @@ def test_a_directory_that_can_not_be_written_is_named_once(tmp_path: Path, caplo
 
 def test_it_is_off_unless_a_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert Cache.of_environment(REGISTRY, USER) is None
+    assert Cache.from_environment(REGISTRY, USER) is None
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    assert repr(Cache.of_environment(REGISTRY, USER)).startswith(f"<Cache {tmp_path}/{USER}@127.0.0.1%3A50050-")
+    assert repr(Cache.from_environment(REGISTRY, USER)).startswith(f"<Cache {tmp_path}/{USER}@127.0.0.1%3A50050-")
 
 
 # the resolver

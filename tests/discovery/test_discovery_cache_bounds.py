@@ -58,7 +58,7 @@ def test_the_folder_and_the_file_are_for_this_user_alone(folder: Path, caplog: p
     assert folder.stat().st_mode & 0o777 == 0o700
     assert saved(folder).stat().st_mode & 0o777 == 0o600
     assert cache(folder).load() == KNOWN
-    assert warnings(caplog) == [f"{saved(folder)}: using 1 instances that were known 0 s ago"]
+    assert warnings(caplog) == [f"{saved(folder)}: using 1 cached instances, saved 0 s ago"]
 
 
 @pytest.mark.slow
@@ -125,16 +125,16 @@ def test_a_file_of_2096_is_refused(folder: Path, caplog: pytest.LogCaptureFixtur
     then = datetime(2096, 1, 1, tzinfo=UTC).timestamp()
     os.utime(saved(folder), (then, then))
     warning = refused(folder, caplog)
-    assert "can't be read: last changed " in warning
+    assert "can't be read: dated " in warning
     assert " s in the future; check the clock" in warning
-    assert "-" not in warning.partition("last changed")[2]
+    assert "-" not in warning.partition("dated")[2]
 
 
 def test_a_clock_that_is_a_little_late_makes_no_age_negative(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     then = time.time() + 30
     os.utime(saved(folder), (then, then))
     assert cache(folder).load() == KNOWN
-    assert warnings(caplog)[0].endswith("known 0 s ago")
+    assert warnings(caplog)[0].endswith("saved 0 s ago")
 
 
 def test_what_would_be_refused_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -101,8 +101,12 @@ NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 TRY_AGAIN = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-def polling(server: NameServer, period: float = 0.002, floor: float = 0.001, probation: float = 0.0) -> DnsResolver:
-    return DnsResolver("users", 1, period=period, floor=floor, probation=probation, rng=random.Random(1), lookup=server)
+def polling(
+    server: NameServer, period: float = 0.002, min_interval: float = 0.001, probation: float = 0.0
+) -> DnsResolver:
+    return DnsResolver(
+        "users", 1, period=period, min_interval=min_interval, probation=probation, rng=random.Random(1), lookup=server
+    )
 
 
 async def test_a_name_is_asked_for_again_and_only_changes_are_told() -> None:
@@ -149,7 +153,7 @@ async def test_a_failing_endpoint_has_the_name_looked_up_without_waiting_for_the
 
 async def test_failing_endpoints_do_not_make_lookups_pile_up() -> None:
     server = NameServer(["10.0.0.1"], ["10.0.0.2"])
-    resolver = polling(server, period=1e6, floor=1e6)
+    resolver = polling(server, period=1e6, min_interval=1e6)
     async with watching(resolver) as updates:
         await updates.next()
         resolver.resolve_now()
@@ -176,10 +180,20 @@ async def test_the_systems_own_resolver_knows_localhost() -> None:
 
 
 def eager(
-    address: str, hold: float = 30.0, patience: float = BOUND, probation: float = 0.0, cache: Cache | None = None
+    address: str,
+    hold: float = 30.0,
+    first_response_timeout: float = BOUND,
+    probation: float = 0.0,
+    cache: Cache | None = None,
 ) -> RegistryResolver:
     return RegistryResolver(
-        address, USER, hold=hold, patience=patience, probation=probation, cache=cache, rng=random.Random(1)
+        address,
+        USER,
+        hold=hold,
+        first_response_timeout=first_response_timeout,
+        probation=probation,
+        cache=cache,
+        rng=random.Random(1),
     )
 
 
@@ -290,8 +304,8 @@ async def test_a_watch_that_is_cut_resumes_without_a_snapshot() -> None:
 
 
 GARBAGE = [
-    (pb.WatchResponse().SerializeToString(), "it sent an answer without snapshot or delta"),
-    (b"\xff\xff\xff", "it sent what is no step of a watch"),
+    (pb.WatchResponse().SerializeToString(), "it sent a message without a snapshot or delta"),
+    (b"\xff\xff\xff", "it sent an invalid message"),
     (
         pb.WatchResponse(epoch="e", revision=1, delta=pb.Delta(upserted=[user("a")])).SerializeToString(),
         "it sent a delta to e/1 that doesn't follow /0",
@@ -338,7 +352,7 @@ async def test_a_registry_that_answers_nothing_is_not_waited_for_without_end() -
     async def watch(_: bytes, context: Context) -> None:
         await asyncio.get_running_loop().create_future()
 
-    async with odd_registry(watch) as address, watching(eager(address, patience=0.05)) as updates:
+    async with odd_registry(watch) as address, watching(eager(address, first_response_timeout=0.05)) as updates:
         update = await updates.next()
         assert update.error == f"registry {address}: no answer for 0.05 s"
         assert not update.final, "calls wait for it until their deadline"

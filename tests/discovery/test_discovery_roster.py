@@ -49,7 +49,7 @@ def roster_of(*steps: pb.WatchResponse) -> Roster:
 def test_a_watch_begins_with_nothing_known() -> None:
     roster = Roster(SERVICE)
     assert roster.position == ("", 0)
-    assert not roster.in_step
+    assert not roster.in_sync
     assert roster.endpoints() == ()
     assert repr(roster) == f"<Roster {SERVICE} at /0 known=0 held=0>"
 
@@ -76,7 +76,7 @@ def test_deltas_follow_a_snapshot() -> None:
     )
     assert addresses(roster) == "b elsewhere"
     assert roster.position == ("e", 5)
-    assert roster.in_step
+    assert roster.in_sync
 
 
 def test_a_living_registry_is_obeyed_when_it_takes_away_the_last_instance() -> None:
@@ -98,7 +98,7 @@ def test_an_empty_answer_from_a_restarted_registry_evicts_nobody_for_as_long_as_
     roster = roster_of(snapshot("old", 7, "a", "b"), snapshot("new", 0))
 
     assert roster.held_until is None
-    roster.settle(now=1e9)
+    roster.expire(now=1e9)
     assert addresses(roster) == "a b"
     assert roster.position == ("new", 0)
     assert repr(roster) == f"<Roster {SERVICE} at new/0 known=0 held=2>"
@@ -110,9 +110,9 @@ def test_the_first_to_register_again_does_not_evict_the_others() -> None:
 
     assert addresses(roster) == "a b"
     assert roster.held_until == 130
-    roster.settle(now=129.9)
+    roster.expire(now=129.9)
     assert addresses(roster) == "a b"
-    roster.settle(now=130)
+    roster.expire(now=130)
     assert addresses(roster) == "a"
     assert roster.held_until is None
 
@@ -131,7 +131,7 @@ def test_an_instance_that_registers_again_elsewhere_is_no_longer_where_it_was() 
 def test_an_instance_that_registers_again_and_leaves_is_gone() -> None:
     roster = roster_of(snapshot("old", 7, "a", "b"), snapshot("new", 1, "a"), delta("new", 2, removed=["a"]))
     assert addresses(roster) == "b"
-    roster.settle(now=HOLD)
+    roster.expire(now=HOLD)
     assert addresses(roster) == ""
 
 
@@ -157,7 +157,7 @@ def test_a_snapshot_in_parts_takes_the_place_of_what_was_known_when_its_last_par
     roster = roster_of(snapshot("e", 1, "a", "b"))
     for step in (part(snapshot("e", 0, "b")), part(delta("e", 0, "c", "d"))):
         assert roster.apply(step, now=0) == ""
-        assert roster.in_step
+        assert roster.in_sync
         assert not roster.complete
         assert addresses(roster) == "a b"
 
@@ -170,7 +170,7 @@ def test_a_snapshot_in_parts_takes_the_place_of_what_was_known_when_its_last_par
 def test_a_watch_that_is_cut_between_the_parts_of_a_snapshot_goes_on_from_what_was_known_before() -> None:
     roster = roster_of(snapshot("e", 1, "a", "b"))
     roster.apply(part(snapshot("new", 0, "c")), now=0)
-    roster.cut()
+    roster.watch_ended()
     assert roster.complete
     assert roster.position == ("e", 1)
     assert roster.apply(delta("e", 2, "d"), now=0) == ""
@@ -178,7 +178,7 @@ def test_a_watch_that_is_cut_between_the_parts_of_a_snapshot_goes_on_from_what_w
 
     # Also when the registry restarts: nobody is lost.
     roster.apply(part(snapshot("new", 0, "c")), now=0)
-    roster.cut()
+    roster.watch_ended()
     assert roster.apply(snapshot("newer", 1, "c"), now=0) == ""
     assert addresses(roster) == "a b c d"
 
@@ -187,7 +187,7 @@ def test_a_part_of_another_epoch_needs_a_new_watch() -> None:
     roster = roster_of(snapshot("e", 1, "a"))
     roster.apply(part(snapshot("new", 0, "c")), now=0)
     assert "doesn't follow" in roster.apply(delta("newer", 3, "d"), now=0)
-    assert not roster.in_step
+    assert not roster.in_sync
     assert roster.complete
     assert addresses(roster) == "a"
 
@@ -214,8 +214,8 @@ def test_the_registrys_own_word_on_an_address_counts_more_than_what_is_held() ->
 def test_a_registry_that_goes_away_again_gives_the_services_their_time_anew() -> None:
     roster = roster_of(snapshot("old", 7, "a", "b"), snapshot("new", 1, "a"))
 
-    roster.cut()
-    roster.settle(now=1000)
+    roster.watch_ended()
+    roster.expire(now=1000)
     assert addresses(roster) == "a b", "nothing can be learned from a registry that is away"
 
     roster.apply(delta("new", 1), now=1000)
@@ -230,9 +230,9 @@ def test_a_registry_that_restarts_twice_loses_nobody() -> None:
 @pytest.mark.parametrize(
     ("garbage", "complaint"),
     [
-        (pb.WatchResponse(), "an answer without snapshot or delta"),
-        (pb.WatchResponse(epoch="e", revision=9), "an answer without snapshot or delta"),
-        (snapshot("", 9, "b"), "an answer without epoch"),
+        (pb.WatchResponse(), "a message without a snapshot or delta"),
+        (pb.WatchResponse(epoch="e", revision=9), "a message without a snapshot or delta"),
+        (snapshot("", 9, "b"), "a message without an epoch"),
         (of_instances("e", 9, [instance("b", " ")]), "instance 'b' with address ' '"),
         (of_instances("e", 9, [pb.Instance(id="b", service=SERVICE)]), "instance 'b' with address ''"),
         (of_instances("e", 9, [instance("", "b:1")]), "an instance at 'b:1' without an id"),
@@ -266,12 +266,12 @@ def test_a_delta_that_does_not_follow_needs_a_new_watch(astray: pb.WatchResponse
     roster = roster_of(snapshot("e", 5, "a"))
 
     assert "doesn't follow e/5" in roster.apply(astray, now=0)
-    assert (roster.in_step, roster.position) == (False, ("", 0))
+    assert (roster.in_sync, roster.position) == (False, ("", 0))
     assert addresses(roster) == "a"
     assert roster.apply(delta("e", 6, "b"), now=0), "not even one that would have followed"
 
     assert roster.apply(snapshot("new", 1), now=0) == ""
-    assert (roster.in_step, roster.position) == (True, ("new", 1))
+    assert (roster.in_sync, roster.position) == (True, ("new", 1))
     assert addresses(roster) == "a", "what was known is held for a registry with another epoch, as ever"
 
 
@@ -306,7 +306,7 @@ def test_no_instance_is_lost_but_by_the_word_of_a_registry_that_knew_it(
             ever |= ids
             if spoke_at is None and ids:
                 spoke_at = now
-            roster.settle(now)
+            roster.expire(now)
             held = set() if spoke_at is not None and now >= spoke_at + HOLD else before - ever
             assert set(addresses(roster).split()) == told | held
             now += next(pauses)

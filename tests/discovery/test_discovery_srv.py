@@ -124,7 +124,7 @@ def test_a_name_of_a_service_and_protocol_means_srv_records() -> None:
     assert repr(resolver) == f"<SrvResolver {NAME}>"
     assert target.authority == "example.test", "whom certificates must name: who has the records"
 
-    with pytest.raises(ValueError, match="SRV records bring their ports"):
+    with pytest.raises(ValueError, match="SRV records have their own ports"):
         resolver_for(f"dns:///{NAME}:443")
 
 

@@ -110,9 +110,12 @@ def test_every_other_target_is_grpcs_own(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("http://users:80", "unknown scheme 'http'; known are mesh, static, dns, unix,"),
+        ("http://users:80", "unknown scheme 'http'; known: mesh, static, dns, unix,"),
         ("consul:///users", "unknown scheme 'consul'"),
-        (f"mesh:///{SERVICE}", r"Set MESH_REGISTRY=host:port, or write mesh://host:port/weft\.user\.v1\.UserService"),
+        (
+            f"mesh:///{SERVICE}",
+            r"no registry; set MESH_REGISTRY=host:port, or write mesh://host:port/weft\.user\.v1\.UserService",
+        ),
         ("mesh:///", "name a service"),
         ("mesh://registry:50050", "name a service"),
         (f"mesh://{SERVICE}", f"write three slashes, mesh:///{SERVICE}"),
@@ -122,8 +125,8 @@ def test_every_other_target_is_grpcs_own(target: str) -> None:
         (f"mesh://registry:0/{SERVICE}", "must be host:port, not 'registry:0'"),
         (f"mesh:{SERVICE}", "write mesh:///"),
         ("static:a:1,b:2", "write static:///"),
-        ("static:///", "names no address"),
-        ("static:///,", "names no address"),
+        ("static:///", "no addresses; write static"),
+        ("static:///,", "no addresses; write static"),
         ("static://a:1", "three slashes, static:///a:1"),
         ("static:///a:1,b", "'b' is not host:port"),
         ("static:///a:65536", "'a:65536' is not host:port"),

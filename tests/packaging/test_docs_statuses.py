@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = [row for _, rows in STATUSES.values() for row in rows]
 
 MADE_ELSEWHERE = {
-    "cluster.why(picker, now)",  # policy: Picker.error and describe(), tested below
+    "cluster.explain_no_endpoint(picker, now)",  # policy: Picker.error and describe(), tested below
     "picker.error",
     "why",
     "full",  # the registry's refusals for want of room, tested below
@@ -36,7 +36,7 @@ MADE_ELSEWHERE = {
 """Details that are no text where the status is made."""
 
 MAKERS = {
-    "why",
+    "explain_no_endpoint",
     "describe",
     "_one",
     "refusal",

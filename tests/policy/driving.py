@@ -59,7 +59,7 @@ def cluster_of(ready: int = 3, config: ServiceConfig | None = None, *, seed: int
 
 def set_states(cluster: Cluster, state: Connectivity) -> None:
     """Put all endpoints into ``state``."""
-    cluster.observe([(address, state) for address in cluster.nodes])
+    cluster.update_states([(address, state) for address in cluster.nodes])
 
 
 class Driven:

@@ -365,7 +365,7 @@ async def test_a_service_config_is_told_to_watchers_with_the_instances_and_when_
     [
         ('{"methodConfig": [{"timeout": 3}]}', "service_config.methodConfig[0].timeout", "expected a duration"),
         ("{", "service_config", "not JSON: "),
-        ("[]", "service_config", "the whole: expected an object"),
+        ("[]", "service_config", "the config: expected an object"),
         (" " * (MAX_CONFIG + 1), "service_config", f"has {MAX_CONFIG + 1} bytes; the limit is {MAX_CONFIG}"),
     ],
 )

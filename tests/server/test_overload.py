@@ -24,7 +24,7 @@ from mesh.server.handlers.gate import AioGate, Gate, ThreadGate
 from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
 from mesh.server.settings import ServerSettings
 from mesh.server.thread_pool import ThreadPool
-from mesh.wire import LOAD, ORCA_LOAD
+from mesh.wire import ORCA_LOAD_REPORT, WEFT_LOAD_REPORT
 from tests.processes import eventually
 
 NAME = "test.Work"
@@ -421,7 +421,7 @@ class TestLoad:
             for number, value in ((1, 0.5), (6, 2.0), (7, 3.0), (9, 4.0))
         )
         assert report.SerializeToString() == expected
-        assert (ORCA_LOAD, LOAD) == ("endpoint-load-metrics-bin", "weft-load-bin")
+        assert (ORCA_LOAD_REPORT, WEFT_LOAD_REPORT) == ("endpoint-load-metrics-bin", "weft-load-bin")
 
     def test_a_server_that_idles_still_has_a_report_to_send(self) -> None:
         gate = ThreadGate()

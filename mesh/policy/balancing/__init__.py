@@ -1,1 +1,1 @@
-"""Which endpoint takes an attempt."""
+"""Which endpoint an attempt goes to."""

@@ -1,9 +1,8 @@
-"""Which endpoint to take: immutable pickers over the endpoints that may be called, swapped whole on every change
-(gRPC's).
+"""Pickers: each chooses an endpoint for an attempt. They are immutable and replaced whole on every change, as in gRPC.
 
-A picker's grammar: ``pick(call, now, rng, tried)`` returns a node, one that is not in ``tried`` if there is one; None
-only when the picker has no node at all. ``tried`` has the nodes of the call's attempts so far, in their order. The
-first pick of a call is O(1) in endpoints, O(log n) on a ring. Of the call only its metadata is read.
+``pick(call, now, rng, tried)`` returns a node that isn't in ``tried``, if there is one; None only when the picker has
+no nodes at all. ``tried`` has the nodes of the call's attempts so far, in order. A call's first pick is O(1) in
+endpoints, O(log n) on a ring. Of the call only the metadata is read.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from collections.abc import Iterator, Sequence
 from math import inf
 
 from mesh.model import CallSpec
-from mesh.policy.cluster.node import Busier, Node, busier, far_busier
+from mesh.policy.cluster.node import IsBusier, Node, busier_by_peak_ewma, far_busier_by_peak_ewma
 
-STEP = 0.6180339887498949
-"""The golden ratio's fraction: its multiples, modulo 1, lie more evenly than chance would have them, in every order."""
+GOLDEN_RATIO = 0.6180339887498949
+"""The golden ratio's fractional part. Its multiples modulo 1 are spread evenly, and so is every run of them."""
 
 
 class Picker:
-    """Over no endpoints at all: picks nothing.
+    """The base, and the picker without endpoints, which picks nothing.
 
-    ``queue``: whether calls wait for a better picker rather than fail at once. ``error``: why there are none, for the
-    caller to read. ``unresolved``: nobody could say who is there, so a call whose deadline comes meanwhile ends as
-    UNAVAILABLE. ``note``: what is unusual about it, for ``explain()`` ("panic: ...").
+    ``queue``: calls wait for another picker instead of failing at once. ``error``: why there are no endpoints.
+    ``unresolved``: the resolver has returned nothing yet, so a call whose deadline passes fails as UNAVAILABLE.
+    ``note``: what is unusual about its picks, for ``explain()`` ("panic: ...").
     """
 
     __slots__ = ("error", "nodes", "note", "queue", "unresolved")
@@ -40,7 +39,7 @@ class Picker:
         self.note = ""
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:  # noqa: ARG002
-        """The node that takes the next attempt."""
+        """The node for the next attempt."""
         return None
 
     def __repr__(self) -> str:
@@ -51,94 +50,94 @@ class Picker:
 
 
 class PickFirst(Picker):
-    """The first of them, until it can't be called any more."""
+    """The first endpoint, for as long as it can be called."""
 
     __slots__ = ()
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         node = self.nodes[0]
-        return node if node not in tried else another(self.nodes, rng, tried)
+        return node if node not in tried else untried(self.nodes, rng, tried)
 
 
 class RoundRobin(Picker):
-    """Each in turn, from a random start so that many clients don't move in step."""
+    """Each in turn, from a random start, so that many clients don't pick in lockstep."""
 
     __slots__ = ("_turn",)
 
     def __init__(self, nodes: Sequence[Node], rng: random.Random) -> None:
         super().__init__(nodes)
-        # next() of a count is atomic: threads share the turn without a lock.
+        # next() of a count is atomic: threads share it without a lock.
         self._turn = itertools.count(rng.randrange(len(nodes)))
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         node = nodes[next(self._turn) % len(nodes)]
-        return node if node not in tried else another(nodes, rng, tried)
+        return node if node not in tried else untried(nodes, rng, tried)
 
 
-class Shares:
-    """Draws nodes by their weights: O(1) a draw, O(n) to make (the alias method, Vose 1991)."""
+class AliasSampler:
+    """Samples nodes by weight: O(1) per sample, O(n) to build (the alias method, Vose 1991)."""
 
-    __slots__ = ("_nodes", "_others", "_whole")
+    __slots__ = ("_aliases", "_nodes", "_own_share")
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         count, total = len(nodes), sum(node.weight for node in nodes)
         self._nodes = nodes
-        self._whole = [node.weight / total * count for node in nodes]  # of a cell, how much is the node's own
-        self._others = list(nodes)  # and whose the rest is
-        poor = [index for index, share in enumerate(self._whole) if share < 1]
-        rich = [index for index, share in enumerate(self._whole) if share >= 1]
-        while poor and rich:
-            giver, taker = rich[-1], poor.pop()
-            self._others[taker] = nodes[giver]
-            self._whole[giver] -= 1 - self._whole[taker]
-            if self._whole[giver] < 1:
-                poor.append(rich.pop())
-        for index in (*poor, *rich):  # what rounding has left
-            self._whole[index] = 1.0
+        self._own_share = [node.weight / total * count for node in nodes]  # of its cell
+        self._aliases = list(nodes)  # whose the rest of each cell is
+        underfull = [index for index, share in enumerate(self._own_share) if share < 1]
+        overfull = [index for index, share in enumerate(self._own_share) if share >= 1]
+        while underfull and overfull:
+            giver, taker = overfull[-1], underfull.pop()
+            self._aliases[taker] = nodes[giver]
+            self._own_share[giver] -= 1 - self._own_share[taker]
+            if self._own_share[giver] < 1:
+                underfull.append(overfull.pop())
+        for index in (*underfull, *overfull):  # left over from rounding
+            self._own_share[index] = 1.0
 
-    def at(self, point: float) -> Node:
-        """The node at a point from 0 to 1 (exclusive): each has as much of that line as its weight gives it."""
+    def sample(self, point: float) -> Node:
+        """The node at a point from 0 to 1 (exclusive): each has a part of that interval in proportion to its weight."""
         point *= len(self._nodes)
         cell = int(point)
-        return self._nodes[cell] if point - cell < self._whole[cell] else self._others[cell]
+        return self._nodes[cell] if point - cell < self._own_share[cell] else self._aliases[cell]
 
 
 class WeightedRoundRobin(Picker):
-    """Each in turn as often as its weight gives it, spread evenly; from a random start."""
+    """Each in turn, in proportion to its weight, evenly interleaved; from a random start."""
 
-    __slots__ = ("_shares", "_start", "_turn")
+    __slots__ = ("_sampler", "_start", "_turn")
 
     def __init__(self, nodes: Sequence[Node], rng: random.Random) -> None:
         super().__init__(nodes)
-        self._shares = Shares(self.nodes)
+        self._sampler = AliasSampler(self.nodes)
         self._start = rng.random()
         self._turn = itertools.count()
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
-        node = self._shares.at((self._start + next(self._turn) * STEP) % 1.0)
-        return node if node not in tried else another(self.nodes, rng, tried)
+        node = self._sampler.sample((self._start + next(self._turn) * GOLDEN_RATIO) % 1.0)
+        return node if node not in tried else untried(self.nodes, rng, tried)
 
 
-class Weighted(WeightedRoundRobin):
-    """By weights that operators set, which give the shares whatever the concurrency: each in turn as
-    ``WeightedRoundRobin``. Comparing loads cannot do that: of a light and a heavy endpoint the light one is idle more
-    often, and is taken more often than its share (12.8 % instead of 5 % at 8 concurrent calls).
+class ConfiguredWeights(WeightedRoundRobin):
+    """For weights that operators set: exact shares at any concurrency, by ``WeightedRoundRobin``. Comparing loads can't
+    give them: of a light and a heavy endpoint the light one is idle more often, and would get more than its share
+    (12.8 % instead of 5 % at 8 concurrent calls).
 
-    A call leaves its turn only for an endpoint next to which its own is far worse: overloaded, or failing.
+    A call goes to a randomly chosen other endpoint only when its own is overloaded or failing, compared to that one.
     """
 
     __slots__ = ("_far",)
 
-    def __init__(self, nodes: Sequence[Node], rng: random.Random, far: Busier = far_busier) -> None:
+    def __init__(self, nodes: Sequence[Node], rng: random.Random, far: IsBusier = far_busier_by_peak_ewma) -> None:
         super().__init__(nodes, rng)
         self._far = far
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:
         node = super().pick(call, now, rng, tried)
-        other = self._shares.at(rng.random())
+        other = self._sampler.sample(rng.random())
         if other is node:
-            # Any of the others: an endpoint of nearly all the weight would be drawn again and again.
+            # Any of the others: an endpoint with nearly all of the weight would be sampled again and again.
             other = self.nodes[int(rng.random() * (len(self.nodes) - 1))]
             if other is node:
                 other = self.nodes[-1]
@@ -146,16 +145,15 @@ class Weighted(WeightedRoundRobin):
 
 
 class PowerOfTwo(Picker):
-    """Two distinct nodes at random, the less busy one takes it (P2C; docs/correctness.md, B2).
+    """The less busy of two distinct random nodes (power of two choices; docs/correctness.md, B2).
 
-    Of two alike the first drawn is taken, which is chance again. The busier one is taken when it is idle and nothing
-    was heard from it for ``starvation`` seconds before the other was (Kratos), so that what is remembered of it can be
-    corrected.
+    Of two equally busy nodes the first is picked, which is random too. The busier one is picked when it is idle and was
+    last observed ``starvation`` seconds before the other (Kratos), so that its outdated average gets corrected.
     """
 
     __slots__ = ("_busier", "_starvation")
 
-    def __init__(self, nodes: Sequence[Node], busier: Busier = busier, starvation: float = inf) -> None:
+    def __init__(self, nodes: Sequence[Node], busier: IsBusier = busier_by_peak_ewma, starvation: float = inf) -> None:
         super().__init__(nodes)
         self._busier = busier
         self._starvation = starvation
@@ -163,10 +161,10 @@ class PowerOfTwo(Picker):
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
         count = len(nodes)
-        draw = rng.random  # int(draw() * n) costs a quarter of randrange(n), and is as even for any n here
+        draw = rng.random  # int(draw() * n) costs a quarter of randrange(n), and is as uniform for any n here
         first = nodes[int(draw() * count)]
         if count > 1:
-            # Drawn among all but the last; landing on the first means the last, so the two differ.
+            # Drawn from all but the last; drawing the first again means the last, so the two differ.
             second = nodes[int(draw() * (count - 1))]
             if second is first:
                 second = nodes[-1]
@@ -175,31 +173,31 @@ class PowerOfTwo(Picker):
             starved = second.stamp + self._starvation < first.stamp and not second.in_flight
             if (starved or first in tried) and second not in tried:
                 return second
-        return first if first not in tried else another(nodes, rng, tried)
+        return first if first not in tried else untried(nodes, rng, tried)
 
 
-class Choices(Picker):
-    """As ``PowerOfTwo``, for more choices than two (A48's choiceCount), and for weights that were computed: from load
-    reports, or by slow start. (Those that operators set give exact shares, see ``Weighted``.)
+class LeastLoadedOfN(Picker):
+    """``PowerOfTwo`` for more than two choices (A48's choiceCount), and for computed weights, from load reports or slow
+    start. (Weights that operators set give exact shares: ``ConfiguredWeights``.)
 
-    The first is drawn as often as its weight gives it, and the others alike: of endpoints as busy as each other, for
-    each unit of weight, the first is taken, so weights give the shares; a heavy one that is busier gives way to any.
+    The first node is sampled by weight, the others uniformly. Of nodes that are equally busy per unit of weight the
+    first is picked, so the weights give the shares; a heavy one that is busier loses to any other.
     """
 
-    __slots__ = ("_busier", "_choices", "_shares", "_starvation")
+    __slots__ = ("_busier", "_choices", "_sampler", "_starvation")
 
     def __init__(
-        self, nodes: Sequence[Node], busier: Busier = busier, starvation: float = inf, choices: int = 2
+        self, nodes: Sequence[Node], busier: IsBusier = busier_by_peak_ewma, starvation: float = inf, choices: int = 2
     ) -> None:
         super().__init__(nodes)
         self._busier = busier
         self._starvation = starvation
         self._choices = choices if len(nodes) > 1 else 1
-        self._shares = Shares(self.nodes)
+        self._sampler = AliasSampler(self.nodes)
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
         nodes = self.nodes
-        best = self._shares.at(rng.random())
+        best = self._sampler.sample(rng.random())
         for _ in range(self._choices - 1):
             other = nodes[int(rng.random() * (len(nodes) - 1))]
             if other is best:
@@ -210,31 +208,31 @@ class Choices(Picker):
                 best, other = other, best
             if other.stamp + self._starvation < best.stamp and not other.in_flight and other not in tried:
                 return other
-        return best if best not in tried else another(nodes, rng, tried)
+        return best if best not in tried else untried(nodes, rng, tried)
 
 
-class Probing(Picker):
-    """Another picker, and nodes that come back from ejection: each of them takes one call first, to show what it is
-    worth. Never a call's second attempt: the call has paid already."""
+class ProbingPicker(Picker):
+    """Another picker, and ejected nodes whose breaker is HALF_OPEN: each of them gets one call as a probe. It is never
+    a call's second attempt, so that a call risks at most one probe."""
 
-    __slots__ = ("_due", "_inner")
+    __slots__ = ("_inner", "_probes")
 
-    def __init__(self, inner: Picker, due: Sequence[Node]) -> None:
+    def __init__(self, inner: Picker, probes: Sequence[Node]) -> None:
         super().__init__(inner.nodes)
         self.note = inner.note
         self._inner = inner
-        # next() of an iterator is atomic: among threads, exactly one gets each.
-        self._due: Iterator[Node] = iter(tuple(due))
+        # next() of an iterator is atomic: exactly one thread gets each node.
+        self._probes: Iterator[Node] = iter(tuple(probes))
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node | None:
         if not tried:
-            node = next(self._due, None)
-            if node is not None and node.probe(now):  # else: a picker before this one, still in use, had it
+            node = next(self._probes, None)
+            if node is not None and node.probe(now):  # else: a previous picker that is still in use has sent it
                 return node
         return self._inner.pick(call, now, rng, tried)
 
 
-def another(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
-    """One at random that was not tried; when all were, the one tried longest ago (docs/correctness.md, R7)."""
+def untried(nodes: Sequence[Node], rng: random.Random, tried: Sequence[Node]) -> Node:
+    """A random node that wasn't tried; when all were, the one tried longest ago (docs/correctness.md, R7)."""
     fresh = [node for node in nodes if node not in tried]
     return rng.choice(fresh) if fresh else max(nodes, key=tried[::-1].index)

@@ -1,5 +1,5 @@
-"""The balancing policies by name. A new one is a file with its picker, a line here, one in ``config/parse.py`` and one
-in the proto, and a case in the distribution suite."""
+"""The balancing policies by name. A new one needs a file with its picker, a line here, one in ``config/parse.py`` and
+one in the proto, and a case in the distribution tests."""
 
 from __future__ import annotations
 
@@ -9,85 +9,93 @@ from typing import NamedTuple
 
 from mesh.config.settings import BalancerConfig
 from mesh.policy.balancing.pickers import (
-    Choices,
+    ConfiguredWeights,
+    LeastLoadedOfN,
     Picker,
     PickFirst,
     PowerOfTwo,
     RoundRobin,
-    Weighted,
     WeightedRoundRobin,
 )
-from mesh.policy.balancing.ring_hash import Ring
-from mesh.policy.cluster.node import Busier, Node, busier, far_busier, far_fuller, fuller
+from mesh.policy.balancing.ring_hash import RingHash
+from mesh.policy.cluster.node import (
+    IsBusier,
+    Node,
+    busier_by_in_flight,
+    busier_by_peak_ewma,
+    far_busier_by_in_flight,
+    far_busier_by_peak_ewma,
+)
 
 
-class Given(NamedTuple):
-    """What a picker is made of.
+class PickerBuildInfo(NamedTuple):
+    """What a picker is built from.
 
-    ``nodes`` are those that may be called, at least one; ``before`` is the picker that is replaced; ``outstanding``
-    tells how many calls are in flight in all; ``of`` is how many endpoints there are with those that may not be called.
+    ``nodes``: the endpoints that may be called, at least one. ``previous``: the picker that is replaced.
+    ``outstanding`` returns how many calls are in flight in all. ``of``: how many endpoints there are, including those
+    that can't be called.
     """
 
     config: BalancerConfig
     nodes: Sequence[Node]
     rng: random.Random
-    before: Picker = Picker()
+    previous: Picker = Picker()
     outstanding: Callable[[], int] = lambda: 0
     of: int = 0
 
 
-def picker_for(given: Given) -> Picker:
-    """A picker as the config names it."""
-    return BALANCERS[given.config.name](given)
+def build_picker(info: PickerBuildInfo) -> Picker:
+    """The picker of the policy that the config names."""
+    return BALANCERS[info.config.name](info)
 
 
-def _in_turn(given: Given) -> Picker:
-    return (RoundRobin if _alike(given.nodes) else WeightedRoundRobin)(given.nodes, given.rng)
+def _round_robin(info: PickerBuildInfo) -> Picker:
+    return (RoundRobin if _weights_are_equal(info.nodes) else WeightedRoundRobin)(info.nodes, info.rng)
 
 
-def _by(compare: Busier, far: Busier) -> Callable[[Given], Picker]:
-    def make(given: Given) -> Picker:
-        config = given.config
-        if _configured(given.nodes):
-            return Weighted(given.nodes, given.rng, far)
-        if config.choices == 2 and _alike(given.nodes):
-            return PowerOfTwo(given.nodes, compare, config.starvation)
-        return Choices(given.nodes, compare, config.starvation, config.choices)
+def _least_loaded(compare: IsBusier, far: IsBusier) -> Callable[[PickerBuildInfo], Picker]:
+    def make(info: PickerBuildInfo) -> Picker:
+        config = info.config
+        if _weights_are_configured(info.nodes):
+            return ConfiguredWeights(info.nodes, info.rng, far)
+        if config.choices == 2 and _weights_are_equal(info.nodes):
+            return PowerOfTwo(info.nodes, compare, config.starvation)
+        return LeastLoadedOfN(info.nodes, compare, config.starvation, config.choices)
 
     return make
 
 
-def _first(given: Given) -> Picker:
-    # The one in use stays in use, also when one before it comes back (gRPC's pick_first).
-    in_use = given.before.nodes[0] if isinstance(given.before, PickFirst) else None
-    nodes = given.rng.sample(given.nodes, len(given.nodes)) if given.config.shuffle else given.nodes
+def _pick_first(info: PickerBuildInfo) -> Picker:
+    # The one in use stays, also when one before it recovers (gRPC's pick_first).
+    in_use = info.previous.nodes[0] if isinstance(info.previous, PickFirst) else None
+    nodes = info.rng.sample(info.nodes, len(info.nodes)) if info.config.shuffle else info.nodes
     return PickFirst(sorted(nodes, key=lambda node: node is not in_use))
 
 
-def _on_a_ring(given: Given) -> Picker:
-    config = given.config
-    of = given.of or len(given.nodes)
-    return Ring(
-        given.nodes, of, config.hash_header, config.min_ring, config.max_ring, config.load_factor, given.outstanding
+def _ring_hash(info: PickerBuildInfo) -> Picker:
+    config = info.config
+    of = info.of or len(info.nodes)
+    return RingHash(
+        info.nodes, of, config.hash_header, config.min_ring, config.max_ring, config.load_factor, info.outstanding
     )
 
 
-def _configured(nodes: Sequence[Node]) -> bool:
-    """Whether the weights that operators gave the endpoints differ."""
+def _weights_are_configured(nodes: Sequence[Node]) -> bool:
+    """Whether operators have given the endpoints different weights."""
     weight = nodes[0].endpoint.weight
     return any(node.endpoint.weight != weight for node in nodes)
 
 
-def _alike(nodes: Sequence[Node]) -> bool:
+def _weights_are_equal(nodes: Sequence[Node]) -> bool:
     weight = nodes[0].weight
     return all(node.weight == weight for node in nodes)
 
 
-BALANCERS: dict[str, Callable[[Given], Picker]] = {
-    "least_request": _by(fuller, far_fuller),
-    "peak_ewma": _by(busier, far_busier),
-    "pick_first": _first,
-    "ring_hash": _on_a_ring,
-    "round_robin": _in_turn,
-    "weighted_round_robin": _in_turn,
+BALANCERS: dict[str, Callable[[PickerBuildInfo], Picker]] = {
+    "least_request": _least_loaded(busier_by_in_flight, far_busier_by_in_flight),
+    "peak_ewma": _least_loaded(busier_by_peak_ewma, far_busier_by_peak_ewma),
+    "pick_first": _pick_first,
+    "ring_hash": _ring_hash,
+    "round_robin": _round_robin,
+    "weighted_round_robin": _round_robin,
 }

@@ -1,1 +1,1 @@
-"""What happens to one call."""
+"""One call: its deadline, retries, hedges, and the limits that they share with other calls."""

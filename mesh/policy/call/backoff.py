@@ -1,7 +1,7 @@
-"""How long to wait before a retry: exponential, with jitter, as A6 has it.
+"""How long to wait before a retry: exponential backoff with jitter (A6).
 
-Rule: the nth delay is min(initial × multiplier^(n-1), max) × U(0.8, 1.2); jitter may so exceed the maximum by a fifth.
-A server's pushback starts the sequence anew.
+Rule: the nth delay is min(initial × multiplier^(n-1), max) × U(0.8, 1.2), so jitter may exceed the maximum by a fifth.
+A server's pushback restarts the sequence.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Backoff:
     def delay(self, rng: random.Random) -> float:
         """The next delay, in seconds."""
         delay = min(self._next, self._policy.max_backoff)
-        # Kept within the maximum, so that no number of retries overflows it.
+        # Capped here as well, so that it can't overflow.
         self._next = min(delay * self._policy.multiplier, self._policy.max_backoff)
         return delay * rng.uniform(1 - JITTER, 1 + JITTER)
 
     def reset(self) -> None:
-        """Begin again with the initial backoff."""
+        """Restart with the initial backoff."""
         self._next = self._policy.initial_backoff
 
     def __repr__(self) -> str:

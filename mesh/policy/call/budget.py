@@ -1,9 +1,9 @@
-"""How many retries and hedges a client may add to its calls: the budget, and A6's throttle.
+"""How many retries and hedges a client may send: the retry budget, and A6's retry throttling.
 
-The budget bounds the load that retries add while everything fails: a share of the calls and a few each second
-(Finagle's RetryBudget). It is withdrawn from when a retry is decided, so those waiting in backoff count
-(docs/correctness.md, R6), and retries and hedges share one. The throttle stops them while most attempts fail (A6); it
-is off unless the service config sets it.
+The budget bounds the load that retries add while everything fails: a share of the calls, and a few per second
+(Finagle's RetryBudget). It is withdrawn from when a retry is decided, so retries that wait in backoff count
+(docs/correctness.md, R6). Retries and hedges share it. The throttle stops both while most attempts fail (A6); it is
+off unless the service config sets it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import itertools
 from mesh.config.settings import BudgetConfig, ThrottleConfig
 from mesh.model import Lock
 
-TTL = 10.0  # seconds in which an unused allowance leaks away; Finagle's
+TTL = 10.0  # seconds after which an unused balance has expired; Finagle's
 
 
 class Budget:
-    """Retries allowed as a share of calls, and a number each second.
+    """Retries as a share of calls, plus a number per second.
 
     ``call`` is on the path of every call: it counts without a lock, as ``next`` of an ``itertools.count`` is atomic.
-    Only a withdrawal, on the path of failures, locks.
+    Only a withdrawal, which follows a failure, locks.
     """
 
     __slots__ = ("_balance", "_calls", "_config", "_lock", "_reads", "_seen", "_stamp", "call")
@@ -34,10 +34,10 @@ class Budget:
         self._stamp = now
         self._balance = config.min_per_second * TTL
         self.call = self._calls.__next__
-        """A call begins."""
+        """Count a call."""
 
     def withdraw(self, now: float) -> bool:
-        """Take one retry from the budget; False when there is none."""
+        """Take one retry from the budget; False when it is used up."""
         with self._lock:
             self._update(now)
             if self._balance < 1.0:
@@ -52,14 +52,14 @@ class Budget:
             return self._balance
 
     def _update(self, now: float) -> None:
-        # Reading the count advances it, so the reads are taken off.
+        # Reading the count advances it, so the reads are subtracted.
         calls = next(self._calls) - self._reads
         self._reads += 1
-        elapsed = max(0.0, now - self._stamp)  # threads may come in another order than their instants
+        elapsed = max(0.0, now - self._stamp)  # another thread with a later instant may have been first
         earned = (calls - self._seen) * self._config.ratio + elapsed * self._config.min_per_second
         self._seen = calls
         self._stamp += elapsed
-        # What is not used leaks away over TTL, so a long quiet time leaves TTL seconds' worth and no more.
+        # An unused balance expires over TTL, so a long idle time leaves no more than TTL seconds' worth.
         if elapsed > TTL:
             self._balance, earned = 0.0, earned * TTL / elapsed
         self._balance = self._balance * (1 - min(elapsed, TTL) / TTL) + earned
@@ -75,18 +75,18 @@ class Throttle:
 
     def __init__(self, config: ThrottleConfig | None, lock: Lock) -> None:
         self._lock = lock
-        # Without a config a failure takes nothing: the neutral throttle always allows.
+        # Without a config a failure takes nothing, and retries are always allowed.
         self._max = self._tokens = config.max_tokens if config else 0.0
         self._ratio = config.token_ratio if config else 0.0
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """An attempt succeeded."""
         if self._tokens < self._max:
             with self._lock:
                 self._tokens = min(self._max, self._tokens + self._ratio)
 
-    def failed(self) -> None:
-        """An attempt failed in a way that a retry is for, or the server said not to retry."""
+    def record_failure(self) -> None:
+        """An attempt failed with a retryable status, or the server's pushback forbids a retry."""
         if self._max:
             with self._lock:
                 self._tokens = max(0.0, self._tokens - 1.0)

@@ -1,6 +1,6 @@
-"""When a call ends: one deadline over all of its attempts, backoffs and hedges (docs/correctness.md, D1).
+"""A call's deadline, which covers all of its attempts, backoffs and hedges (docs/correctness.md, D1).
 
-Instants are monotonic seconds; math.inf is no deadline.
+Instants are monotonic seconds; math.inf means no deadline.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mesh.config.settings import MethodPolicy
 
 
 def deadline_of(now: float, timeout: float | None, inherited: float | None, policy: MethodPolicy) -> float:
-    """The earliest of: the call's own ``timeout`` (or its method's default), the method's cap, the inbound call's
+    """The earliest of: the call's own ``timeout`` (or the method's default), the method's maximum, the inbound call's
     deadline."""
     own = policy.default_timeout if timeout is None else timeout
     return min(now + own, now + policy.timeout, math.inf if inherited is None else inherited)

@@ -1,8 +1,7 @@
-"""Calls made before the service config is known: they wait for the first resolution, as gRPC's do, because the config
-comes with it and decides their timeout, retries, hedging and whether they wait for ready.
+"""Calls made before the service config is known: as in gRPC, they wait for the first resolution, because the config
+comes with it and decides their timeout, retries, hedging and wait-for-ready.
 
-They wait to their deadline at most. While the resolver can't find out who is there and says so, they fail, unless they
-wait for ready.
+They wait until their deadline at most. When the resolver fails, they fail, unless they wait for ready.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from mesh.policy.call.flow import Flow, call_flow, expired
 from mesh.policy.cluster.cluster import Cluster
 
 PENDING = MethodPolicy(hedge=HedgingPolicy(max_attempts=2))
-"""Every method's policy until the first resolution; compared by identity. It is one that hedges, so that a blocking
-call gets a driver which can do all that its real policy may ask for."""
+"""Every method's policy until the first resolution; compared by identity. It hedges, so that a blocking call gets a
+driver that can do whatever its real policy requires."""
 
 
-def _never(call: EarlyCall) -> None:
-    """The policy doesn't become known."""
+def _stay_pending(call: EarlyCall) -> None:
+    """Default: the policy doesn't become known."""
 
 
 @dataclass(slots=True)
 class EarlyCall(CallSpec):
-    """A call whose policy is PENDING. ``settle`` gives it its policy, and what follows from that, once it is known."""
+    """A call whose policy is PENDING. ``apply_policy`` sets its policy, and what follows from it, once it is known."""
 
-    settle: Callable[[EarlyCall], None] = _never
+    apply_policy: Callable[[EarlyCall], None] = _stay_pending
 
 
 def early_flow(call: EarlyCall, cluster: Cluster, rng: random.Random, now: float) -> Flow:
@@ -39,7 +38,7 @@ def early_flow(call: EarlyCall, cluster: Cluster, rng: random.Random, now: float
     call.started = now
     while True:
         # Before the picker is read: the config comes first, then the endpoints, which replace the picker.
-        call.settle(call)
+        call.apply_policy(call)
         if call.policy is not PENDING:
             return (yield from call_flow(call, cluster, rng, now))
         picker = cluster.picker

@@ -28,11 +28,11 @@ from mesh.policy.cluster.node import Node
 
 Flow = Generator[Step, Wake, Verdict]
 
-PAUSE = 0.01
+ALL_UNREACHABLE_DELAY = 0.01
 """No endpoint could send it, though the picker says that each is READY: the first pause, in seconds. Each is twice as
 long as the one before."""
 
-MAX_PAUSES = 8
+MAX_UNREACHABLE_DELAYS = 8
 """Pauses of a call that no ready endpoint could be sent, before that is a failure like another."""
 
 
@@ -47,46 +47,46 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     running: dict[int, Attempt] = {}
     tried: list[Node] = []  # the node of each attempt
     sent = 0  # attempts that left, or may have
-    due = now  # when the next attempt is to start; inf: none is planned
-    paid = True  # whether that attempt is paid for; the first is free
+    next_attempt_at = now  # when the next attempt is to start; inf: none is planned
+    budget_taken = True  # whether that attempt is budget_taken for; the first is free
     last: Verdict | None = None  # the latest failure, in case nothing better comes
-    pauses = 0  # how often every endpoint had been tried, and none could send it
+    unreachable_delays = 0  # how often every endpoint had been tried, and none could send it
     committed = False
     committing = 0  # the attempt to hand over next
     answer_by = inf  # when the attempt that runs is to have begun to answer
-    overdue = 0  # the attempt that hadn't
+    cancelled_late = 0  # the attempt that hadn't
     step: Step
     call.started = call.started or now  # it may have waited for its policy before
-    gate = cluster.gate
-    if len(gate.out) >= gate.free:
-        refused = gate.refuses(call, now, rng)
+    admission = cluster.admission
+    if len(admission.outstanding) >= admission.unchecked_below:
+        refused = admission.refusal_of(call, now, rng)
         if refused is not None:
             return Verdict(refused)
-    gate.out.append(None)
+    admission.outstanding.append(None)
     cluster.budget.call()
     try:
         while True:
             # What to do now.
-            if due <= now:
+            if next_attempt_at <= now:
                 if now >= deadline:
                     if running:  # woken late: the attempts end by their own timeouts, and one may have succeeded
-                        due = inf
+                        next_attempt_at = inf
                         continue
                     return last or expired(call, cluster, now)
-                if not (paid or (hedges and hedges.withdraw(now))):
-                    due = inf
+                if not (budget_taken or (hedges and hedges.withdraw(now))):
+                    next_attempt_at = inf
                     continue
-                paid = True
+                budget_taken = True
                 picker = cluster.picker
                 node = picker.pick(call, now, rng, tried)
                 if node is not None:
                     number = len(call.attempts) + 1
                     left = deadline - now
                     timeout = min(left, policy.attempt_timeout)
-                    due = inf if hedges is None else now + hedges.delay()
-                    paid = False
+                    next_attempt_at = inf if hedges is None else now + hedges.delay()
+                    budget_taken = False
                     answer_by = now + policy.receive_timeout
-                    until = min(due, answer_by)
+                    until = min(next_attempt_at, answer_by)
                     attempt = Attempt(
                         number,
                         node.endpoint,
@@ -105,22 +105,22 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     sent += 1
                     step = attempt
                 elif running:  # a hedge that nobody can take
-                    due = inf
+                    next_attempt_at = inf
                     continue
                 elif picker.queue or call.wait_for_ready:
                     step = Wait(deadline if deadline < inf else None, picker)
                 else:
-                    return last or Verdict(Outcome(Code.UNAVAILABLE, cluster.why(picker, now)))
+                    return last or Verdict(Outcome(Code.UNAVAILABLE, cluster.explain_no_endpoint(picker, now)))
             elif committing:
                 step, committing = Commit(committing), 0
             elif running and now >= answer_by:
-                overdue, answer_by = max(running), inf
-                step = Cancel(overdue)
+                cancelled_late, answer_by = max(running), inf
+                step = Cancel(cancelled_late)
             elif running:
-                until = min(due, answer_by)
+                until = min(next_attempt_at, answer_by)
                 step = Wait(until if until < deadline else None)
-            elif due < deadline:
-                step = Wait(due)
+            elif next_attempt_at < deadline:
+                step = Wait(next_attempt_at)
             else:
                 return last or expired(call, cluster, now)
 
@@ -132,8 +132,8 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                 if number not in running:
                     continue
                 attempt = running.pop(number)
-                was_late = number == overdue and outcome.code == Code.CANCELLED
-                if was_late:
+                receive_timed_out = number == cancelled_late and outcome.code == Code.CANCELLED
+                if receive_timed_out:
                     details = f"no response within perAttemptRecvTimeout, {policy.receive_timeout:g} s"
                     outcome = Outcome(Code.DEADLINE_EXCEEDED, details, committed=outcome.committed)
                 attempt.ended = now
@@ -144,7 +144,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     tried[number - 1].end(now, attempt.started, outcome)
                 verdict = Verdict(outcome, attempt)
                 if outcome.code == 0:
-                    cluster.throttle.succeeded()
+                    cluster.throttle.record_success()
                     # The first attempt's time is the method's, also when another won by then: leaving out what was
                     # too slow would teach ever shorter delays.
                     if policy.hedge.percentile and (number == 1 or 1 in running):
@@ -155,17 +155,17 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                     return verdict
                 if outcome.never_sent:
                     sent -= 1
-                    if pauses < MAX_PAUSES and not committed:
-                        due, paid = now, True
+                    if unreachable_delays < MAX_UNREACHABLE_DELAYS and not committed:
+                        next_attempt_at, budget_taken = now, True
                         nodes = cluster.picker.nodes
                         if nodes and all(node in tried for node in nodes):
-                            due += PAUSE * 2**pauses
-                            pauses += 1
+                            next_attempt_at += ALL_UNREACHABLE_DELAY * 2**unreachable_delays
+                            unreachable_delays += 1
                         continue
                 last = verdict
                 # An attempt that its own timeout ended left the call time for another.
                 timed_out = outcome.code == Code.DEADLINE_EXCEEDED and now >= attempt.started + policy.attempt_timeout
-                if was_late:
+                if receive_timed_out:
                     timed_out = True
                 elif timed_out:  # core says no more than "Deadline Exceeded"
                     details = f"no answer within the attempt timeout of {policy.attempt_timeout:g} s"
@@ -180,24 +180,26 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                         retries = Retries(policy.retry or NEVER_RETRY, cluster.budget, cluster.throttle)
                     final = committed or not call.may_retry
                     delay = retries.after(outcome, now, deadline, rng, timed_out=timed_out, final=final)
-                    paid = True
+                    budget_taken = True
                 if delay is None or (delay == inf and not running):
                     return last
-                due = now + delay
-            elif isinstance(wake, Headers) and wake.number in running and not committed and wake.number != overdue:
-                committed, committing, due, answer_by = True, wake.number, inf, inf
+                next_attempt_at = now + delay
+            elif (
+                isinstance(wake, Headers) and wake.number in running and not committed and wake.number != cancelled_late
+            ):
+                committed, committing, next_attempt_at, answer_by = True, wake.number, inf, inf
                 attempt = running.pop(committing)
-                _abandon(running, tried, BEATEN, now)
+                _abandon(running, tried, SUPERSEDED, now)
                 running[committing] = attempt
     except GeneratorExit:
         _abandon(running, tried, CANCELLED, None)  # when, only the driver knows
         raise
     finally:
         if running:
-            _abandon(running, tried, BEATEN, now)
-        gate.out.pop()
-        if gate.adaptive:
-            gate.ended(call, now)
+            _abandon(running, tried, SUPERSEDED, now)
+        admission.outstanding.pop()
+        if admission.adaptive:
+            admission.call_ended(call, now)
 
 
 def expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
@@ -205,7 +207,7 @@ def expired(call: CallSpec, cluster: Cluster, now: float) -> Verdict:
     picker, waited = cluster.picker, now - call.started
     if picker.unresolved:
         return Verdict(Outcome(Code.UNAVAILABLE, picker.error))
-    why = cluster.why(picker, now, waited)
+    why = cluster.explain_no_endpoint(picker, now, waited)
     if not why and call.deadline <= call.started:
         why = "the deadline had passed before the call was sent"
     elif not why:
@@ -219,11 +221,11 @@ def _abandon(running: dict[int, Attempt], tried: list[Node], outcome: Outcome, n
         number, attempt = running.popitem()
         attempt.ended, attempt.outcome = now, outcome
         node = tried[number - 1]
-        if outcome is BEATEN and now is not None:
-            node.outrun(now, attempt.started)
+        if outcome is SUPERSEDED and now is not None:
+            node.end_superseded(now, attempt.started)
         else:
             node.ignore(attempt.started)
 
 
-BEATEN = Outcome(Code.CANCELLED, "another attempt answered first", cancelled=True)
+SUPERSEDED = Outcome(Code.CANCELLED, "another attempt answered first", cancelled=True)
 CANCELLED = Outcome(Code.CANCELLED, "the call was cancelled", cancelled=True)

@@ -1,5 +1,5 @@
-"""When a second attempt is sent beside a running one (A6's hedging; Finagle's BackupRequestFilter for the
-percentile)."""
+"""Hedging (A6): when another attempt is sent while one is running. The learned delay is Finagle's
+BackupRequestFilter's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mesh.config.settings import HedgingPolicy
 from mesh.model import Lock, Outcome
 from mesh.policy.call.budget import Budget, Throttle
 
-ENOUGH = 100  # latencies seen before a percentile is trusted
+SAMPLES_NEEDED = 100  # latencies recorded before a percentile is used
 HALF_LIFE = 5000  # latencies after which the counts are halved, so that old ones fade
-MINIMUM = 0.001  # seconds; a hedge earlier than that is noise (Finagle)
+SHORTEST_LEARNED_DELAY = 0.001  # seconds; a shorter one is noise (Finagle)
 
-# Buckets grow by 5 %, from 10 µs to 10 minutes: a percentile is right within 5 %.
+# Buckets grow by 5 %, from 10 µs to 10 minutes, so a percentile is exact within 5 %.
 _GROWTH = math.log(1.05)
 _SMALLEST = 1e-5
 _BUCKETS = math.ceil(math.log(600 / _SMALLEST) / _GROWTH)
 
 
 class Latencies:
-    """What a method's successful attempts took, as fading counts in logarithmic buckets. Shared by the method's
-    calls."""
+    """The latencies of a method's successful attempts: a histogram with logarithmic buckets in which old samples fade.
+    Shared by the method's calls."""
 
     __slots__ = ("_counts", "_lock", "_total")
 
@@ -43,9 +43,9 @@ class Latencies:
                 self._total = sum(self._counts)
 
     def percentile(self, percent: float) -> float | None:
-        """The latency that ``percent`` of attempts stay below, in seconds; None until ``ENOUGH`` have been seen."""
+        """A percentile of the latencies, in seconds; None until ``SAMPLES_NEEDED`` have been recorded."""
         with self._lock:
-            if self._total < ENOUGH:
+            if self._total < SAMPLES_NEEDED:
                 return None
             bucket = bisect.bisect_left(list(itertools.accumulate(self._counts)), self._total * percent / 100)
         return _SMALLEST * math.exp((bucket + 1) * _GROWTH)
@@ -67,18 +67,18 @@ class Hedges:
         self._left = policy.max_attempts - 1
 
     def delay(self) -> float:
-        """Seconds until the next hedge, if nothing happens before: the learned percentile where the policy asks for
-        one, else its fixed delay; math.inf when none is left."""
+        """Seconds until the next hedge, unless something happens before: the learned percentile if the policy sets one
+        and enough is known, else the fixed delay; math.inf when no hedge is left."""
         if self._left <= 0:
             return math.inf
         if self._policy.percentile:
             learned = self._latencies.percentile(self._policy.percentile)
             if learned is not None:
-                return max(learned, MINIMUM)
+                return max(learned, SHORTEST_LEARNED_DELAY)
         return self._policy.delay
 
     def withdraw(self, now: float) -> bool:
-        """Take one hedge, when one is left and throttle and budget allow it; False ends hedging for this call."""
+        """Take one hedge, if one is left and the throttle and the budget allow it; False ends hedging for this call."""
         if self._left > 0 and self._throttle.allows() and self._budget.withdraw(now):
             self._left -= 1
             return True
@@ -86,17 +86,17 @@ class Hedges:
         return False
 
     def after(self, outcome: Outcome, *, timed_out: bool, final: bool) -> float | None:
-        """Seconds until the next hedge after a failure, math.inf when none is left; None when ``outcome`` is the
-        call's.
+        """Seconds until the next hedge after a failure, math.inf when no hedge is left; None when the call fails with
+        ``outcome``.
 
         A non-fatal status sends the next hedge at once, or after the server's pushback; a negative pushback means no
         more hedges; any other status is fatal (docs/correctness.md, H1). ``timed_out``: the attempt's own timeout ended
-        it, which is never fatal to the others. ``final``: the attempt was the call already.
+        it, which is never fatal. ``final``: the call was committed to the attempt.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
         non_fatal = timed_out or outcome.code in self._policy.non_fatal
         if non_fatal or forbidden:
-            self._throttle.failed()
+            self._throttle.record_failure()
         if not non_fatal or final or outcome.committed:
             return None
         if forbidden or self._left <= 0:

@@ -1,7 +1,7 @@
-"""Whether a failed attempt is followed by another, and after which delay (A6).
+"""Whether a failed attempt is retried, and after which delay (A6).
 
-Pushback, throttle and budget are as in docs/correctness.md, R2, R5 and R6. The budget is asked last, so that nothing is
-withdrawn for a retry that isn't made.
+Pushback, throttling and budget: docs/correctness.md, R2, R5 and R6. The budget comes last, so that nothing is withdrawn
+for a retry that isn't sent.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Retries:
     def after(
         self, outcome: Outcome, now: float, deadline: float, rng: random.Random, *, timed_out: bool, final: bool
     ) -> float | None:
-        """Seconds until the next attempt, or None when ``outcome`` is the call's.
+        """Seconds until the next attempt, or None when the call fails with ``outcome``.
 
-        ``timed_out``: the attempt's own timeout ended it, which a retry is for whatever the codes say. ``final``: the
-        call may not be tried again; its failure counts for the throttle all the same. A delay that doesn't end before
-        ``deadline`` is no retry: nothing sleeps past a deadline.
+        ``timed_out``: the attempt's own timeout ended it, which is retryable whatever the codes say. ``final``: the
+        call must not be retried; its failure still counts for throttling. A delay that doesn't end before ``deadline``
+        means no retry.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
-        wanted = timed_out or outcome.code in self._policy.codes
-        if wanted or forbidden:
-            self._throttle.failed()
-        if not wanted or forbidden or final or outcome.committed or self._left <= 0 or not self._throttle.allows():
+        retryable = timed_out or outcome.code in self._policy.codes
+        if retryable or forbidden:
+            self._throttle.record_failure()
+        if not retryable or forbidden or final or outcome.committed or self._left <= 0 or not self._throttle.allows():
             return None
         if outcome.pushback is not None:
             delay = outcome.pushback

@@ -1,1 +1,1 @@
-"""Which endpoints there are, and what is known of them."""
+"""Which endpoints a client uses, and their state: breakers, outlier detection, weights, load."""

@@ -1,11 +1,11 @@
-"""What each endpoint's share of the load is to be: its own weight, what it reports, and how long it has been ready.
+"""Each endpoint's share of the load, from its configured weight, its load reports, and how long it has been ready.
 
-Weights are against a mean of 1. An endpoint's own weight of 0 or less gets nothing while another has one. Reports count
-once two endpoints have them; those without get the mean of those with (A58). Slow start is Envoy's: max(least, (age /
-window) ^ (1 / aggression)).
+Weights are relative to a mean of 1. An endpoint with a weight of 0 or less gets no calls while another has more. Load
+reports are used once two endpoints have them; endpoints without one get the mean of the others (A58). Slow start is
+Envoy's: max(min weight, (age / window) ^ (1 / aggression)).
 
-A weight from reports is at most ``MOST`` times their median: one endpoint that reports what it can't do, by a fault or
-a lie, doesn't take all calls. Weights that somebody configured aren't capped.
+A weight from reports is capped at ``REPORTED_WEIGHT_CAP`` times their median: an endpoint that reports more than it can
+do, by a bug or on purpose, must not attract all calls. Configured weights aren't capped.
 """
 
 from __future__ import annotations
@@ -16,39 +16,41 @@ from statistics import median_low
 from mesh.config.settings import BalancerConfig, SlowStartConfig
 from mesh.policy.cluster.node import Node
 
-MOST = 4.0
-"""The largest weight that follows from a load report, as a multiple of the median of such weights. Of an even number of
-endpoints the lower of the two in the middle counts: of two, the lighter."""
+REPORTED_WEIGHT_CAP = 4.0
+"""The largest weight from a load report, as a multiple of the median of such weights. For an even number of endpoints
+the median is the lower of the two in the middle."""
 
-UNWEIGHTED = "pick_first"
-"""The policy to which endpoints' weights mean nothing. Slow start still does."""
+UNWEIGHTED_POLICY = "pick_first"
+"""The policy that ignores endpoints' weights. Slow start still applies."""
 
-NOTHING = 1e-12
-"""Weights up to this are for endpoints that get nothing while there is another. They aren't 0, so that among
-themselves all is as usual."""
+NEGLIGIBLE_WEIGHT = 1e-12
+"""Endpoints with no more than this get no calls while another has more. It isn't 0, so that calls are shared as usual
+when no endpoint has more."""
 
-_NONE = 1e-18  # before the mean is 1
+_ZERO_WEIGHT = 1e-18  # before normalization
 
-CHANGED = 0.05
-"""Weights that have all moved by less are the same: a picker isn't made anew for that."""
+SIGNIFICANT_CHANGE = 0.05
+"""Smaller changes of weights don't rebuild the picker. A share of the weight."""
 
 
-def weigh(
-    nodes: Sequence[Node], balancer: BalancerConfig, slow_start: SlowStartConfig, now: float, *, exactly: bool = False
+def update_weights(
+    nodes: Sequence[Node], balancer: BalancerConfig, slow_start: SlowStartConfig, now: float, *, force: bool = False
 ) -> bool:
-    """Weigh ``nodes`` anew, if that changes anything (with ``exactly``: however little); returns whether it did."""
-    weights = _given(nodes, balancer)
+    """Recompute the weights of ``nodes``; apply them if they have changed enough, or with ``force``. Returns whether
+    they were applied."""
+    weights = _configured_weights(nodes, balancer)
     if balancer.reports.enabled:
-        weights = _reported(nodes, balancer, now) or weights
+        weights = _reported_weights(nodes, balancer, now) or weights
     if slow_start.window:
         weights = [
-            max(_NONE, weight * _warmth(now - node.ready_at, slow_start))
+            max(_ZERO_WEIGHT, weight * _slow_start_factor(now - node.ready_at, slow_start))
             for node, weight in zip(nodes, weights, strict=True)
         ]
     mean = sum(weights) / len(weights)
     weights = [weight / mean for weight in weights]
-    changed = exactly or any(
-        abs(weight - node.weight) > CHANGED * node.weight for node, weight in zip(nodes, weights, strict=True)
+    changed = force or any(
+        abs(weight - node.weight) > SIGNIFICANT_CHANGE * node.weight
+        for node, weight in zip(nodes, weights, strict=True)
     )
     if changed:
         for node, weight in zip(nodes, weights, strict=True):
@@ -56,23 +58,25 @@ def weigh(
     return changed
 
 
-def _given(nodes: Sequence[Node], balancer: BalancerConfig) -> list[float]:
-    if balancer.name == UNWEIGHTED:
+def _configured_weights(nodes: Sequence[Node], balancer: BalancerConfig) -> list[float]:
+    if balancer.name == UNWEIGHTED_POLICY:
         return [1.0] * len(nodes)
-    return [node.endpoint.weight if node.endpoint.weight > 0 else _NONE for node in nodes]
+    return [node.endpoint.weight if node.endpoint.weight > 0 else _ZERO_WEIGHT for node in nodes]
 
 
-def _reported(nodes: Sequence[Node], balancer: BalancerConfig, now: float) -> list[float] | None:
+def _reported_weights(nodes: Sequence[Node], balancer: BalancerConfig, now: float) -> list[float] | None:
     weights = [node.report.weight(now, balancer.reports) for node in nodes]
     known = [weight for weight in weights if weight]
     if len(known) < 2:
         return None
     median = median_low(known)
-    capped = [min(weight / median, MOST) for weight in weights]  # of the median, or their sum might not be finite
+    capped = [
+        min(weight / median, REPORTED_WEIGHT_CAP) for weight in weights
+    ]  # of the median, or their sum might not be finite
     mean = sum(capped) / len(known)
-    return [max(weight, _NONE) if reported else mean for weight, reported in zip(capped, weights, strict=True)]
+    return [max(weight, _ZERO_WEIGHT) if reported else mean for weight, reported in zip(capped, weights, strict=True)]
 
 
-def _warmth(age: float, slow_start: SlowStartConfig) -> float:
+def _slow_start_factor(age: float, slow_start: SlowStartConfig) -> float:
     grown: float = (min(max(age, 0.0), slow_start.window) / slow_start.window) ** (1 / slow_start.aggression)
-    return max(slow_start.least, grown)
+    return max(slow_start.min_weight, grown)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mesh.codes import Code
-from mesh.criticality import SHARES, Criticality
+from mesh.criticality import LIMIT_SHARES, Criticality
 from mesh.model import Lock
 from mesh.policy.server.limiter import Ending, Limiter, is_out_of_time
 
@@ -465,4 +465,4 @@ class Admission:
 
 def _bounds(limit: int, *, shared: bool = True) -> tuple[int, ...]:
     """How many of ``limit`` permits each criticality may take."""
-    return tuple(max(1, int(limit * share)) if shared else limit for share in SHARES)
+    return tuple(max(1, int(limit * share)) if shared else limit for share in LIMIT_SHARES)

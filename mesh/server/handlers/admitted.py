@@ -16,10 +16,10 @@ from typing import Any
 
 from mesh import context as mesh_context
 from mesh.context import Scope
-from mesh.criticality import Criticality
+from mesh.criticality import Criticality, criticality_of
 from mesh.policy.server.admission import Method, Reason
 from mesh.policy.server.limiter import Ending
-from mesh.server.handlers.gate import AioGate, Gate, ThreadGate, criticality_of
+from mesh.server.handlers.gate import AioGate, Gate, ThreadGate
 
 Behavior = Callable[..., Any]
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 import grpc
 
 from mesh import lines
-from mesh.context import REFUSED, Scope
-from mesh.criticality import BY_NAME, Criticality
+from mesh.context import REFUSAL_REASON, Scope
+from mesh.criticality import Criticality
 from mesh.model import Metadatum
 from mesh.policy.server.admission import CODES, Admission, AdmissionConfig, Method, Mode, Reason, Ticket
 from mesh.server.load_report import Load
@@ -63,7 +63,7 @@ class Gate:
         """Status, details and trailers for a call that is refused after it ``waited``, or, when its handler has
         ``begun``, ended."""
         if not begun:
-            REFUSED.set(reason.value)
+            REFUSAL_REASON.set(reason.value)
         code, details = CODES[reason]
         if reason is Reason.DELAY:
             if method.limited:
@@ -98,11 +98,6 @@ class Gate:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.admission!r}>"
-
-
-def criticality_of(name: str) -> Criticality:
-    """The criticality that metadata names; CRITICAL when it names none."""
-    return BY_NAME.get(name, Criticality.CRITICAL)
 
 
 def _wake(settled: Iterable[Ticket]) -> None:

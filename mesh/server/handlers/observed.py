@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from mesh import context as mesh_context
-from mesh.context import REFUSED, Scope
+from mesh.context import REFUSAL_REASON, Scope
 from mesh.observe import ServerObserver
 
 Behavior = Callable[..., Any]
@@ -26,14 +26,14 @@ def observing(observer: ServerObserver, method: str) -> Wrap:
     @contextmanager
     def observed(context: Any) -> Iterator[None]:
         started = time.monotonic()
-        REFUSED.set("")
+        REFUSAL_REASON.set("")
         scope = mesh_context.inbound()  # now: a generator may be closed in another context
         failed = True
         try:
             yield
             failed = False
         finally:
-            reason, code = REFUSED.get(), _code(context, scope, failed)
+            reason, code = REFUSAL_REASON.get(), _code(context, scope, failed)
             try:
                 if reason:
                     observer.refused(method, reason)

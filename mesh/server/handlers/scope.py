@@ -15,7 +15,7 @@ from mesh.context import Scope
 from mesh.criticality import BY_NAME, CRITICALITY
 from mesh.model import Metadatum
 from mesh.server.handlers.gate import Gate
-from mesh.wire import ATTEMPT, PREVIOUS_ATTEMPTS, PUSHBACK
+from mesh.wire import HEDGED_ATTEMPTS, PREVIOUS_ATTEMPTS, PUSHBACK
 
 LOG = logging.getLogger("mesh.server")
 
@@ -25,7 +25,7 @@ Behavior = Callable[..., Any]
 _DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
 
 
-_ATTEMPTS = (PREVIOUS_ATTEMPTS, ATTEMPT)
+_ATTEMPTS = (PREVIOUS_ATTEMPTS, HEDGED_ATTEMPTS)
 
 
 MAX_DIGITS = 9
@@ -55,10 +55,10 @@ def _is_number(value: str | bytes) -> bool:
 def start_scope(context: Any) -> Scope:
     """The scope, entered, of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
     scope = mesh_context.inbound()
-    if scope is None or scope.begun:  # its arrival wasn't seen here
+    if scope is None or scope.handler_started:  # its arrival wasn't seen here
         scope = arriving(context.invocation_metadata())
         mesh_context.enter(scope)
-    scope.begun = True
+    scope.handler_started = True
     left = context.time_remaining()
     if left is not None and left <= _NO_DEADLINE:
         scope.deadline = time.monotonic() + left

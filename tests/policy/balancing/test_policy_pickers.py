@@ -12,9 +12,9 @@ import pytest
 from mesh.codes import Code
 from mesh.config.settings import BalancerConfig, MethodPolicy
 from mesh.model import CallSpec, Endpoint, Outcome
-from mesh.policy.balancing.pickers import Choices, Picker, PowerOfTwo, RoundRobin, WeightedRoundRobin
-from mesh.policy.balancing.policies import BALANCERS, Given, picker_for
-from mesh.policy.cluster.node import Node, busier, fuller
+from mesh.policy.balancing.pickers import LeastLoadedOfN, Picker, PowerOfTwo, RoundRobin, WeightedRoundRobin
+from mesh.policy.balancing.policies import BALANCERS, PickerBuildInfo, build_picker
+from mesh.policy.cluster.node import Node, busier_by_in_flight, busier_by_peak_ewma
 
 OK = Outcome(Code.OK)
 CALL = CallSpec("/weft.test.v1.Test/Do", MethodPolicy(), inf)
@@ -48,7 +48,7 @@ def weighted(*weights: float) -> list[Node]:
 
 
 def picker_of(policy: str, nodes: list[Node], seed: int = 1) -> Picker:
-    return picker_for(Given(POLICIES[policy], nodes, random.Random(seed)))
+    return build_picker(PickerBuildInfo(POLICIES[policy], nodes, random.Random(seed)))
 
 
 def picked(picker: Picker, now: float, rng: random.Random, tried: list[Node] | None = None) -> Node:
@@ -193,8 +193,8 @@ def test_the_only_endpoint_is_picked_tried_or_not(policy: str) -> None:
     [
         ("round_robin", "RoundRobin"),
         ("peak_ewma", "PowerOfTwo"),
-        ("least_request of 4", "Choices"),
-        ("ring_hash", "Ring"),
+        ("least_request of 4", "LeastLoadedOfN"),
+        ("ring_hash", "RingHash"),
         ("pick_first", "PickFirst"),
     ],
 )
@@ -233,11 +233,11 @@ def test_weighted_turns_are_spread_over_time() -> None:
 def test_pick_first_keeps_what_is_in_use() -> None:
     nodes, rng = nodes_of(3), random.Random(1)
     config = BalancerConfig("pick_first")
-    picker = picker_for(Given(config, nodes[1:], rng))
+    picker = build_picker(PickerBuildInfo(config, nodes[1:], rng))
     assert picked(picker, 0.0, rng) is nodes[1]
-    picker = picker_for(Given(config, nodes, rng, picker))
+    picker = build_picker(PickerBuildInfo(config, nodes, rng, picker))
     assert picked(picker, 0.0, rng) is nodes[1]
-    assert picked(picker_for(Given(config, [nodes[0], nodes[2]], rng, picker)), 0.0, rng) is nodes[0]
+    assert picked(build_picker(PickerBuildInfo(config, [nodes[0], nodes[2]], rng, picker)), 0.0, rng) is nodes[0]
 
 
 # -- peak EWMA
@@ -339,14 +339,14 @@ def test_every_pair_is_drawn_alike() -> None:
         assert all(abs(counts[node] - 1000) <= 142 for node in others)
 
 
-@pytest.mark.parametrize("make", [PowerOfTwo, Choices])
-def test_an_idle_endpoint_of_which_nothing_was_heard_is_tried_once(make: type[PowerOfTwo | Choices]) -> None:
+@pytest.mark.parametrize("make", [PowerOfTwo, LeastLoadedOfN])
+def test_an_idle_endpoint_of_which_nothing_was_heard_is_tried_once(make: type[PowerOfTwo | LeastLoadedOfN]) -> None:
     # The starvation guard: slow once, it would not be picked again before its average has decayed.
     slow, fast = nodes_of(2)
     for node, seconds in ((slow, 5.0), (fast, 0.001)):
         node.start()
         node.end(100.0, 100.0 - seconds, OK)
-    picker, rng = make([slow, fast], busier, 10.0), random.Random(1)
+    picker, rng = make([slow, fast], busier_by_peak_ewma, 10.0), random.Random(1)
     assert all(picked(picker, 105.0, rng) is fast for _ in range(100))
     fast.start()
     fast.end(110.1, 110.0, OK)
@@ -360,7 +360,7 @@ def test_the_starvation_guard_does_not_send_a_retry_back() -> None:
     slow, fast = nodes_of(2)
     fast.start()
     fast.end(110.0, 109.9, OK)
-    picker, rng = PowerOfTwo([slow, fast], busier, 10.0), random.Random(1)
+    picker, rng = PowerOfTwo([slow, fast], busier_by_peak_ewma, 10.0), random.Random(1)
     assert all(picked(picker, 111.0, rng, [slow]) is fast for _ in range(50))
 
 
@@ -369,7 +369,7 @@ def test_after_a_quiet_time_nobody_was_starved() -> None:
     for node, seconds in ((slow, 5.0), (fast, 0.001)):
         node.start()
         node.end(100.0, 100.0 - seconds, OK)
-    picker, rng = PowerOfTwo([slow, fast], busier, 10.0), random.Random(1)
+    picker, rng = PowerOfTwo([slow, fast], busier_by_peak_ewma, 10.0), random.Random(1)
     assert all(picked(picker, 120.0, rng) is fast for _ in range(100))
 
 
@@ -379,7 +379,7 @@ def test_of_more_choices_the_least_busy_is_taken() -> None:
     nodes, rng = nodes_of(3), random.Random(1)
     for node in nodes[1:]:
         node.start()
-    picker = Choices(nodes, fuller, choices=4)
+    picker = LeastLoadedOfN(nodes, busier_by_in_flight, choices=4)
     assert sum(picked(picker, 0.0, rng) is nodes[0] for _ in range(1000)) >= 916 - 44
 
 
@@ -449,11 +449,11 @@ def test_busier_weighs_latency_with_what_is_in_flight() -> None:
     for node, seconds in ((fast, 0.1), (slow, 0.4)):
         node.start()
         node.end(1.0, 1.0 - seconds, OK)
-    assert busier(slow, fast)
-    assert not busier(fast, slow)
+    assert busier_by_peak_ewma(slow, fast)
+    assert not busier_by_peak_ewma(fast, slow)
     for _ in range(4):
         fast.start()
-    assert busier(fast, slow)
+    assert busier_by_peak_ewma(fast, slow)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.15])
@@ -462,10 +462,10 @@ def test_of_latencies_alike_the_one_with_more_in_flight_is_busier(seconds: float
     for node, took in ((one, 0.1), (other, seconds)):
         node.start()
         node.end(1.0, 1.0 - took, OK)
-    assert not busier(one, other)
-    assert not busier(other, one)
+    assert not busier_by_peak_ewma(one, other)
+    assert not busier_by_peak_ewma(other, one)
     one.start()
-    assert busier(one, other)
+    assert busier_by_peak_ewma(one, other)
 
 
 def test_an_old_peak_weighs_less() -> None:
@@ -474,21 +474,21 @@ def test_an_old_peak_weighs_less() -> None:
     old.end(0.0, 0.0 - 5.0, OK)
     new.start()
     new.end(60.0, 60.0 - 0.1, OK)
-    assert busier(new, old)
-    assert not busier(old, new)
+    assert busier_by_peak_ewma(new, old)
+    assert not busier_by_peak_ewma(old, new)
 
 
 def test_a_race_lost_raises_the_average_and_never_lowers_it() -> None:
     # A hedge that another attempt beat: how slow it would have been isn't known, but that it was slower than this.
     (node,) = nodes_of(1)
     node.start()
-    node.outrun(10.0, 9.5)
+    node.end_superseded(10.0, 9.5)
     assert (node.in_flight, node.cost, node.stamp) == (0, 0.5, 10.0)
     node.start()
-    node.outrun(10.1, 10.0)
+    node.end_superseded(10.1, 10.0)
     assert node.cost == 0.5
     node.start()
-    node.outrun(9.0, 5.0)
+    node.end_superseded(9.0, 5.0)
     assert (node.cost, node.stamp) == (4.0, 10.0)
 
 
@@ -506,5 +506,5 @@ def test_an_endpoint_that_loses_every_race_does_not_look_idle() -> None:
         else:  # hedged after 50 ms, and the hedge wins
             fast.start()
             fast.end(now + 0.06, now + 0.05, OK)
-            slow.outrun(now + 0.06, now)
+            slow.end_superseded(now + 0.06, now)
     assert counts[slow] <= 100

@@ -13,7 +13,7 @@ import pytest
 from mesh.config.settings import BalancerConfig, MethodPolicy, ServiceConfig
 from mesh.model import CallSpec, Connectivity, Endpoint, Metadatum, Outcome
 from mesh.policy.balancing import ring_hash as rings
-from mesh.policy.balancing.ring_hash import entries, hash_of
+from mesh.policy.balancing.ring_hash import entry_counts, hash_of
 from mesh.policy.cluster.node import Node
 from tests.policy.driving import METHOD, cluster_of
 
@@ -28,29 +28,29 @@ def call_of(*metadata: Metadatum) -> CallSpec:
     return CallSpec(METHOD, MethodPolicy(), inf, metadata)
 
 
-def Ring(nodes: list[Node], header: str = "", of: int = 0, **settings: Any) -> rings.Ring:  # noqa: N802
-    return rings.Ring(nodes, of or len(nodes), header, **settings)
+def RingHash(nodes: list[Node], header: str = "", of: int = 0, **settings: Any) -> rings.RingHash:  # noqa: N802
+    return rings.RingHash(nodes, of or len(nodes), header, **settings)
 
 
-def place(ring: rings.Ring, key: str, seed: int = 1) -> str:
+def place(ring: rings.RingHash, key: str, seed: int = 1) -> str:
     return ring.pick(call_of(("user", key)), 0.0, random.Random(seed)).endpoint.address
 
 
-def places(ring: rings.Ring) -> dict[str, str]:
+def places(ring: rings.RingHash) -> dict[str, str]:
     return {key: place(ring, key) for key in KEYS}
 
 
 def test_a_key_goes_to_one_endpoint_in_every_process() -> None:
     # The hashes are fixed: other clients, and this one after a restart, find the same.
     assert hash_of("e0_0") == hash_of(b"e0_0") == 0x6070380894C5113A
-    one, other = Ring(nodes_of(5), "user"), Ring(nodes_of(5)[::-1], "user")
+    one, other = RingHash(nodes_of(5), "user"), RingHash(nodes_of(5)[::-1], "user")
     assert places(one) == places(other)
     assert {place(one, "user-1", seed) for seed in range(20)} == {place(one, "user-1")}
 
 
 def test_an_endpoint_that_leaves_moves_its_own_keys_and_no_others() -> None:
     nodes = nodes_of(5)
-    before, after = places(Ring(nodes, "user")), places(Ring(nodes[1:], "user"))
+    before, after = places(RingHash(nodes, "user")), places(RingHash(nodes[1:], "user"))
     assert all(after[key] == where for key, where in before.items() if where != "e0")
 
 
@@ -58,13 +58,13 @@ def test_keys_follow_endpoints_weights() -> None:
     nodes = nodes_of(3)
     nodes[0].weight = 2.0
     nodes[1].weight = nodes[2].weight = 0.5
-    counts = Counter(places(Ring(nodes, "user")).values())
+    counts = Counter(places(RingHash(nodes, "user")).values())
     # 5 standard deviations of 1,000 keys are 75, and of 683 arcs' length another 5 × 667 × sqrt(1/3 / 683) = 74.
     assert abs(counts["e0"] - 667) <= 149
 
 
 @pytest.mark.parametrize(
-    ("weights", "of", "least", "most", "expected"),
+    ("weights", "of", "min_size", "max_size", "expected"),
     [
         ((1, 1), 2, 10, 100, [8, 8]),
         ((1, 1, 1), 3, 10, 100, [4, 4, 4]),
@@ -76,52 +76,52 @@ def test_keys_follow_endpoints_weights() -> None:
     ],
 )
 def test_how_often_an_endpoint_stands_on_the_ring(
-    weights: tuple[float, ...], of: int, least: int, most: int, expected: list[int]
+    weights: tuple[float, ...], of: int, min_size: int, max_size: int, expected: list[int]
 ) -> None:
     nodes = nodes_of(len(weights))
     for node, weight in zip(nodes, weights, strict=True):
         node.weight = weight
-    assert entries(nodes, of, least, most) == expected
+    assert entry_counts(nodes, of, min_size, max_size) == expected
 
 
 def test_more_endpoints_than_entries_are_all_on_the_ring() -> None:
     nodes = nodes_of(50)
-    ring = Ring(nodes, "user", least=4, most=8)
+    ring = RingHash(nodes, "user", min_size=4, max_size=8)
     assert {ring.pick(call_of(), 0.0, random.Random(seed)) for seed in range(2000)} == set(nodes)
 
 
 def test_a_call_without_the_header_goes_anywhere() -> None:
-    ring = Ring(nodes_of(3), "user")
+    ring = RingHash(nodes_of(3), "user")
     for call in (call_of(), call_of(("other", "user-1"))):
         assert len({ring.pick(call, 0.0, random.Random(seed)) for seed in range(100)}) == 3
 
 
 def test_without_a_header_in_the_config_calls_go_anywhere() -> None:
-    ring = Ring(nodes_of(3))
+    ring = RingHash(nodes_of(3))
     assert len({ring.pick(call_of(("user", "a")), 0.0, random.Random(seed)) for seed in range(100)}) == 3
 
 
 def test_several_values_are_one_key() -> None:
     # A76: joined by commas.
-    ring = Ring(nodes_of(50), "user")
+    ring = RingHash(nodes_of(50), "user")
     two = call_of(("user", "a"), ("user", b"b"))
     assert ring.pick(two, 0.0, random.Random(1)) is ring.pick(call_of(("user", "a,b")), 0.0, random.Random(1))
 
 
 def test_a_retry_goes_to_the_next_on_the_ring() -> None:
     nodes = nodes_of(3)
-    ring = Ring(nodes, "user")
+    ring = RingHash(nodes, "user")
     call = call_of(("user", "user-1"))
     first = ring.pick(call, 0.0, random.Random(1))
     second = ring.pick(call, 0.0, random.Random(2), [first])
-    rest = Ring([node for node in nodes if node is not first], "user")
+    rest = RingHash([node for node in nodes if node is not first], "user")
     assert second is rest.pick(call, 0.0, random.Random(3))
 
 
 def test_with_a_load_factor_none_has_more_than_so_many_times_the_mean() -> None:
     nodes = nodes_of(5)
     running: list[Node] = []
-    ring = Ring(nodes, "user", factor=1.25, outstanding=running.__len__)
+    ring = RingHash(nodes, "user", factor=1.25, outstanding=running.__len__)
     rng = random.Random(1)
     for turn in range(2000):
         key = "hot" if rng.random() < 0.9 else f"user-{turn}"
@@ -136,7 +136,7 @@ def test_with_a_load_factor_none_has_more_than_so_many_times_the_mean() -> None:
 
 def test_a_key_that_is_not_hot_keeps_its_endpoint_under_a_load_factor() -> None:
     nodes = nodes_of(5)
-    bounded, free = Ring(nodes, "user", factor=1.25, outstanding=lambda: 50), Ring(nodes, "user")
+    bounded, free = RingHash(nodes, "user", factor=1.25, outstanding=lambda: 50), RingHash(nodes, "user")
     assert places(bounded) == places(free)
 
 
@@ -144,7 +144,7 @@ def test_when_all_are_full_one_is_taken_all_the_same() -> None:
     nodes = nodes_of(2)
     for node in nodes:
         node.start()
-    ring = Ring(nodes, "user", factor=1.0, outstanding=lambda: 0)
+    ring = RingHash(nodes, "user", factor=1.0, outstanding=lambda: 0)
     assert ring.pick(call_of(), 0.0, random.Random(1)) in nodes
 
 
@@ -153,13 +153,13 @@ def test_through_a_cluster_an_endpoint_that_fails_hands_on_its_keys_and_takes_th
     cluster = cluster_of(4, config)
 
     def where() -> dict[str, str]:
-        assert isinstance(cluster.picker, rings.Ring)
+        assert isinstance(cluster.picker, rings.RingHash)
         return places(cluster.picker)
 
     before = where()
-    cluster.observe([("e2", Connectivity.TRANSIENT_FAILURE)])
+    cluster.update_states([("e2", Connectivity.TRANSIENT_FAILURE)])
     during = where()
     assert "e2" not in during.values()
     assert all(during[key] == address for key, address in before.items() if address != "e2")
-    cluster.observe([("e2", Connectivity.READY)])
+    cluster.update_states([("e2", Connectivity.READY)])
     assert where() == before

@@ -164,26 +164,26 @@ def test_the_throttle_starts_full_and_allows_strictly_above_half() -> None:
     allowed = []
     for _ in range(5):
         allowed.append(throttle.allows())
-        throttle.failed()
+        throttle.record_failure()
     assert allowed == [True, True, False, False, False]
     assert repr(throttle) == "<Throttle 0/4>"
 
 
 def test_successes_give_tokens_back_up_to_the_maximum() -> None:
     throttle = throttle_of(4, 0.75)
-    throttle.failed()
-    throttle.succeeded()
+    throttle.record_failure()
+    throttle.record_success()
     assert repr(throttle) == "<Throttle 3.75/4>"
-    throttle.succeeded()
-    throttle.succeeded()
+    throttle.record_success()
+    throttle.record_success()
     assert repr(throttle) == "<Throttle 4/4>"
 
 
 def test_without_a_config_the_throttle_always_allows() -> None:
     throttle = Throttle(None, contextlib.nullcontext())
     for _ in range(100):
-        throttle.failed()
-    throttle.succeeded()
+        throttle.record_failure()
+    throttle.record_success()
     assert throttle.allows()
     assert repr(throttle) == "<Throttle off>"
 
@@ -197,9 +197,9 @@ def test_threads_lose_no_token() -> None:
             count()
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(repeat, [throttle.failed] * 4))
+        list(pool.map(repeat, [throttle.record_failure] * 4))
         assert repr(throttle) == "<Throttle 200/1000>"
-        list(pool.map(repeat, [throttle.succeeded] * 4))
+        list(pool.map(repeat, [throttle.record_success] * 4))
     assert repr(throttle) == "<Throttle 300/1000>"
 
 

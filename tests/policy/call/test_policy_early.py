@@ -25,11 +25,11 @@ class Early:
         self.told = False
         self.verdict: Verdict | None = None
         self.step: Any = None
-        self.call = EarlyCall(METHOD, PENDING, deadline, wait_for_ready=wait_for_ready, settle=self._settle)
+        self.call = EarlyCall(METHOD, PENDING, deadline, wait_for_ready=wait_for_ready, apply_policy=self._apply_policy)
         self._flow = early_flow(self.call, cluster, random.Random(1), 10.0)
         self.happens(None)
 
-    def _settle(self, call: EarlyCall) -> None:
+    def _apply_policy(self, call: EarlyCall) -> None:
         if self.told:
             call.policy = POLICY
             call.deadline = min(call.deadline, 10.0 + POLICY.timeout)
@@ -88,7 +88,7 @@ def test_it_ends_at_its_methods_timeout_when_that_is_over_by_then() -> None:
 def test_it_fails_when_nobody_can_say_who_is_there_unless_it_waits_for_ready() -> None:
     cluster = cluster_of(0)
     failing, waiting = Early(cluster), Early(cluster, wait_for_ready=True)
-    cluster.unresolved("registry refuses", final=True)
+    cluster.resolver_error("registry refuses", final=True)
     for early in (failing, waiting):
         early.happens(Elapsed(10.5))
     failing.ends(Code.UNAVAILABLE, "test: registry refuses")

@@ -137,13 +137,13 @@ class AnyCall(RuleBasedStateMachine):
     @precondition(going)
     @rule(state=st.sampled_from([Connectivity.READY, Connectivity.CONNECTING, Connectivity.TRANSIENT_FAILURE]))
     def endpoints_change_state(self, state: Connectivity) -> None:
-        self.cluster.observe([(address, state) for address in self.cluster.nodes])
+        self.cluster.update_states([(address, state) for address in self.cluster.nodes])
 
     @precondition(going)
     @rule(count=st.integers(0, 4))
     def the_endpoint_set_changes(self, count: int) -> None:
         self.cluster.update(Endpoint(f"e{index}") for index in range(count))
-        self.cluster.observe([(f"e{count - 1}", Connectivity.READY)])
+        self.cluster.update_states([(f"e{count - 1}", Connectivity.READY)])
         self.nodes.update({f"{id(node)}": node for node in self.cluster.nodes.values()})
 
     @rule()

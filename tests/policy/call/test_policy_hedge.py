@@ -10,7 +10,7 @@ import pytest
 from mesh.codes import Code
 from mesh.config.settings import BudgetConfig, HedgingPolicy, RetryPolicy, ServiceConfig, ThrottleConfig
 from mesh.model import Connectivity, Outcome
-from mesh.policy.call.hedge import ENOUGH, MINIMUM, Latencies
+from mesh.policy.call.hedge import SAMPLES_NEEDED, SHORTEST_LEARNED_DELAY, Latencies
 from mesh.policy.cluster.cluster import METHODS
 from tests.policy.driving import METHOD, Driven, cluster_of, set_states
 
@@ -244,7 +244,7 @@ LEARNING = HedgingPolicy(2, delay=1.0, percentile=95.0)
 
 def test_the_fixed_delay_holds_until_enough_has_been_seen() -> None:
     cluster = cluster_of()
-    for _ in range(ENOUGH):
+    for _ in range(SAMPLES_NEEDED):
         call = Driven(hedge=LEARNING, cluster=cluster)
         call.sends(1, until=1.0)
         call.succeeds(1, at=0.02)
@@ -254,9 +254,9 @@ def test_the_fixed_delay_holds_until_enough_has_been_seen() -> None:
 
 def test_no_hedge_is_earlier_than_a_millisecond() -> None:
     cluster = cluster_of()
-    for _ in range(ENOUGH):
+    for _ in range(SAMPLES_NEEDED):
         cluster.latencies(METHOD).record(1e-6)
-    assert Driven(hedge=LEARNING, cluster=cluster).sends(1).until == MINIMUM
+    assert Driven(hedge=LEARNING, cluster=cluster).sends(1).until == SHORTEST_LEARNED_DELAY
 
 
 def test_methods_learn_apart() -> None:
@@ -279,7 +279,7 @@ def test_no_more_methods_are_remembered_than_a_program_has() -> None:
 def test_a_hedge_that_wins_teaches_how_slow_the_first_attempt_was() -> None:
     # If only the winners' times counted, the slow ones would vanish, and hedges come ever earlier.
     cluster = cluster_of()
-    for _ in range(ENOUGH):
+    for _ in range(SAMPLES_NEEDED):
         call = Driven(hedge=LEARNING, cluster=cluster)
         if call.sends(1).until != 1.0:
             break
@@ -324,7 +324,7 @@ def test_a_percentile_is_right_within_its_5_percent(percent: float) -> None:
 @pytest.mark.parametrize(("seconds", "low", "high"), [(0.0, 1e-5, 1.1e-5), (-1.0, 1e-5, 1.1e-5), (1e9, 600, 700)])
 def test_times_out_of_range_are_taken_as_its_ends(seconds: float, low: float, high: float) -> None:
     learned = latencies()
-    for _ in range(ENOUGH):
+    for _ in range(SAMPLES_NEEDED):
         learned.record(seconds)
     found = learned.percentile(50)
     assert found is not None

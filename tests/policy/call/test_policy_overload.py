@@ -12,10 +12,10 @@ import pytest
 
 from mesh.codes import Code
 from mesh.config.settings import AdaptiveConfig, MethodPolicy, OverloadConfig, RetryPolicy, ServiceConfig
-from mesh.criticality import CRITICALITY, Criticality
+from mesh.criticality import CRITICALITY, Criticality, criticality_in
 from mesh.model import CallSpec, Outcome
 from mesh.observe import explain
-from mesh.policy.call.overload import BUCKETS, Gate, Throttled, criticality_of
+from mesh.policy.call.overload import BUCKETS, AdaptiveThrottle, ClientAdmission
 from mesh.policy.cluster.cluster import Cluster
 from tests.policy.driving import METHOD, Driven, cluster_of
 
@@ -48,8 +48,8 @@ def test_a_call_beyond_the_limit_is_refused_here_and_is_told_why() -> None:
         "(overload.maxOutstanding in the service config)"
     )
     assert said in str(explain(call.call, "test", call.verdict, 0.0))
-    assert cluster.gate.counts == {"refused: outstanding": 1}
-    assert repr(cluster.gate) == "<Gate 10/10 outstanding>"
+    assert cluster.admission.counts == {"refused: outstanding": 1}
+    assert repr(cluster.admission) == "<ClientAdmission 10/10 outstanding>"
     running[0].succeeds(1)
     begun(cluster, 1)
 
@@ -73,7 +73,7 @@ def test_however_a_call_ends_its_place_is_free_once(how: str) -> None:
     # docs/correctness.md, B1.
     cluster = limited()
     call = Driven(cluster=cluster, deadline=5.0)
-    assert len(cluster.gate.out) == 1
+    assert len(cluster.admission.outstanding) == 1
     if how == "succeeds":
         call.succeeds(1)
     elif how == "fails":
@@ -85,21 +85,21 @@ def test_however_a_call_ends_its_place_is_free_once(how: str) -> None:
     else:
         call.fails(1, Code.DEADLINE_EXCEEDED, at=5.0)
     call.close()
-    assert len(cluster.gate.out) == 0
+    assert len(cluster.admission.outstanding) == 0
 
 
 def test_a_call_that_nobody_holds_any_more_frees_its_place() -> None:
     cluster = limited()
     begun(cluster, 5)
     gc.collect()
-    assert len(cluster.gate.out) == 0
+    assert len(cluster.admission.outstanding) == 0
 
 
 def test_a_call_that_waits_for_a_retry_is_outstanding() -> None:
     cluster = limited()
     call = Driven(cluster=cluster, retry=RetryPolicy(3))
     call.fails(1, Code.UNAVAILABLE)
-    assert len(cluster.gate.out) == 1
+    assert len(cluster.admission.outstanding) == 1
 
 
 @pytest.mark.parametrize(
@@ -114,21 +114,21 @@ def test_the_least_important_are_refused_first(metadata: tuple[tuple[str, str], 
 
 
 def test_criticality_is_read_among_other_metadata() -> None:
-    assert criticality_of([("a", "b"), (CRITICALITY, "SHEDDABLE")]) is Criticality.SHEDDABLE
-    assert criticality_of(()) is criticality_of(None) is Criticality.CRITICAL
+    assert criticality_in([("a", "b"), (CRITICALITY, "SHEDDABLE")]) is Criticality.SHEDDABLE
+    assert criticality_in(()) is criticality_in(None) is Criticality.CRITICAL
 
 
 def test_by_default_there_is_no_limit() -> None:
-    gate = Gate(OverloadConfig())
-    assert gate.limit == inf
-    gate.configure(OverloadConfig(7))
-    assert gate.limit == 7
+    admission = ClientAdmission(OverloadConfig())
+    assert admission.limit == inf
+    admission.configure(OverloadConfig(7))
+    assert admission.limit == 7
 
 
 def test_a_dry_run_counts_what_it_would_refuse() -> None:
     cluster = limited(dry_run=True)
     assert all(call.verdict is None for call in begun(cluster, 15))
-    assert cluster.gate.counts == {"would refuse: outstanding": 5}
+    assert cluster.admission.counts == {"would refuse: outstanding": 5}
 
 
 def test_another_limit_keeps_the_count() -> None:
@@ -143,8 +143,8 @@ def test_another_limit_keeps_the_count() -> None:
 # -- the adaptive throttle (Google SRE)
 
 
-def throttled(k: float = 2.0, window: float = 120.0) -> Throttled:
-    return Throttled(window, k, contextlib.nullcontext())
+def throttled(k: float = 2.0, window: float = 120.0) -> AdaptiveThrottle:
+    return AdaptiveThrottle(window, k, contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_refusal_by_the_throttle_says_so() -> None:
     )
     assert refused.code == Code.RESOURCE_EXHAUSTED
     assert refused.details.startswith("refused by the client: the service refuses CRITICAL calls, so 90% of them")
-    assert cluster.gate.counts["refused: throttle"] > 0
+    assert cluster.admission.counts["refused: throttle"] > 0
 
 
 def test_the_throttle_holds_back_the_least_important_first() -> None:
@@ -283,4 +283,4 @@ def test_other_settings_of_the_throttle_begin_anew() -> None:
     waiting = cluster_of(0, ServiceConfig(overload=ADAPTIVE))
     call = Driven(cluster=waiting)
     call.close()
-    assert len(waiting.gate.out) == 0
+    assert len(waiting.admission.outstanding) == 0

@@ -77,7 +77,7 @@ def test_a_call_that_waits_for_ready_ends_at_its_deadline() -> None:
 
 def test_while_the_registry_is_away_calls_wait_and_then_name_it() -> None:
     cluster = cluster_of(0)
-    cluster.unresolved("registry 10.0.0.1:50050 is unavailable", final=False)
+    cluster.resolver_error("registry 10.0.0.1:50050 is unavailable", final=False)
     call = Driven(cluster=cluster, deadline=5.0)
     call.waits(until=5.0)
     call.elapses()
@@ -94,7 +94,7 @@ def test_before_anything_is_known_calls_wait() -> None:
 
 def test_a_final_word_from_the_resolver_fails_calls_at_once() -> None:
     cluster = cluster_of(0)
-    cluster.unresolved("no such host", final=True)
+    cluster.resolver_error("no such host", final=True)
     Driven(cluster=cluster).ends(Code.UNAVAILABLE, "test: no such host")
 
 

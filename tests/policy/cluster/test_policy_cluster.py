@@ -61,7 +61,7 @@ def test_the_state_of_the_whole(states: tuple[Connectivity, ...], whole: Connect
     cluster = cluster_of(0)
     if states:
         cluster.update(Endpoint(f"e{index}") for index in range(len(states)))
-        cluster.observe((f"e{index}", state) for index, state in enumerate(states))
+        cluster.update_states((f"e{index}", state) for index, state in enumerate(states))
     assert cluster.state == whole
     assert repr(cluster) == f"<Cluster test {states.count(READY)}/{len(states)} ready>"
 
@@ -129,7 +129,7 @@ def test_of_endpoints_with_one_address_the_last_holds() -> None:
 def test_an_empty_set_never_evicts_an_endpoint_that_works() -> None:
     cluster = cluster_of(0)
     cluster.update(endpoints("abc"))
-    cluster.observe([("a", READY), ("b", FAILED), ("c", READY)])
+    cluster.update_states([("a", READY), ("b", FAILED), ("c", READY)])
     assert cluster.update([]) == ([], ["b"])
     assert ready(cluster) == "ac"
 
@@ -146,7 +146,7 @@ def test_an_empty_set_evicts_what_does_not_work() -> None:
 def test_what_the_resolver_cannot_say_does_not_unseat_what_is_known() -> None:
     cluster = cluster_of(2)
     picker = cluster.picker
-    cluster.unresolved("registry down", final=True)
+    cluster.resolver_error("registry down", final=True)
     assert cluster.picker is picker
     assert cluster.state == READY
 
@@ -154,7 +154,7 @@ def test_what_the_resolver_cannot_say_does_not_unseat_what_is_known() -> None:
 @pytest.mark.parametrize(("final", "state"), [(False, CONNECTING), (True, FAILED)])
 def test_with_nothing_known_calls_wait_unless_the_word_is_final(final: bool, state: Connectivity) -> None:
     cluster = cluster_of(0)
-    cluster.unresolved("registry down", final=final)
+    cluster.resolver_error("registry down", final=final)
     picker = cluster.picker
     assert (picker.queue, picker.unresolved, picker.error) == (not final, not final, "test: registry down")
     assert cluster.state == state
@@ -162,8 +162,8 @@ def test_with_nothing_known_calls_wait_unless_the_word_is_final(final: bool, sta
 
 def test_better_news_end_a_final_word() -> None:
     cluster = cluster_of(0)
-    cluster.unresolved("no such host", final=True)
-    cluster.unresolved("registry down", final=False)
+    cluster.resolver_error("no such host", final=True)
+    cluster.resolver_error("registry down", final=False)
     assert cluster.picker.queue
     cluster.update(endpoints("a"))
     assert (cluster.picker.queue, cluster.picker.unresolved) == (True, False)
@@ -171,7 +171,7 @@ def test_better_news_end_a_final_word() -> None:
 
 def test_the_resolvers_old_troubles_are_not_blamed_for_failed_connections() -> None:
     cluster = cluster_of(0)
-    cluster.unresolved("registry down", final=False)
+    cluster.resolver_error("registry down", final=False)
     cluster.update(endpoints("ab"))
     set_states(cluster, FAILED)
     assert cluster.picker.error == "test: 0 of 2 endpoints connected"
@@ -180,9 +180,9 @@ def test_the_resolvers_old_troubles_are_not_blamed_for_failed_connections() -> N
 def test_observing_tells_whether_a_state_changed_and_swaps_the_picker_only_then() -> None:
     cluster = cluster_of(2)
     picker = cluster.picker
-    assert not cluster.observe([("e0", READY), ("stranger", FAILED)])
+    assert not cluster.update_states([("e0", READY), ("stranger", FAILED)])
     assert cluster.picker is picker
-    assert cluster.observe([("e0", FAILED)])
+    assert cluster.update_states([("e0", FAILED)])
     assert cluster.picker is not picker
     assert ready(cluster) == "e1"
     assert "stranger" not in cluster.states
@@ -198,10 +198,10 @@ def test_the_config_names_the_picker_and_its_settings() -> None:
 STATES = st.sampled_from([IDLE, CONNECTING, READY, FAILED])
 
 
-MOST = 50.0  # percent of endpoints that may be ejected
+MOST_EJECTED = 50.0  # percent of endpoints that may be ejected
 
 CONFIG = ServiceConfig(
-    ejection=EjectionConfig(interval=5.0, base_time=3.0, max_time=10.0, max_percent=MOST, consecutive=2),
+    ejection=EjectionConfig(interval=5.0, base_time=3.0, max_time=10.0, max_percent=MOST_EJECTED, consecutive=2),
     overload=OverloadConfig(6),
 )
 LIKE_ANY = [
@@ -254,13 +254,13 @@ class AnyCluster(RuleBasedStateMachine):
     @rule(final=st.booleans())
     def unresolved(self, final: bool) -> None:
         before = dict(self.cluster.nodes)
-        self.cluster.unresolved("down", final=final)
+        self.cluster.resolver_error("down", final=final)
         assert self.cluster.nodes == before
 
     @rule(states=st.dictionaries(st.sampled_from("abcdefghx"), STATES))
     def observe(self, states: dict[str, Connectivity]) -> None:
         before = dict(self.cluster.states)
-        changed = self.cluster.observe(states.items())
+        changed = self.cluster.update_states(states.items())
         assert changed == (self.cluster.states != before)
 
     @rule()
@@ -325,7 +325,7 @@ class AnyCluster(RuleBasedStateMachine):
         assert node in self.cluster.picker.nodes or node.breaker.state is State.PROBING
         if node.breaker.state is not State.CLOSED and not self.cluster.panic:
             assert node.breaker.state is State.PROBING
-            assert node.breaker.probed == self.now
+            assert node.breaker.probe_started == self.now
 
     @invariant()
     def nodes_and_states_are_of_the_same_endpoints(self) -> None:
@@ -356,10 +356,10 @@ class AnyCluster(RuleBasedStateMachine):
     @invariant()
     def no_more_are_ejected_than_may_be(self) -> None:
         # Of those that there were when they were ejected: others may have left since.
-        out = self.cluster.ejections.out
+        out = self.cluster.ejections.ejected
         count = len(self.cluster.nodes)
         self.peak = max(self.peak, count) if out else count
-        assert len(out) <= max(1, self.peak * MOST / 100)
+        assert len(out) <= max(1, self.peak * MOST_EJECTED / 100)
 
     @invariant()
     def what_is_in_flight_is_what_runs(self) -> None:
@@ -368,13 +368,13 @@ class AnyCluster(RuleBasedStateMachine):
         running = [call for call in self.calls if call.verdict is None]
         attempts = sum(attempt.outcome is None for call in running for attempt in call.call.attempts)
         assert sum(node.in_flight for node in self.seen.values()) == attempts
-        assert len(self.cluster.gate.out) == len(running) <= 6
+        assert len(self.cluster.admission.outstanding) == len(running) <= 6
 
     def teardown(self) -> None:
         for call in self.calls:
             call.close()
         assert all(node.in_flight == 0 for node in self.seen.values())
-        assert len(self.cluster.gate.out) == 0
+        assert len(self.cluster.admission.outstanding) == 0
         assert all(node.breaker.state is not State.PROBING for node in self.seen.values())
 
 

@@ -6,40 +6,46 @@ import pytest
 
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster.cluster import Cluster
-from mesh.policy.cluster.connecting import AT_ONCE, BUSY, CALM, PLACE, Connects
+from mesh.policy.cluster.connecting import (
+    CONNECT_PERIOD,
+    CONNECTS_PER_PERIOD,
+    LONGEST_POLL,
+    SHORTEST_POLL,
+    ConnectPacer,
+)
 from tests.policy.driving import cluster_of
 
 IDLE, CONNECTING, READY = Connectivity.IDLE, Connectivity.CONNECTING, Connectivity.READY
 
 
 def test_connects_are_paced() -> None:
-    connects = Connects()
+    connects = ConnectPacer()
     states = {f"host:{number}": IDLE for number in range(40)}
-    begun, pause = connects.look(states.items(), 0.0)
-    assert begun == list(states)[:AT_ONCE]
-    assert pause == BUSY
+    begun, pause = connects.poll(states.items(), 0.0)
+    assert begun == list(states)[:CONNECTS_PER_PERIOD]
+    assert pause == SHORTEST_POLL
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.look(states.items(), PLACE / 2) == ([], BUSY)
+    assert connects.poll(states.items(), CONNECT_PERIOD / 2) == ([], SHORTEST_POLL)
     states[begun[0]] = READY  # its place is free
-    assert connects.look(states.items(), PLACE / 2) == ([list(states)[AT_ONCE]], BUSY)
-    assert repr(connects) == f"<Connects {AT_ONCE} going on>"
+    assert connects.poll(states.items(), CONNECT_PERIOD / 2) == ([list(states)[CONNECTS_PER_PERIOD]], SHORTEST_POLL)
+    assert repr(connects) == f"<ConnectPacer {CONNECTS_PER_PERIOD} connecting>"
 
 
 def test_a_connect_that_takes_long_holds_nobody_up() -> None:
-    connects = Connects()
-    states = {f"host:{number}": IDLE for number in range(AT_ONCE + 1)}
-    begun, _ = connects.look(states.items(), 0.0)
+    connects = ConnectPacer()
+    states = {f"host:{number}": IDLE for number in range(CONNECTS_PER_PERIOD + 1)}
+    begun, _ = connects.poll(states.items(), 0.0)
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.look(states.items(), PLACE - 0.01)[0] == []
-    assert connects.look(states.items(), PLACE)[0] == [list(states)[-1]]
+    assert connects.poll(states.items(), CONNECT_PERIOD - 0.01)[0] == []
+    assert connects.poll(states.items(), CONNECT_PERIOD)[0] == [list(states)[-1]]
 
 
 def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
-    connects = Connects()
-    assert connects.look([("a", READY)], 0.0) == ([], CALM)
-    connects.look([("a", IDLE)], 0.0)
-    pauses = [connects.look([("a", CONNECTING)], now)[1] for now in (0.01, 0.1, 0.4, 1.0, 5.0)]
-    assert pauses == pytest.approx([BUSY, BUSY, 0.02, 0.05, CALM])
+    connects = ConnectPacer()
+    assert connects.poll([("a", READY)], 0.0) == ([], LONGEST_POLL)
+    connects.poll([("a", IDLE)], 0.0)
+    pauses = [connects.poll([("a", CONNECTING)], now)[1] for now in (0.01, 0.1, 0.4, 1.0, 5.0)]
+    assert pauses == pytest.approx([SHORTEST_POLL, SHORTEST_POLL, 0.02, 0.05, LONGEST_POLL])
 
 
 def queues(cluster: Cluster) -> bool:
@@ -50,15 +56,15 @@ def test_calls_fail_with_the_cause_while_no_connection_is_made() -> None:
     cluster = cluster_of(0)
     cluster.update([Endpoint("a")])
     assert queues(cluster)
-    cluster.stalled("connecting failed: ValueError: boom")
+    cluster.set_connect_error("connecting failed: ValueError: boom")
     assert not queues(cluster)
     assert cluster.picker.error == "test: connecting failed: ValueError: boom"
-    cluster.observe([("a", READY)])  # what is connected goes on
+    cluster.update_states([("a", READY)])  # what is connected goes on
     assert cluster.picker.nodes
-    cluster.observe([("a", CONNECTING)])
+    cluster.update_states([("a", CONNECTING)])
     assert not queues(cluster)
-    cluster.stalled("")
+    cluster.set_connect_error("")
     assert queues(cluster)
     before = cluster.picker
-    cluster.stalled("")
+    cluster.set_connect_error("")
     assert cluster.picker is before

@@ -89,12 +89,12 @@ def test_which_failures_count_against_an_endpoint(code: Code) -> None:
 @pytest.mark.parametrize(
     ("config", "outcomes", "reason"),
     [
-        (EjectionConfig(consecutive=3), "UUU", "failures in a row"),
+        (EjectionConfig(consecutive=3), "UUU", "consecutive failures"),
         (EjectionConfig(consecutive=3), "UUOUU", ""),
         (EjectionConfig(consecutive=0), "UUUUUUUUUU", ""),
-        (EjectionConfig(consecutive=9, gateway=3), "UDU", "gateway errors in a row"),
+        (EjectionConfig(consecutive=9, gateway=3), "UDU", "consecutive gateway errors"),
         (EjectionConfig(consecutive=9, gateway=3), "UUIU", ""),
-        (EjectionConfig(consecutive=9, timeouts=2), "DD", "timeouts in a row"),
+        (EjectionConfig(consecutive=9, timeouts=2), "DD", "consecutive timeouts"),
         (EjectionConfig(consecutive=9, timeouts=2), "DUD", ""),
     ],
 )
@@ -114,7 +114,7 @@ def test_three_timeouts_in_a_row_are_enough_by_default() -> None:
     assert not cluster.sweep(1.0)
     answers(cluster.nodes["e0"], timeout)
     assert cluster.sweep(1.0)
-    assert dict(cluster.ejections.counts) == {"ejected: timeouts in a row": 1}
+    assert dict(cluster.ejections.counts) == {"ejected: consecutive timeouts": 1}
 
 
 def test_streams_that_last_to_their_deadline_count_neither_way() -> None:
@@ -150,13 +150,13 @@ def test_an_endpoint_that_fails_five_times_in_a_row_is_left_out_and_keeps_its_co
     assert cluster.states["e0"] == Connectivity.READY
     assert repr(cluster) == "<Cluster test 5/5 ready, 1 ejected>"
     assert repr(cluster.nodes["e0"]).endswith(" open>")
-    assert repr(cluster.ejections) == "<Ejections 1 out>"
+    assert repr(cluster.ejections) == "<Ejections 1 ejected>"
 
 
 def test_the_pool_is_woken_when_there_is_something_to_eject_and_not_before() -> None:
     cluster = cluster_with()
     alarms: list[str] = []
-    cluster.alarm = lambda: alarms.append("!")
+    cluster.on_breaker_event = lambda: alarms.append("!")
     fails(cluster, "e0", times=4)
     assert alarms == []
     fails(cluster, "e0", times=1)
@@ -187,7 +187,7 @@ def test_an_ejection_lasts_its_time_longer_each_time_and_jittered() -> None:
 
 def test_no_ejection_is_longer_than_the_longest() -> None:
     cluster = cluster_with()
-    cluster.nodes["e0"].breaker.times = 1000
+    cluster.nodes["e0"].breaker.ejection_multiplier = 1000
     fails(cluster, "e0")
     cluster.sweep(1.0)
     assert 300.0 <= cluster.nodes["e0"].breaker.until - 1.0 <= 300.0 * (1 + JITTER)
@@ -196,10 +196,10 @@ def test_no_ejection_is_longer_than_the_longest() -> None:
 def test_each_clean_interval_makes_the_next_ejection_shorter() -> None:
     cluster = cluster_with()
     node = cluster.nodes["e0"]
-    node.breaker.times = 2
+    node.breaker.ejection_multiplier = 2
     for now, times in ((10.0, 1), (20.0, 0), (30.0, 0)):
         cluster.sweep(now)
-        assert node.breaker.times == times
+        assert node.breaker.ejection_multiplier == times
 
 
 def test_an_ejected_endpoint_that_leaves_is_forgotten() -> None:
@@ -207,7 +207,7 @@ def test_an_ejected_endpoint_that_leaves_is_forgotten() -> None:
     fails(cluster, "e0")
     cluster.sweep(1.0)
     cluster.update([Endpoint("e1"), Endpoint("e2")])
-    assert cluster.ejections.out == {}
+    assert cluster.ejections.ejected == {}
     cluster.update([Endpoint("e0"), Endpoint("e1")])
     set_states(cluster, Connectivity.READY)
     assert picks(cluster) == {"e0", "e1"}
@@ -245,7 +245,7 @@ def test_two_pickers_in_use_at_once_send_one_probe() -> None:
     # A picker is replaced while a thread still picks from the one before.
     cluster = returning()
     before = cluster.picker
-    cluster.observe([("e4", Connectivity.IDLE)])
+    cluster.update_states([("e4", Connectivity.IDLE)])
     assert address_of(cluster, 40.0) == "e0"
     node = before.pick(CALL, 40.0, random.Random(1))
     assert node is not None
@@ -325,19 +325,19 @@ def test_a_new_connection_is_probed_at_once() -> None:
     cluster = cluster_with()
     fails(cluster, "e0")
     cluster.sweep(1.0)
-    cluster.observe([("e0", Connectivity.IDLE)])
-    cluster.observe([("e0", Connectivity.READY)])
+    cluster.update_states([("e0", Connectivity.IDLE)])
+    cluster.update_states([("e0", Connectivity.READY)])
     assert address_of(cluster, 2.0) == "e0"
 
 
 def test_one_that_comes_and_goes_is_not() -> None:
     # A server that accepts connections and health checks and then fails its calls: a health server that lies.
     cluster = cluster_with()
-    cluster.nodes["e0"].breaker.times = 2
+    cluster.nodes["e0"].breaker.ejection_multiplier = 2
     fails(cluster, "e0")
     cluster.sweep(1.0)
-    cluster.observe([("e0", Connectivity.CONNECTING)])
-    cluster.observe([("e0", Connectivity.READY)])
+    cluster.update_states([("e0", Connectivity.CONNECTING)])
+    cluster.update_states([("e0", Connectivity.READY)])
     assert picks(cluster) == {"e1", "e2", "e3", "e4"}
 
 
@@ -354,22 +354,22 @@ def test_the_share_ejected_is_checked_as_it_would_be_after(count: int, percent: 
     for address in list(cluster.nodes):
         fails(cluster, address)
         cluster.sweep(1.0)
-    assert len(cluster.ejections.out) == most
-    assert cluster.ejections.counts["kept: failures in a row"] == count - most
+    assert len(cluster.ejections.ejected) == most
+    assert cluster.ejections.counts["kept: consecutive failures"] == count - most
 
 
 def test_one_that_could_not_be_ejected_is_when_another_is_back() -> None:
     cluster = cluster_with(count=4)
     fails(cluster, "e0", "e1")
     cluster.sweep(1.0)
-    (first,) = cluster.ejections.out
+    (first,) = cluster.ejections.ejected
     cluster.sweep(40.0)
     Driven(cluster=cluster, now=40.0).succeeds(1)
     cluster.sweep(40.0)
     other = "e1" if first == "e0" else "e0"
     fails(cluster, other, times=10, now=40.0)
     cluster.sweep(40.0)
-    assert list(cluster.ejections.out) == [other]
+    assert list(cluster.ejections.ejected) == [other]
 
 
 # -- panic
@@ -391,7 +391,7 @@ def test_with_fewer_than_half_left_all_are_used_and_it_is_said() -> None:
     call = Driven(cluster=cluster)
     call.succeeds(1)
     said = str(explain(call.call, "test", call.verdict, 1.0))
-    assert "(panic: 3 of 4 are ejected, so none is)" in said
+    assert "(panic: 3 of 4 endpoints are ejected; ignoring ejections)" in said
 
 
 def test_panic_ends_when_enough_are_back() -> None:
@@ -426,7 +426,7 @@ def test_endpoints_without_a_connection_are_no_reason_to_panic() -> None:
     cluster = cluster_with(count=5)
     fails(cluster, "e0")
     cluster.sweep(1.0)
-    cluster.observe([("e1", Connectivity.TRANSIENT_FAILURE), ("e2", Connectivity.TRANSIENT_FAILURE)])
+    cluster.update_states([("e1", Connectivity.TRANSIENT_FAILURE), ("e2", Connectivity.TRANSIENT_FAILURE)])
     assert (cluster.panic, picks(cluster)) == (False, {"e3", "e4"})
 
 
@@ -441,9 +441,9 @@ def test_a_dry_run_counts_what_it_would_do_and_does_nothing() -> None:
     for index in range(5):
         answers(cluster.nodes[f"e{index}"], *[FAILED if index == 0 else OK] * 100)
     cluster.sweep(10.0)
-    assert cluster.ejections.counts["would eject: failures in a row"] >= 1
+    assert cluster.ejections.counts["would eject: consecutive failures"] >= 1
     assert cluster.ejections.counts["would eject: failure percentage"] == 1
-    assert cluster.ejections.out == {}
+    assert cluster.ejections.ejected == {}
 
 
 # -- A50's two algorithms
@@ -516,10 +516,10 @@ def test_every_interval_begins_a_new_count() -> None:
         answers(cluster.nodes[f"e{index}"], *[OK] * 60, *[FAILED if index == 0 else OK] * 40)
     assert not cluster.sweep(9.9)
     assert cluster.sweep(10.0)
-    assert list(cluster.ejections.out) == ["e0"]
+    assert list(cluster.ejections.ejected) == ["e0"]
     assert cluster.ejections.counts == {"ejected: success rate": 1}
     cluster.sweep(20.0)
-    assert cluster.nodes["e1"].counted() == (0, 0)
+    assert cluster.nodes["e1"].take_counts() == (0, 0)
 
 
 def test_an_endpoint_that_both_algorithms_find_is_ejected_once() -> None:
@@ -528,7 +528,7 @@ def test_an_endpoint_that_both_algorithms_find_is_ejected_once() -> None:
         answers(cluster.nodes[f"e{index}"], *[FAILED if index == 0 else OK] * 100)
     cluster.sweep(10.0)
     assert cluster.ejections.counts == {"ejected: success rate": 1}
-    assert cluster.nodes["e0"].breaker.times == 1
+    assert cluster.nodes["e0"].breaker.ejection_multiplier == 1
 
 
 def test_other_settings_hold_from_when_they_come_and_who_is_out_stays_out() -> None:
@@ -538,14 +538,14 @@ def test_other_settings_hold_from_when_they_come_and_who_is_out_stays_out() -> N
     cluster.reconfigure(
         ServiceConfig(balancer=ROUND_ROBIN, ejection=replace(IN_A_ROW, consecutive=2, interval=1.0)), 2.0
     )
-    assert list(cluster.ejections.out) == ["e0"]
+    assert list(cluster.ejections.ejected) == ["e0"]
     assert picks(cluster) == {"e1", "e2", "e3", "e4"}
     cluster.sweep(40.0)
     Driven(cluster=cluster, now=40.0).succeeds(1)
     cluster.sweep(40.0)
     fails(cluster, "e3", times=2, now=40.0)
     cluster.sweep(40.0)
-    assert list(cluster.ejections.out) == ["e3"]
+    assert list(cluster.ejections.ejected) == ["e3"]
 
 
 # -- what a caller sees
@@ -597,5 +597,5 @@ def test_a_replica_that_fails_half_its_calls_is_ejected_within_ten_seconds() -> 
                 call.succeeds(number, at=call.now + 0.001)
         failed += call.verdict.outcome.code != Code.OK
         if turn == 5000:
-            assert "e0" in cluster.ejections.out
+            assert "e0" in cluster.ejections.ejected
     assert failed / 10_000 <= 0.001

@@ -117,7 +117,9 @@ def prioritised(*states: tuple[Connectivity, ...], balancer: BalancerConfig | No
     """A cluster whose endpoints p0-0, p0-1, ..., p1-0, ... are in these states."""
     cluster = empty(balancer=balancer)
     cluster.update([each for priority, of in enumerate(states) for each in endpoints(len(of), priority)])
-    cluster.observe((f"p{priority}-{index}", s) for priority, of in enumerate(states) for index, s in enumerate(of))
+    cluster.update_states(
+        (f"p{priority}-{index}", s) for priority, of in enumerate(states) for index, s in enumerate(of)
+    )
     return cluster
 
 
@@ -156,9 +158,9 @@ def test_a_priority_that_was_never_ready_is_waited_for_ten_seconds() -> None:
 
 def test_a_priority_that_was_ready_before_is_not() -> None:
     cluster = prioritised((READY,), (READY,))
-    cluster.observe([("p0-0", IDLE)])
+    cluster.update_states([("p0-0", IDLE)])
     assert used(cluster) == {"p1-0"}
-    cluster.observe([("p0-0", READY)])
+    cluster.update_states([("p0-0", READY)])
     assert used(cluster) == {"p0-0"}
 
 
@@ -171,12 +173,12 @@ def test_of_one_priority_nothing_is_to_be_waited_for() -> None:
 def test_each_priority_may_have_its_own_policy() -> None:
     levels = (BalancerConfig("pick_first"), BalancerConfig("round_robin"))
     states = [(READY, READY), (READY, READY), (READY,)]
-    balancer = BalancerConfig("pick_first", levels=levels)
+    balancer = BalancerConfig("pick_first", priorities=levels)
     cluster = prioritised(*states, balancer=balancer)
     assert isinstance(cluster.picker, PickFirst)
-    cluster.observe([("p0-0", FAILED), ("p0-1", FAILED)])
+    cluster.update_states([("p0-0", FAILED), ("p0-1", FAILED)])
     assert isinstance(cluster.picker, RoundRobin)
-    cluster.observe([("p1-0", FAILED), ("p1-1", FAILED)])
+    cluster.update_states([("p1-0", FAILED), ("p1-1", FAILED)])
     assert (isinstance(cluster.picker, RoundRobin), used(cluster)) == (True, {"p2-0"})
 
 
@@ -240,11 +242,11 @@ def test_calls_stay_as_near_as_there_is_enough(cluster: Cluster, expected: set[s
 
 def test_calls_leave_a_zone_most_of_which_cannot_be_called() -> None:
     cluster = zoned(eu_1=5, eu_2=5)
-    cluster.observe([(f"eu-1-{index}", FAILED) for index in range(2)])
+    cluster.update_states([(f"eu-1-{index}", FAILED) for index in range(2)])
     assert near(cluster) == {"eu-1"}
-    cluster.observe([("eu-1-2", FAILED)])
+    cluster.update_states([("eu-1-2", FAILED)])
     assert near(cluster) == {"eu-1", "eu-2"}
-    cluster.observe([("eu-1-2", READY)])
+    cluster.update_states([("eu-1-2", READY)])
     assert near(cluster) == {"eu-1"}
 
 

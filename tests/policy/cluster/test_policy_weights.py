@@ -13,7 +13,7 @@ from mesh.codes import Code
 from mesh.config.settings import BalancerConfig, MethodPolicy, ReportsConfig, ServiceConfig, SlowStartConfig
 from mesh.model import CallSpec, Connectivity, Endpoint, Outcome
 from mesh.policy.cluster.cluster import Cluster
-from mesh.policy.cluster.load_report import Report
+from mesh.policy.cluster.load_report import LoadReport
 from mesh.policy.cluster.node import Node
 from tests.policy.driving import METHOD, cluster_of, set_states
 
@@ -27,7 +27,7 @@ def shares(cluster: Cluster, calls: int = 3000) -> dict[str, float]:
     rng = random.Random(1)
     counts: Counter[str] = Counter()
     for _ in range(calls):
-        node = cluster.picker.pick(CALL, cluster._now, rng)
+        node = cluster.picker.pick(CALL, cluster._swept_at, rng)
         assert node is not None
         counts[node.endpoint.address] += 1
     return {address: counts[address] / calls for address in cluster.nodes}
@@ -70,7 +70,7 @@ def test_pick_first_knows_no_weights() -> None:
 
 def test_one_without_weight_is_used_when_there_is_no_other() -> None:
     cluster = of_weights(0, 1)
-    cluster.observe([("e1", Connectivity.TRANSIENT_FAILURE)])
+    cluster.update_states([("e1", Connectivity.TRANSIENT_FAILURE)])
     assert shares(cluster) == {"e0": 1.0, "e1": 0.0}
 
 
@@ -224,30 +224,30 @@ def test_a_single_report_weighs_nothing() -> None:
 
 
 def test_failures_make_an_endpoint_lighter() -> None:
-    report = Report()
+    report = LoadReport()
     for now in (0.0, 20.0):
-        report.take(now, 0.5, 100.0, 50.0, REPORTS)
+        report.record(now, 0.5, 100.0, 50.0, REPORTS)
     assert report.weight(20.0, REPORTS) == pytest.approx(100 / (0.5 + 0.5))
     assert report.weight(20.0, ReportsConfig(True, error_penalty=0.0)) == pytest.approx(200.0)
-    assert repr(report) == "<Report utilization=0.5 qps=100>"
+    assert repr(report) == "<LoadReport utilization=0.5 qps=100>"
 
 
 def test_reports_count_after_the_blackout_and_until_they_expire() -> None:
-    report = Report()
+    report = LoadReport()
     assert report.weight(0.0, REPORTS) == 0.0
-    report.take(100.0, 0.5, 10.0, 0.0, REPORTS)
+    report.record(100.0, 0.5, 10.0, 0.0, REPORTS)
     assert report.weight(109.9, REPORTS) == 0.0
     assert report.weight(110.0, REPORTS) == 20.0
     assert report.weight(279.9, REPORTS) == 20.0
     assert report.weight(280.0, REPORTS) == 0.0
-    report.take(300.0, 0.5, 10.0, 0.0, REPORTS)
+    report.record(300.0, 0.5, 10.0, 0.0, REPORTS)
     assert report.weight(309.0, REPORTS) == 0.0, "after so long a silence the blackout begins anew"
 
 
 def test_a_new_connection_begins_the_blackout_anew() -> None:
     cluster = reporting(100.0, e0=0.8, e1=0.2, e2=0.2)
-    cluster.observe([("e0", Connectivity.IDLE)])
-    cluster.observe([("e0", Connectivity.READY)])
+    cluster.update_states([("e0", Connectivity.IDLE)])
+    cluster.update_states([("e0", Connectivity.READY)])
     cluster.sweep(101.0)
     assert list(shares(cluster).values()) == pytest.approx([1 / 3] * 3, abs=0.01)
 
@@ -256,23 +256,23 @@ def test_a_new_connection_begins_the_blackout_anew() -> None:
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_report_that_cannot_be_is_none(wrong: float, place: int) -> None:
     utilization, qps, eps = (wrong if place == index else right for index, right in enumerate((0.5, 10.0, 0.0)))
-    report = Report()
-    report.take(0.0, 0.5, 10.0, 0.0, REPORTS)
-    report.take(5.0, utilization, qps, eps, REPORTS)
+    report = LoadReport()
+    report.record(0.0, 0.5, 10.0, 0.0, REPORTS)
+    report.record(5.0, utilization, qps, eps, REPORTS)
     assert report.weight(10.0, REPORTS) == 20.0
 
 
 @pytest.mark.parametrize(("utilization", "qps"), [(0.0, 10.0), (0.5, 0.0)])
 def test_a_report_of_nothing_is_none(utilization: float, qps: float) -> None:
-    report = Report()
-    report.take(0.0, utilization, qps, 0.0, REPORTS)
+    report = LoadReport()
+    report.record(0.0, utilization, qps, 0.0, REPORTS)
     assert report.weight(50.0, REPORTS) == 0.0
 
 
 def test_a_report_from_the_past_does_not_replace_a_newer_one() -> None:
-    report = Report()
+    report = LoadReport()
     for now, utilization in ((0.0, 0.5), (20.0, 0.5), (10.0, 0.1)):
-        report.take(now, utilization, 10.0, 0.0, REPORTS)
+        report.record(now, utilization, 10.0, 0.0, REPORTS)
     assert report.weight(20.0, REPORTS) == 20.0
 
 
@@ -317,7 +317,7 @@ def warming(slow_start: SlowStartConfig, balancer: BalancerConfig = STEADY) -> C
     cluster = cluster_of(2, ServiceConfig(balancer=balancer, slow_start=slow_start))
     cluster.sweep(1000.0)
     cluster.update([Endpoint("e0"), Endpoint("e1"), Endpoint("e2")])
-    cluster.observe([("e2", Connectivity.READY)])
+    cluster.update_states([("e2", Connectivity.READY)])
     return cluster
 
 
@@ -341,12 +341,12 @@ def test_without_slow_start_it_gets_its_share_at_once() -> None:
 
 
 def test_when_all_are_fresh_they_share_alike() -> None:
-    cluster = cluster_of(3, ServiceConfig(balancer=STEADY, slow_start=SlowStartConfig(20.0, least=0.0)))
+    cluster = cluster_of(3, ServiceConfig(balancer=STEADY, slow_start=SlowStartConfig(20.0, min_weight=0.0)))
     assert list(shares(cluster).values()) == pytest.approx([1 / 3] * 3, abs=0.01)
 
 
 def test_one_that_starts_from_nothing_is_used_when_there_is_no_other() -> None:
-    cluster = warming(SlowStartConfig(20.0, least=0.0))
+    cluster = warming(SlowStartConfig(20.0, min_weight=0.0))
     assert shares(cluster)["e2"] == 0.0
-    cluster.observe([("e0", Connectivity.IDLE), ("e1", Connectivity.IDLE)])
+    cluster.update_states([("e0", Connectivity.IDLE), ("e1", Connectivity.IDLE)])
     assert shares(cluster)["e2"] == 1.0
