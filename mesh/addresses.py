@@ -57,7 +57,7 @@ def is_ip(host: str) -> bool:
     return True
 
 
-def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address:
+def parse(text: str, *, port: int | None = None, min_port: int = 1) -> Address:
     """Parse an address. ``port``: the default port; None where a port is required.
 
     Raises ValueError, which says what is wrong and how to write it.
@@ -89,8 +89,8 @@ def parse(text: str, *, port: int | None = None, least_port: int = 1) -> Address
         if port is None:
             raise ValueError("the port is missing" + (f", as in [{host}]:50051" if ":" in host else ""))
         return Address(host, port)
-    if not _PORT.fullmatch(given) or not least_port <= int(given) <= 65535:
-        raise ValueError(f"the port must be a number from {least_port} to 65535")
+    if not _PORT.fullmatch(given) or not min_port <= int(given) <= 65535:
+        raise ValueError(f"the port must be a number from {min_port} to 65535")
     return Address(host, int(given))
 
 

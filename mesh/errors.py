@@ -25,17 +25,17 @@ def explain(call_or_error: object) -> Explanation:
     Raises TypeError when it has no call of a mesh channel, and asyncio.InvalidStateError while interceptors haven't
     made the call yet.
     """
-    looked_at: list[object] = []
-    ahead = [call_or_error]
-    while ahead:
-        found = ahead.pop(0)
-        if any(found is other for other in looked_at):
+    visited: list[object] = []
+    to_visit = [call_or_error]
+    while to_visit:
+        found = to_visit.pop(0)
+        if any(found is other for other in visited):
             continue
-        looked_at.append(found)
+        visited.append(found)
         own = getattr(found, "explain", None)
         if callable(own) and isinstance(explanation := own(), Explanation):
             return explanation
-        ahead += (each for each in _inside(found) if isinstance(each, _CALLS))
+        to_visit += (each for each in _inside(found) if isinstance(each, _CALLS))
     raise TypeError(f"no call of a mesh channel in {call_or_error!r}")
 
 

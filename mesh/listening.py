@@ -101,7 +101,7 @@ def _probe(listen: str, share: bool) -> None:
     elif is_local(listen):
         return  # vsock
     else:
-        host, port = parse(listen, least_port=0)
+        host, port = parse(listen, min_port=0)
         addresses = list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     refused = []
     for family, kind, protocol, _, address in addresses:

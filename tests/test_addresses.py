@@ -202,7 +202,7 @@ def test_it_is_written_as_it_is_read() -> None:
     for text in ("users:1", "[::1]:1", "[fe80::1%eth0]:1"):
         assert str(parse(text)) == text
     assert parse("users", port=7) == Address("users", 7)
-    assert parse("users:0", least_port=0) == Address("users", 0)
+    assert parse("users:0", min_port=0) == Address("users", 0)
     assert not Address("users", 1).is_wildcard
 
 
@@ -211,7 +211,7 @@ def test_grpc_calls_what_the_parser_takes(host: str) -> None:
     threads = futures.ThreadPoolExecutor(1)
     server = grpc.server(threads, handlers=[Echo()])
     try:
-        listen = parse(f"{host}:0", least_port=0)
+        listen = parse(f"{host}:0", min_port=0)
         port = server.add_insecure_port(str(listen))
         server.start()
         with grpc.insecure_channel(str(listen._replace(port=port))) as channel:

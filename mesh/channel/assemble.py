@@ -277,7 +277,7 @@ class Assembly:
         not retry."""
         retry = call.policy.retry
         if scope is not None and call.may_retry and retry is not None and retry.max_attempts > 1:
-            scope.exhausted |= verdict.outcome.code in retry.codes
+            scope.exhausted |= verdict.outcome.code in retry.retryable_codes
 
     def __repr__(self) -> str:
         return f"<Assembly {self.target} {self.cluster!r}>"

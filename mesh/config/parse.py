@@ -25,15 +25,15 @@ from mesh.config.reader import (
 )
 from mesh.config.settings import (
     NEVER_HEDGE,
-    AdaptiveConfig,
+    AdaptiveThrottleConfig,
     BalancerConfig,
     BudgetConfig,
-    EjectionConfig,
     FailurePercentageConfig,
     HedgingPolicy,
+    LoadReportsConfig,
     MethodPolicy,
+    OutlierDetectionConfig,
     OverloadConfig,
-    ReportsConfig,
     RetryPolicy,
     ServiceConfig,
     SlowStartConfig,
@@ -53,14 +53,14 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
     health = root.get("healthCheckConfig", Field.object)
     if balanced_by_core:
         root.known.update(("loadBalancingConfig", "loadBalancingPolicy"))
-    balancer, ejection = (None, None) if balanced_by_core else _balancer(root)
+    balancer, detection = (None, None) if balanced_by_core else _balancer(root)
     return ServiceConfig(
         methods=_methods(root),
         balancer=balancer,
         budget=_budget(root.get("retryBudget", Field.object)),
         throttle=_throttle(root.get("retryThrottling", Field.object)),
         health_service=None if health is None else health.get("serviceName", Field.string),
-        ejection=ejection or EjectionConfig(),
+        outlier_detection=detection or OutlierDetectionConfig(),
         slow_start=root.get_or("slowStart", _slow_start, SlowStartConfig()),
         zone=root.get_or("zoneAwareness", _zone, ZoneConfig()),
         overload=root.get_or("overload", _overload, OverloadConfig()),
@@ -71,8 +71,8 @@ def parse(text: str, *, balanced_by_core: bool = False) -> ServiceConfig:
 def for_core(text: str) -> str:
     """The part of a service config that is left to gRPC core when core resolves and balances: everything but retries
     and timeouts, which the mesh does."""
-    ours = ("methodConfig", "retryThrottling", "retryBudget", "slowStart", "zoneAwareness", "overload")
-    return json.dumps({key: value for key, value in _read(text).items.items() if key not in ours})
+    own_keys = ("methodConfig", "retryThrottling", "retryBudget", "slowStart", "zoneAwareness", "overload")
+    return json.dumps({key: value for key, value in _read(text).items.items() if key not in own_keys})
 
 
 def _read(text: str) -> Object:
@@ -134,7 +134,7 @@ def _retry(field: Field) -> RetryPolicy:
         initial_backoff=retry.required("initialBackoff", Field.timeout),
         max_backoff=retry.required("maxBackoff", Field.timeout),
         multiplier=retry.required("backoffMultiplier", Field.positive),
-        codes=codes,
+        retryable_codes=codes,
     )
 
 
@@ -143,16 +143,16 @@ def _hedge(field: Field) -> HedgingPolicy:
     return HedgingPolicy(
         max_attempts=hedge.required("maxAttempts", Field.attempts),
         delay=hedge.get_or("hedgingDelay", Field.duration, 0.0),
-        non_fatal=hedge.get_or("nonFatalStatusCodes", Field.codes, frozenset()),
+        non_fatal_codes=hedge.get_or("nonFatalStatusCodes", Field.codes, frozenset()),
         percentile=hedge.get_or("delayPercentile", Field.percentile, 0.0),
     )
 
 
-_Balancing = tuple[BalancerConfig, EjectionConfig | None]
+_Balancing = tuple[BalancerConfig, OutlierDetectionConfig | None]
 """A balancing policy, and the outlier detection around it if there is one."""
 
 
-def _balancer(root: Object) -> tuple[BalancerConfig | None, EjectionConfig | None]:
+def _balancer(root: Object) -> tuple[BalancerConfig | None, OutlierDetectionConfig | None]:
     return _policy(root, "loadBalancingConfig") if root.list("loadBalancingConfig") else (None, None)
 
 
@@ -167,7 +167,7 @@ def _policy(parent: Object, key: str) -> _Balancing:
         read = _POLICIES.get(name.removesuffix("_experimental"))
         if read is not None:
             return read(settings.object())
-        # The list may have other clients' policies (A24): only a name similar to one of ours is a typo.
+        # The list may have other clients' policies (A24): only a name similar to one of own_keys is a typo.
         if len(parent.state.policies) < MAX_WARNINGS and (hint := did_you_mean(name, _POLICIES)):
             parent.state.policies.append(f"{entry.path}: unknown policy {abbreviated_key(name)}, skipped{hint}")
     known = ", ".join(sorted(_POLICIES))
@@ -196,7 +196,7 @@ def _least_request(settings: Object) -> _Balancing:
         "least_request",
         starvation=math.inf,
         choices=min(10, max(2, settings.get_or("choiceCount", Field.whole, 2))),  # "2..10, more are 10" - A48
-        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),
+        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), LoadReportsConfig()),
     ), None
 
 
@@ -206,7 +206,7 @@ def _peak_ewma(settings: Object) -> _Balancing:
         decay_time=settings.get_or("decayTime", Field.timeout, 1.0),
         failure_penalty=settings.get_or("failurePenalty", Field.timeout, 5.0),
         starvation=settings.get_or("starvationGuard", Field.duration, 10.0) or math.inf,
-        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), ReportsConfig()),
+        reports=settings.get_or("loadReports", lambda field: _reports(field.object()), LoadReportsConfig()),
     ), None
 
 
@@ -229,8 +229,8 @@ def _ring_hash(settings: Object) -> _Balancing:
 
 
 def _random_subsetting(settings: Object) -> _Balancing:
-    balancer, ejection = _child(settings)
-    return replace(balancer, subset=settings.required("subsetSize", Field.positive_whole)), ejection
+    balancer, detection = _child(settings)
+    return replace(balancer, subset=settings.required("subsetSize", Field.positive_whole)), detection
 
 
 def _priority(settings: Object) -> _Balancing:
@@ -242,24 +242,26 @@ def _priority(settings: Object) -> _Balancing:
         levels.append(_policy(child, "config"))
     if not levels:
         raise settings.field("priorities").fail("expected at least one name")
-    ejection = next((each for _, each in levels if each is not None), None)
-    return replace(levels[0][0], priorities=tuple(balancer for balancer, _ in levels)), ejection
+    detection = next((each for _, each in levels if each is not None), None)
+    return replace(levels[0][0], priorities=tuple(balancer for balancer, _ in levels)), detection
 
 
 def _outlier_detection(settings: Object) -> _Balancing:
     balancer, _ = _child(settings)
-    default = EjectionConfig()
-    return balancer, EjectionConfig(
+    default = OutlierDetectionConfig()
+    return balancer, OutlierDetectionConfig(
         interval=settings.get_or("interval", Field.period, default.interval),
         base_time=settings.get_or("baseEjectionTime", Field.period, default.base_time),
         max_time=settings.get_or("maxEjectionTime", Field.period, default.max_time),
         max_percent=settings.get_or("maxEjectionPercent", Field.percentage, default.max_percent),
         success_rate=settings.get("successRateEjection", _success_rate),
         failure_percentage=settings.get("failurePercentageEjection", _failure_percentage),
-        consecutive=settings.get_or("consecutiveFailures", Field.whole, default.consecutive),
-        gateway=settings.get_or("consecutiveGatewayErrors", Field.whole, default.gateway),
-        timeouts=settings.get_or("consecutiveTimeouts", Field.whole, default.timeouts),
-        panic=settings.get_or("panicThreshold", Field.percentage, default.panic),
+        consecutive_failures=settings.get_or("consecutiveFailures", Field.whole, default.consecutive_failures),
+        consecutive_gateway_errors=settings.get_or(
+            "consecutiveGatewayErrors", Field.whole, default.consecutive_gateway_errors
+        ),
+        consecutive_timeouts=settings.get_or("consecutiveTimeouts", Field.whole, default.consecutive_timeouts),
+        panic_threshold=settings.get_or("panicThreshold", Field.percentage, default.panic_threshold),
         dry_run=settings.get_or("dryRun", Field.boolean, False),
     )
 
@@ -284,11 +286,11 @@ def _failure_percentage(field: Field) -> FailurePercentageConfig:
     )
 
 
-def _reports(settings: Object) -> ReportsConfig:
-    default = ReportsConfig()
+def _reports(settings: Object) -> LoadReportsConfig:
+    default = LoadReportsConfig()
     out_of_band = settings.get_or("enableOobLoadReport", Field.boolean, False)
     period = settings.get_or("oobReportingPeriod", Field.period, 10.0)
-    return ReportsConfig(
+    return LoadReportsConfig(
         enabled=True,
         out_of_band=period if out_of_band else 0.0,
         blackout=settings.get_or("blackoutPeriod", Field.duration, default.blackout),
@@ -339,12 +341,12 @@ def _overload(field: Field) -> OverloadConfig:
     )
 
 
-def _adaptive(field: Field) -> AdaptiveConfig:
-    settings, default = field.object(), AdaptiveConfig()
+def _adaptive(field: Field) -> AdaptiveThrottleConfig:
+    settings, default = field.object(), AdaptiveThrottleConfig()
     k = settings.get_or("k", Field.number, default.k)
     if k < 1:
         raise settings.field("k").fail("expected a number of 1 or more")
-    return AdaptiveConfig(
+    return AdaptiveThrottleConfig(
         k=k,
         window=settings.get_or("window", Field.period, default.window),
         max_refused=min(0.99, settings.get_or("maxRefusedPercent", Field.percentage, 90.0) / 100),

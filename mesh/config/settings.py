@@ -27,7 +27,7 @@ class RetryPolicy:
     initial_backoff: float = 0.025
     max_backoff: float = 0.25
     multiplier: float = 2.0
-    codes: frozenset[int] = frozenset({Code.UNAVAILABLE})
+    retryable_codes: frozenset[int] = frozenset({Code.UNAVAILABLE})
     receive_timeout: float = math.inf
 
 
@@ -41,11 +41,11 @@ class HedgingPolicy:
 
     max_attempts: int
     delay: float = 0.0
-    non_fatal: frozenset[int] = frozenset()
+    non_fatal_codes: frozenset[int] = frozenset()
     percentile: float = 0.0
 
 
-NEVER_RETRY = RetryPolicy(1, codes=frozenset())
+NEVER_RETRY = RetryPolicy(1, retryable_codes=frozenset())
 NEVER_HEDGE = HedgingPolicy(1)
 
 # Without a config, by the method's descriptor; 25 ms and 250 ms are A44's.
@@ -75,7 +75,7 @@ class MethodPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportsConfig:
+class LoadReportsConfig:
     """How weights are computed from load reports (A58). ``enabled``: whether load reports are used.
 
     ``out_of_band``: the period of reports from ORCA's service, in seconds; 0: reports come with responses.
@@ -104,7 +104,7 @@ class BalancerConfig:
     failure_penalty: float = 5.0
     starvation: float = 10.0
     choices: int = 2
-    reports: ReportsConfig = ReportsConfig()
+    reports: LoadReportsConfig = LoadReportsConfig()
     hash_header: str = ""
     min_ring: int = 1024
     max_ring: int = 4096
@@ -135,12 +135,12 @@ class FailurePercentageConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EjectionConfig:
+class OutlierDetectionConfig:
     """Outlier detection (A50): when an endpoint is ejected, and for how long (seconds).
 
-    ``consecutive``: consecutive failures; ``gateway``: consecutive UNAVAILABLE or DEADLINE_EXCEEDED; ``timeouts``:
-    consecutive DEADLINE_EXCEEDED; 0 turns each off. ``panic``: the panic threshold: when a smaller percentage of READY
-    endpoints isn't ejected, ejections are ignored. ``dry_run``: count ejections, but don't eject.
+    ``consecutive_failures`` of any kind, ``consecutive_gateway_errors`` (UNAVAILABLE or DEADLINE_EXCEEDED) or
+    ``consecutive_timeouts`` (DEADLINE_EXCEEDED) eject at once; 0 turns each off. ``panic_threshold``: when a smaller
+    percentage of READY endpoints isn't ejected, ejections are ignored. ``dry_run``: count ejections, but don't eject.
     """
 
     interval: float = 10.0
@@ -149,10 +149,10 @@ class EjectionConfig:
     max_percent: float = 10.0
     success_rate: SuccessRateConfig | None = SuccessRateConfig()
     failure_percentage: FailurePercentageConfig | None = FailurePercentageConfig()
-    consecutive: int = 5
-    gateway: int = 0
-    timeouts: int = 3
-    panic: float = 50.0
+    consecutive_failures: int = 5
+    consecutive_gateway_errors: int = 0
+    consecutive_timeouts: int = 3
+    panic_threshold: float = 50.0
     dry_run: bool = False
 
 
@@ -177,7 +177,7 @@ class ZoneConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AdaptiveConfig:
+class AdaptiveThrottleConfig:
     """Google SRE's client-side throttling: refuse with p = (requests - ``k`` × accepts) / (requests + 1), over
     ``window`` seconds, and at most ``max_refused`` of the calls."""
 
@@ -192,7 +192,7 @@ class OverloadConfig:
     ``dry_run``: count refusals, but don't refuse."""
 
     max_outstanding: float = math.inf
-    adaptive: AdaptiveConfig | None = None
+    adaptive: AdaptiveThrottleConfig | None = None
     dry_run: bool = False
 
 
@@ -222,7 +222,7 @@ class ServiceConfig:
     budget: BudgetConfig = BudgetConfig()
     throttle: ThrottleConfig | None = None
     health_service: str | None = None
-    ejection: EjectionConfig = EjectionConfig()
+    outlier_detection: OutlierDetectionConfig = OutlierDetectionConfig()
     slow_start: SlowStartConfig = SlowStartConfig()
     zone: ZoneConfig = ZoneConfig()
     overload: OverloadConfig = OverloadConfig()

@@ -53,7 +53,7 @@ class Cache:
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder), registry, service) if folder else None
 
-    def load(self) -> pb.Snapshot | None:
+    def read(self) -> pb.Snapshot | None:
         """The last snapshot; None when there is none, or it is too old or invalid."""
         try:
             files.check_private(self._path.parent.stat())
@@ -76,7 +76,7 @@ class Cache:
         _LOG.warning("%s: using %d cached instances, saved %.0f s ago", self._path, len(snapshot.instances), age)
         return snapshot
 
-    def save(self, snapshot: pb.Snapshot) -> None:
+    def write(self, snapshot: pb.Snapshot) -> None:
         """Replace the saved snapshot."""
         content = snapshot.SerializeToString()
         try:

@@ -96,7 +96,7 @@ class RegistryResolver(Resolver):
                 stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
                 backoff = MIN_BACKOFF
                 while True:
-                    begun = _now()
+                    started = _now()
                     async with contextlib.aclosing(self._watch(stub)) as watch:
                         async for update in watch:
                             if update != last:
@@ -105,7 +105,7 @@ class RegistryResolver(Resolver):
                                 yield update
                     self._roster.watch_ended()
                     # A registry that responds and crashes in a loop must not be called ten times a second.
-                    if _now() - begun > MAX_BACKOFF:
+                    if _now() - started > MAX_BACKOFF:
                         backoff = MIN_BACKOFF
                     await asyncio.sleep(backoff * self._rng.uniform(1 - JITTER, 1 + JITTER))
                     backoff = min(backoff * 2, MAX_BACKOFF)
@@ -117,16 +117,16 @@ class RegistryResolver(Resolver):
         """One watch, from its start until it fails; the last update says why."""
         epoch, revision = self._roster.position
         call = stub.Watch(pb.WatchRequest(service=self._service, epoch=epoch, revision=revision))
-        reading = asyncio.ensure_future(call.read())
-        begun = _now()
+        read_task = asyncio.ensure_future(call.read())
+        started = _now()
         refused = False
         try:
             while True:
                 # Not wait_for: a read that is cancelled ends the call.
-                await asyncio.wait({reading}, timeout=self._pause(begun))
-                if reading.done():
+                await asyncio.wait({read_task}, timeout=self._wait_time(started))
+                if read_task.done():
                     self._answered = True
-                    step = reading.result()
+                    step = read_task.result()
                     if not isinstance(step, pb.WatchResponse):
                         # gRPC returns None for a message that can't be parsed.
                         failure = "it sent an invalid message" if step is None else "it ended the watch"
@@ -137,37 +137,37 @@ class RegistryResolver(Resolver):
                         break
                     if problem:
                         yield Update(None, f"registry {self._registry}: it sent {problem}")
-                    reading = asyncio.ensure_future(call.read())
-                elif not self._answered and _now() - begun >= self._first_response_timeout:
+                    read_task = asyncio.ensure_future(call.read())
+                elif not self._answered and _now() - started >= self._first_response_timeout:
                     failure = f"no answer for {self._first_response_timeout:g} s"
                     break
                 self._roster.expire(_now())
                 if self._load_cache() or (self._answered and self._roster.complete):
-                    yield await self._known(stub)
+                    yield await self._current(stub)
         except grpc.aio.AioRpcError as error:
             failure = f"{error.code().name}: {short_details(error.details() or '')}"
             refused = True
         finally:
             self._answered = False
             call.cancel()
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            read_task.cancel()
+            await asyncio.gather(read_task, return_exceptions=True)
         if self._load_cache():
-            yield await self._known(stub)
+            yield await self._current(stub)
         # As in gRPC: without endpoints calls wait for the resolver, and fail when it has failed.
         yield Update(None, f"registry {self._registry}: {failure}", final=refused)
 
-    def _pause(self, begun: float) -> float | None:
+    def _wait_time(self, started: float) -> float | None:
         """How long to wait for the registry's next message. Seconds; None: forever."""
         if self._answered:
-            untils = [until for until in (self._roster.held_until, self._probation.until) if until is not None]
+            deadlines = [until for until in (self._roster.held_until, self._probation.until) if until is not None]
         else:
-            untils = [begun + self._first_response_timeout]
+            deadlines = [started + self._first_response_timeout]
             if not self._cache_used:
-                untils.append(begun + CACHE_AFTER)
-        return max(min(untils) - _now(), 0.0) if untils else None
+                deadlines.append(started + CACHE_AFTER)
+        return max(min(deadlines) - _now(), 0.0) if deadlines else None
 
-    async def _known(self, stub: pb_grpc.RegistryAsyncStub) -> Update:
+    async def _current(self, stub: pb_grpc.RegistryAsyncStub) -> Update:
         endpoints = self._probation.apply(self._roster.endpoints(), _now())
         error = "" if endpoints else await absent.describe(stub, self._registry, self._service)
         return Update(endpoints, error, service_config=self._roster.service_config)
@@ -179,7 +179,7 @@ class RegistryResolver(Resolver):
         self._cache_used = True
         if self._roster.endpoints():
             return False
-        snapshot = self._cache.load() if self._cache else None
+        snapshot = self._cache.read() if self._cache else None
         if snapshot is not None:
             self._roster.restore(snapshot)
         return bool(self._roster.endpoints())
@@ -193,7 +193,7 @@ class RegistryResolver(Resolver):
             self._changed.clear()
             # An empty result is of no use later, and instances that the registry hasn't confirmed must not look new.
             if self._answered and self._roster.endpoints():
-                self._cache.save(self._roster.snapshot())
+                self._cache.write(self._roster.snapshot())
                 await asyncio.sleep(SAVE_PERIOD)
 
     def __repr__(self) -> str:

@@ -118,7 +118,7 @@ def _static(text: str, authority: str, path: str) -> Resolver:
     for address in addresses:
         try:
             if not is_local(address):
-                parse(address, least_port=0)  # grpc accepts port 0
+                parse(address, min_port=0)  # grpc accepts port 0
         except ValueError as error:
             raise ValueError(f"target {text!r}: {address!r} is not {FORMS}: {error}") from None
     return StaticResolver(addresses)

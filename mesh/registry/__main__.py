@@ -88,7 +88,7 @@ def check(listen: str) -> None:
     """Raise SettingError unless ``listen`` is an address."""
     try:
         if not is_local(listen):
-            parse(listen, least_port=0)
+            parse(listen, min_port=0)
     except ValueError as error:
         raise SettingError(f"MESH_REGISTRY_LISTEN or --listen must be HOST:PORT, not {listen!r}: {error}") from None
 
@@ -133,7 +133,7 @@ async def serve(listen: str, folder: str = "") -> None:
     service.state = restore(book, folder)
     await server.start()
     checks.set(SERVING, [SERVICE_NAME])
-    at = listen if is_local(listen) else parse(listen, least_port=0)._replace(port=listener.port)
+    at = listen if is_local(listen) else parse(listen, min_port=0)._replace(port=listener.port)
     _log.info("serving on %s", at)
 
     await stop.wait()

@@ -20,7 +20,7 @@ def advertised(settings: ServerSettings, port: int) -> str:
     told = settings.advertise or settings.listen
     if is_local(told):
         return told
-    address = parse(told, port=0, least_port=0)
+    address = parse(told, port=0, min_port=0)
     if settings.advertise:
         return str(address._replace(port=address.port or port))
     return str(Address(_own_host(settings.registry) if address.is_wildcard else address.host, port))
@@ -28,7 +28,7 @@ def advertised(settings: ServerSettings, port: int) -> str:
 
 def listening(listen: str, port: int, address: str) -> str:
     """Where a server listens, for people: its address, and the one that clients are given where that is another."""
-    bound = listen if is_local(listen) else str(parse(listen, least_port=0)._replace(port=port))
+    bound = listen if is_local(listen) else str(parse(listen, min_port=0)._replace(port=port))
     return bound if bound == address else f"{bound}, advertised as {address}"
 
 

@@ -36,7 +36,7 @@ def _text(value: str) -> str:
 def _address(value: str) -> str:
     if not is_local(value):
         try:
-            parse(value, least_port=0)
+            parse(value, min_port=0)
         except ValueError as error:
             raise _RefusedError(f"{FORMS}: {error}") from None
     return value
@@ -45,7 +45,7 @@ def _address(value: str) -> str:
 def _advertised(value: str) -> str:
     if not is_local(value):
         try:
-            address = parse(value, port=0, least_port=0)
+            address = parse(value, port=0, min_port=0)
         except ValueError as error:
             accepted = "host:port, or a host alone (the port is then the one listened on), or unix:path"
             raise _RefusedError(f"{accepted}: {error}") from None

@@ -164,7 +164,7 @@ def test_a_fifo_in_the_disk_cache_holds_up_no_call(
 ) -> None:
     registry = f"127.0.0.1:{free_port()}"  # nobody listens
     folder = tmp_path / "cache"
-    Cache(folder, registry, SERVICE).save(pb.Snapshot())
+    Cache(folder, registry, SERVICE).write(pb.Snapshot())
     (file,) = folder.iterdir()
     file.unlink()
     os.mkfifo(file)

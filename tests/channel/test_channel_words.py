@@ -22,7 +22,7 @@ from mesh import lines
 from mesh.channel.endpoint_log import EndpointLog
 from mesh.channel.sync.channel import Channel
 from mesh.codes import Code
-from mesh.config.settings import EjectionConfig, ServiceConfig
+from mesh.config.settings import OutlierDetectionConfig, ServiceConfig
 from mesh.discovery.resolver import Update
 from mesh.errors import AioRpcError, CallError, RpcError, short_details
 from mesh.model import Endpoint
@@ -252,7 +252,7 @@ def test_lines_say_when_endpoints_come_fail_and_return(
 
 def test_an_ejection_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mesh")
-    cluster = cluster_of(3, ServiceConfig(ejection=EjectionConfig(consecutive=1)))
+    cluster = cluster_of(3, ServiceConfig(outlier_detection=OutlierDetectionConfig(consecutive_failures=1)))
     events, node = EndpointLog(cluster), cluster.nodes["e1"]
     node.breaker.record_failure(0.0, Code.UNAVAILABLE)
     cluster.ejections.on_breaker_event(node)

@@ -16,16 +16,16 @@ from mesh.config.settings import (
     DEFAULT_RETRY,
     NEVER_HEDGE,
     NEVER_RETRY,
-    AdaptiveConfig,
+    AdaptiveThrottleConfig,
     BalancerConfig,
     BudgetConfig,
-    EjectionConfig,
     FailurePercentageConfig,
     HedgingPolicy,
     Idempotency,
+    LoadReportsConfig,
     MethodPolicy,
+    OutlierDetectionConfig,
     OverloadConfig,
-    ReportsConfig,
     RetryPolicy,
     ServiceConfig,
     SlowStartConfig,
@@ -131,7 +131,7 @@ NEAR = BalancerConfig(
     decay_time=3.0,
     failure_penalty=2.0,
     starvation=7.0,
-    reports=ReportsConfig(True, 5.0, 1.0, 60.0, 2.0, 0.5),
+    reports=LoadReportsConfig(True, 5.0, 1.0, 60.0, 2.0, 0.5),
     subset=20,
 )
 FAR = BalancerConfig("ring_hash", hash_header="user", min_ring=10, max_ring=100, load_factor=1.25, subset=0)
@@ -164,22 +164,22 @@ def test_a_config_is_read_whole() -> None:
             ("", ""): hedged,
         },
         balancer=replace(NEAR, priorities=(NEAR, FAR, LAST)),
-        ejection=EjectionConfig(
+        outlier_detection=OutlierDetectionConfig(
             1.0,
             2.0,
             3.0,
             40.0,
             SuccessRateConfig(1.0, 50.0, 3, 10),
             FailurePercentageConfig(60.0, 50.0, 3, 10),
-            consecutive=7,
-            gateway=4,
-            timeouts=4,
-            panic=30.0,
+            consecutive_failures=7,
+            consecutive_gateway_errors=4,
+            consecutive_timeouts=4,
+            panic_threshold=30.0,
             dry_run=True,
         ),
         slow_start=SlowStartConfig(30.0, 2.0, 0.05),
         zone=ZoneConfig(enabled=True, min_cluster=4, min_endpoints=1),
-        overload=OverloadConfig(10, AdaptiveConfig(1.5, 60.0, 0.8), dry_run=True),
+        overload=OverloadConfig(10, AdaptiveThrottleConfig(1.5, 60.0, 0.8), dry_run=True),
         budget=BudgetConfig(0.2, 5.0),
         throttle=ThrottleConfig(10.0, 0.1),
         health_service="a.B",
@@ -234,8 +234,10 @@ def test_a_budget_may_be_given_in_part() -> None:
 def test_status_codes_are_names_in_any_case_or_numbers(codes: list[object], expected: set[int]) -> None:
     retry = of_method({"retryPolicy": {**RETRY, "retryableStatusCodes": codes}}).retry
     assert retry is not None
-    assert retry.codes == expected
-    assert of_method({"hedgingPolicy": {"maxAttempts": 2, "nonFatalStatusCodes": codes}}).hedge.non_fatal == expected
+    assert retry.retryable_codes == expected
+    assert (
+        of_method({"hedgingPolicy": {"maxAttempts": 2, "nonFatalStatusCodes": codes}}).hedge.non_fatal_codes == expected
+    )
 
 
 @pytest.mark.parametrize(("given", "taken"), [(2, 2), (5, 5), (6, 5), (1e300, 5), ("4", 4), (3.0, 3)])
@@ -285,8 +287,8 @@ def test_outlier_detection_that_is_named_has_what_it_names_and_failures_in_a_row
     # As in gRPC: an algorithm that isn't named is off.
     named = parsed(policy_of("outlier_detection", {"childPolicy": [{"round_robin": {}}]}))
     assert named.balancer == BalancerConfig("round_robin")
-    assert named.ejection == EjectionConfig(success_rate=None, failure_percentage=None)
-    assert parsed(policy_of("round_robin", {})).ejection == EjectionConfig()
+    assert named.outlier_detection == OutlierDetectionConfig(success_rate=None, failure_percentage=None)
+    assert parsed(policy_of("round_robin", {})).outlier_detection == OutlierDetectionConfig()
 
 
 def test_a_policy_over_others_has_peak_ewma_below_it_when_it_names_none() -> None:

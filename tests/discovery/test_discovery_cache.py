@@ -37,36 +37,36 @@ def known(*ids: str, config: str = "") -> pb.Snapshot:
 
 def test_what_is_saved_is_loaded_by_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "when needed"
-    Cache(folder, REGISTRY, USER).save(known("a", "b", config="{}"))
-    Cache(folder, REGISTRY, USER).save(known("a", config="{}"))
+    Cache(folder, REGISTRY, USER).write(known("a", "b", config="{}"))
+    Cache(folder, REGISTRY, USER).write(known("a", config="{}"))
 
-    assert Cache(folder, REGISTRY, USER).load() == known("a", config="{}")
+    assert Cache(folder, REGISTRY, USER).read() == known("a", config="{}")
     assert [file.suffix for file in folder.iterdir()] == [".binpb"], "and nothing else is left"
 
 
 @pytest.mark.parametrize(("registry", "service"), [(REGISTRY, "other"), ("unix:/run/r", USER), ("../" * 99, "..")])
 def test_each_registry_and_service_has_a_file_of_its_own(tmp_path: Path, registry: str, service: str) -> None:
     folder = tmp_path / "cache"
-    Cache(folder, REGISTRY, USER).save(known("a"))
-    Cache(folder, registry, service).save(known("b"))
+    Cache(folder, REGISTRY, USER).write(known("a"))
+    Cache(folder, registry, service).write(known("b"))
 
-    assert Cache(folder, REGISTRY, USER).load() == known("a")
-    assert Cache(folder, registry, service).load() == known("b")
+    assert Cache(folder, REGISTRY, USER).read() == known("a")
+    assert Cache(folder, registry, service).read() == known("b")
     assert len(list(folder.iterdir())) == 2
 
 
 def test_what_is_too_old_or_broken_or_not_there_is_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path, REGISTRY, USER, max_age=60)
-    assert cache.load() is None
+    assert cache.read() is None
 
-    cache.save(known("a"))
+    cache.write(known("a"))
     (file,) = tmp_path.iterdir()
     old = time.time() - 61
     os.utime(file, (old, old))
-    assert cache.load() is None
+    assert cache.read() is None
 
     file.write_bytes(b"\xff\xff\xff")
-    assert cache.load() is None
+    assert cache.read() is None
     assert "can't be read" in caplog.text
 
 
@@ -74,8 +74,8 @@ def test_a_directory_that_can_not_be_written_is_named_once(tmp_path: Path, caplo
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     cache = Cache(in_the_way, REGISTRY, USER)
-    cache.save(known("a"))
-    cache.save(known("a"))
+    cache.write(known("a"))
+    cache.write(known("a"))
     assert caplog.text.count("can't be written") == 1
 
 
@@ -100,8 +100,8 @@ async def test_what_the_registry_tells_is_kept(tmp_path: Path) -> None:
         cache = Cache(tmp_path, registry.address, USER)
         async with watching(resolver_at(registry.address, tmp_path)) as updates:
             await updates.until("a")
-            await soon(lambda: cache.load() is not None)
-    snapshot = cache.load()
+            await soon(lambda: cache.read() is not None)
+    snapshot = cache.read()
     assert snapshot is not None
     assert [(each.id, each.address) for each in snapshot.instances] == [("a", "a:1")]
     assert snapshot.service_config == "{}"
@@ -111,7 +111,7 @@ async def test_a_registry_that_is_away_is_replaced_by_what_was_kept(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    Cache(tmp_path, address, USER).save(known("a", "b", config="{}"))
+    Cache(tmp_path, address, USER).write(known("a", "b", config="{}"))
     async with watching(resolver_at(address, tmp_path)) as updates:
         update = await updates.next()
         assert of(update) == "a b"
@@ -125,7 +125,7 @@ async def test_a_registry_that_accepts_and_says_nothing_is_taken_for_away(tmp_pa
         await asyncio.get_running_loop().create_future()
 
     async with odd_registry(watch) as address:
-        Cache(tmp_path, address, USER).save(known("a"))
+        Cache(tmp_path, address, USER).write(known("a"))
         async with watching(resolver_at(address, tmp_path)) as updates:
             assert of(await updates.next()) == "a"
 
@@ -133,14 +133,14 @@ async def test_a_registry_that_accepts_and_says_nothing_is_taken_for_away(tmp_pa
 async def test_a_registry_that_answers_is_believed_and_not_what_was_kept(tmp_path: Path) -> None:
     async with serving() as registry:
         await registry.register(user("new"))
-        Cache(tmp_path, registry.address, USER).save(known("old"))
+        Cache(tmp_path, registry.address, USER).write(known("old"))
         async with watching(resolver_at(registry.address, tmp_path)) as updates:
             assert of(await updates.next()) == "new"
 
 
 async def test_a_registry_that_was_restarted_too_and_knows_nobody_yet_evicts_nobody(tmp_path: Path) -> None:
     async with serving() as registry:
-        Cache(tmp_path, registry.address, USER).save(known("a", "b"))
+        Cache(tmp_path, registry.address, USER).write(known("a", "b"))
         async with watching(resolver_at(registry.address, tmp_path)) as updates:
             assert of(await updates.next()) == "a b"
             await registry.register(user("c"))

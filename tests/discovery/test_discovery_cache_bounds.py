@@ -21,14 +21,14 @@ MEBIBYTE = 1024 * 1024
 LOAD = f"""\
 import logging, sys, pathlib
 logging.basicConfig(format="%(message)s")
-print(Cache(pathlib.Path(sys.argv[1]), "{REGISTRY}", "{SERVICE}").load())
+print(Cache(pathlib.Path(sys.argv[1]), "{REGISTRY}", "{SERVICE}").read())
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
-    cache(folder).save(KNOWN)
+    cache(folder).write(KNOWN)
     return folder
 
 
@@ -49,7 +49,7 @@ def refused(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
     """The one warning, though the cache is asked and written again and again."""
     asked = cache(folder)
     for _ in range(3):
-        assert asked.load() is None
+        assert asked.read() is None
     (warning,) = warnings(caplog)
     return warning
 
@@ -57,7 +57,7 @@ def refused(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
 def test_the_folder_and_the_file_are_for_this_user_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert saved(folder).stat().st_mode & 0o777 == 0o600
-    assert cache(folder).load() == KNOWN
+    assert cache(folder).read() == KNOWN
     assert warnings(caplog) == [f"{saved(folder)}: using 1 cached instances, saved 0 s ago"]
 
 
@@ -91,7 +91,7 @@ def test_another_users_folder_is_refused_for_reading_and_writing(
     before = saved(folder).stat()
     become_another(folder, folder, monkeypatch)
     assert "can't be read: owned by user " in refused(folder, caplog)
-    cache(folder).save(KNOWN)
+    cache(folder).write(KNOWN)
     assert saved(folder).stat().st_ino == before.st_ino
     assert "can't be written: owned by user " in warnings(caplog)[-1]
 
@@ -111,7 +111,7 @@ def test_a_folder_that_everybody_may_write_is_refused_for_reading_and_writing(
     before = saved(folder).stat()
     folder.chmod(0o1777)
     assert refused(folder, caplog).endswith("can't be read: writable by everybody (mode 1777); run chmod o-w on it")
-    cache(folder).save(KNOWN)
+    cache(folder).write(KNOWN)
     assert saved(folder).stat().st_ino == before.st_ino
     assert "can't be written: writable by everybody" in warnings(caplog)[-1]
 
@@ -133,7 +133,7 @@ def test_a_file_of_2096_is_refused(folder: Path, caplog: pytest.LogCaptureFixtur
 def test_a_clock_that_is_a_little_late_makes_no_age_negative(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     then = time.time() + 30
     os.utime(saved(folder), (then, then))
-    assert cache(folder).load() == KNOWN
+    assert cache(folder).read() == KNOWN
     assert warnings(caplog)[0].endswith("saved 0 s ago")
 
 
@@ -141,7 +141,7 @@ def test_what_would_be_refused_is_not_written(tmp_path: Path, caplog: pytest.Log
     huge = pb.Snapshot(service_config="x" * MAX_SIZE)
     asked = cache(tmp_path / "cache")
     for _ in range(3):
-        asked.save(huge)
+        asked.write(huge)
     (warning,) = warnings(caplog)
     assert f"bytes; the limit is {MAX_SIZE}" in warning
     assert not (tmp_path / "cache").exists()

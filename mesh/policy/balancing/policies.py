@@ -32,8 +32,8 @@ class PickerBuildInfo(NamedTuple):
     """What a picker is built from.
 
     ``nodes``: the endpoints that may be called, at least one. ``previous``: the picker that is replaced.
-    ``outstanding`` returns how many calls are in flight in all. ``of``: how many endpoints there are, including those
-    that can't be called.
+    ``outstanding`` returns how many calls are in flight in all. ``total``: how many endpoints there are, including
+    those that can't be called.
     """
 
     config: BalancerConfig
@@ -41,7 +41,7 @@ class PickerBuildInfo(NamedTuple):
     rng: random.Random
     previous: Picker = Picker()
     outstanding: Callable[[], int] = lambda: 0
-    of: int = 0
+    total: int = 0
 
 
 def build_picker(info: PickerBuildInfo) -> Picker:
@@ -74,9 +74,9 @@ def _pick_first(info: PickerBuildInfo) -> Picker:
 
 def _ring_hash(info: PickerBuildInfo) -> Picker:
     config = info.config
-    of = info.of or len(info.nodes)
+    total = info.total or len(info.nodes)
     return RingHash(
-        info.nodes, of, config.hash_header, config.min_ring, config.max_ring, config.load_factor, info.outstanding
+        info.nodes, total, config.hash_header, config.min_ring, config.max_ring, config.load_factor, info.outstanding
     )
 
 

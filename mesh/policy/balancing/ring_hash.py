@@ -29,29 +29,29 @@ def hash_of(text: str | bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-def entry_counts(nodes: Sequence[Node], of: int, min_size: int, max_size: int) -> list[int]:
-    """How many entries each of ``nodes`` has on a ring for ``of`` endpoints: its weight, relative to a mean of 1, times
-    an equal share of a ring of ``min_size`` to ``max_size`` entries; and at least 1.
+def entry_counts(nodes: Sequence[Node], total: int, min_size: int, max_size: int) -> list[int]:
+    """How many entries each of ``nodes`` has on a ring for ``total`` endpoints: its weight, relative to a mean of 1,
+    times an equal share of a ring of ``min_size`` to ``max_size`` entries; and at least 1.
 
     The share is a power of two. A42 chooses it so that the lightest endpoint has a whole number, but then every
     endpoint that is added or removed changes the others' entries, and moves their keys.
     """
     share = 1
-    while share * of < min_size and 2 * share * of <= max_size:
+    while share * total < min_size and 2 * share * total <= max_size:
         share *= 2
     return [max(1, round(min(node.weight * share, max_size))) for node in nodes]
 
 
 class RingHash(Picker):
-    """A ring over ``nodes``, those of ``of`` endpoints that may be called. ``outstanding`` returns how many calls are
-    in flight in all, for the mean."""
+    """A ring over ``nodes``, those of ``total`` endpoints that may be called. ``outstanding`` returns how many calls
+    are in flight in all, for the mean."""
 
     __slots__ = ("_factor", "_hashes", "_header", "_outstanding", "_owners")
 
     def __init__(
         self,
         nodes: Sequence[Node],
-        of: int,
+        total: int,
         header: str = "",
         min_size: int = 1024,
         max_size: int = 4096,
@@ -64,7 +64,7 @@ class RingHash(Picker):
         self._outstanding = outstanding
         hashes: list[int] = []
         owners: list[Node] = []
-        for node, count in zip(self.nodes, entry_counts(self.nodes, of, min_size, max_size), strict=True):
+        for node, count in zip(self.nodes, entry_counts(self.nodes, total, min_size, max_size), strict=True):
             known = node.ring_hashes
             if len(known) < count:
                 address = node.endpoint.address

@@ -94,7 +94,7 @@ class Hedges:
         it, which is never fatal. ``final``: the call was committed to the attempt.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
-        non_fatal = timed_out or outcome.code in self._policy.non_fatal
+        non_fatal = timed_out or outcome.code in self._policy.non_fatal_codes
         if non_fatal or forbidden:
             self._throttle.record_failure()
         if not non_fatal or final or outcome.committed:

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from mesh.codes import Code
-from mesh.config.settings import AdaptiveConfig, OverloadConfig
+from mesh.config.settings import AdaptiveThrottleConfig, OverloadConfig
 from mesh.criticality import LIMIT_SHARES, criticality_in
 from mesh.model import CallSpec, Lock, Outcome
 
@@ -135,7 +135,7 @@ class ClientAdmission:
         return f"<ClientAdmission {len(self.outstanding)}/{self.limit:g} outstanding>"
 
 
-def _throttles(config: AdaptiveConfig, locks: Sequence[Lock]) -> tuple[AdaptiveThrottle, ...]:
+def _throttles(config: AdaptiveThrottleConfig, locks: Sequence[Lock]) -> tuple[AdaptiveThrottle, ...]:
     return tuple(
         AdaptiveThrottle(config.window, max(1.1, config.k * multiplier), lock)
         for multiplier, lock in zip(K_MULTIPLIERS, locks, strict=True)

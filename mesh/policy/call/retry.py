@@ -36,7 +36,7 @@ class Retries:
         means no retry.
         """
         forbidden = outcome.pushback is not None and outcome.pushback < 0
-        retryable = timed_out or outcome.code in self._policy.codes
+        retryable = timed_out or outcome.code in self._policy.retryable_codes
         if retryable or forbidden:
             self._throttle.record_failure()
         if not retryable or forbidden or final or outcome.committed or self._left <= 0 or not self._throttle.allows():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 
 from mesh.codes import Code
-from mesh.config.settings import EjectionConfig
+from mesh.config.settings import OutlierDetectionConfig
 
 FAILURE_CODES = frozenset({Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
 """Statuses that count against an endpoint. Not those that are about the request, and not RESOURCE_EXHAUSTED: an
@@ -80,7 +80,7 @@ class Breaker:
         "watches_success",
     )
 
-    def __init__(self, config: EjectionConfig) -> None:
+    def __init__(self, config: OutlierDetectionConfig) -> None:
         self._config = config
         self._failures = self._gateway_errors = self._timeouts = 0
         self.watches_success = False
@@ -100,7 +100,7 @@ class Breaker:
         self._failures = self._gateway_errors = self._timeouts = 0
         return True
 
-    def configure(self, config: EjectionConfig) -> None:
+    def configure(self, config: OutlierDetectionConfig) -> None:
         """Use new limits; the state and the counts stay."""
         self._config = config
 
@@ -129,9 +129,9 @@ class Breaker:
         self._timeouts = self._timeouts + 1 if code == Code.DEADLINE_EXCEEDED else 0
         config = self._config
         for count, limit, reason in (
-            (self._timeouts, config.timeouts, "consecutive timeouts"),
-            (self._gateway_errors, config.gateway, "consecutive gateway errors"),
-            (self._failures, config.consecutive, "consecutive failures"),
+            (self._timeouts, config.consecutive_timeouts, "consecutive timeouts"),
+            (self._gateway_errors, config.consecutive_gateway_errors, "consecutive gateway errors"),
+            (self._failures, config.consecutive_failures, "consecutive failures"),
         ):
             # At each multiple: too many may be ejected now, but not later.
             if limit and count and count % limit == 0:

@@ -78,7 +78,7 @@ class Cluster:
         self.budget = Budget(config.budget, new_lock(), now)
         self.throttle = Throttle(config.throttle, new_lock())
         self.admission = ClientAdmission(config.overload, [new_lock() for _ in Criticality])
-        self.ejections = Ejections(config.ejection, rng, now)
+        self.ejections = Ejections(config.outlier_detection, rng, now)
         self.nodes: dict[str, Node] = {}
         self.states: dict[str, Connectivity] = {}
         self.error = ""
@@ -133,17 +133,17 @@ class Cluster:
                 for address, state in self.states.items()
                 if state == Connectivity.READY
             }
-        gone = [address for address in self.nodes if address not in wanted]
-        for address in gone:
+        removed = [address for address in self.nodes if address not in wanted]
+        for address in removed:
             del self.nodes[address], self.states[address], self.state_since[address]
             self.ejections.forget(address)
-        new = []
+        added = []
         for address, endpoint in wanted.items():
             node = self.nodes.get(address)
             if node is None:
                 self.nodes[address] = self._node(endpoint)
                 self.states[address], self.state_since[address] = Connectivity.IDLE, self._swept_at
-                new.append(endpoint)
+                added.append(endpoint)
             else:
                 node.endpoint = endpoint
         self._resolved, self._resolver_failed = True, False
@@ -152,7 +152,7 @@ class Cluster:
         self._priorities.update(self.nodes, self._swept_at)
         self._update_weights(force=True)
         self._update_picker()
-        return new, gone
+        return added, removed
 
     def _node(self, endpoint: Endpoint) -> Node:
         balancer = self.balancer
@@ -161,7 +161,7 @@ class Cluster:
             self._new_lock(),
             balancer.decay_time,
             balancer.failure_penalty,
-            self.config.ejection,
+            self.config.outlier_detection,
             self._on_node_event,
         )
 
@@ -175,12 +175,12 @@ class Cluster:
             self.throttle = Throttle(config.throttle, self._new_lock())
         if config.overload != before.overload:
             self.admission.configure(config.overload)
-        self.ejections.configure(config.ejection, now)
+        self.ejections.configure(config.outlier_detection, now)
         self.balancer = config.balancer or BalancerConfig()
         self.reads_reports = _uses_call_reports(self.balancer)
         for node in self.nodes.values():
             node.decay, node.penalty = self.balancer.decay_time, self.balancer.failure_penalty
-            node.breaker.configure(config.ejection)
+            node.breaker.configure(config.outlier_detection)
         self._swept_at = now
         self._update_weights(force=True)
         self._update_picker()
@@ -291,7 +291,7 @@ class Cluster:
         if self.ejections.ejected:
             usable = [node for node in ready if node.breaker.state is State.CLOSED]
             probes = [node for node in ready if node.breaker.state is State.HALF_OPEN]
-            if not usable or 100 * len(usable) < self.config.ejection.panic * len(ready):
+            if not usable or 100 * len(usable) < self.config.outlier_detection.panic_threshold * len(ready):
                 self.panic = True
                 note = f"panic: {len(ready) - len(usable)} of {len(ready)} endpoints are ejected; ignoring ejections"
                 usable = ready

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import inf, isfinite
 
-from mesh.config.settings import ReportsConfig
+from mesh.config.settings import LoadReportsConfig
 
 
 class LoadReport:
@@ -21,7 +21,7 @@ class LoadReport:
         self._latest = (-inf, 0.0, 0.0, 0.0)
         self._since = inf
 
-    def record(self, now: float, utilization: float, qps: float, eps: float, config: ReportsConfig) -> None:
+    def record(self, now: float, utilization: float, qps: float, eps: float, config: LoadReportsConfig) -> None:
         """A report has arrived."""
         if not (isfinite(utilization + qps + eps) and utilization > 0 and qps > 0 and eps >= 0):
             return
@@ -36,7 +36,7 @@ class LoadReport:
         """A new connection may be to a new process: the blackout period restarts (A58)."""
         self._latest = (-inf, 0.0, 0.0, 0.0)
 
-    def weight(self, now: float, config: ReportsConfig) -> float:
+    def weight(self, now: float, config: LoadReportsConfig) -> float:
         """The endpoint's weight; 0.0 while its reports can't be used."""
         at, utilization, qps, eps = self._latest
         if now - at >= config.expiration or now - self._since < config.blackout:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from math import exp
 
 from mesh.codes import Code
-from mesh.config.settings import EjectionConfig
+from mesh.config.settings import OutlierDetectionConfig
 from mesh.model import Endpoint, Lock, Outcome
 from mesh.policy.cluster.breaker import FAILURE_CODES, Breaker
 from mesh.policy.cluster.load_report import LoadReport
@@ -35,7 +35,7 @@ NOISE_FACTOR = 2.0
 NOISE_FLOOR = 0.005  # seconds
 
 
-def _nobody(node: Node) -> None:
+def _no_listener(node: Node) -> None:
     """No listener."""
 
 
@@ -73,8 +73,8 @@ class Node:
         lock: Lock,
         decay: float = 1.0,
         penalty: float = 5.0,
-        ejection: EjectionConfig | None = None,
-        listener: Callable[[Node], object] = _nobody,
+        outlier_detection: OutlierDetectionConfig | None = None,
+        listener: Callable[[Node], object] = _no_listener,
     ) -> None:
         self.endpoint = endpoint
         self.decay = decay
@@ -86,7 +86,7 @@ class Node:
         self.ready_at = 0.0
         self.successes = 0
         self.failures = 0
-        self.breaker = Breaker(ejection or EjectionConfig())
+        self.breaker = Breaker(outlier_detection or OutlierDetectionConfig())
         self.report = LoadReport()
         self.ring_hashes: list[int] = []
         self.listener = listener

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import sqrt
 
-from mesh.config.settings import EjectionConfig
+from mesh.config.settings import OutlierDetectionConfig
 from mesh.policy.cluster.breaker import Event, State
 from mesh.policy.cluster.node import Node
 
@@ -33,24 +33,28 @@ RECONNECT_MULTIPLIER_LIMIT = 2
 Counts = Mapping[Node, tuple[int, int]]
 
 
-def outliers(counts: Counts, config: EjectionConfig, rng: random.Random) -> Iterator[tuple[Node, str]]:
+def outliers(counts: Counts, config: OutlierDetectionConfig, rng: random.Random) -> Iterator[tuple[Node, str]]:
     """The endpoints that A50 ejects after an interval, with the reason. ``counts``: successes and failures."""
     if config.success_rate is not None:
         rate = config.success_rate
-        rates = {node: ok / (ok + bad) for node, (ok, bad) in counts.items() if ok + bad >= max(1, rate.request_volume)}
+        rates = {
+            node: successes / (successes + failures)
+            for node, (successes, failures) in counts.items()
+            if successes + failures >= max(1, rate.request_volume)
+        }
         if rates and len(rates) >= rate.minimum_hosts:
             mean = sum(rates.values()) / len(rates)
             deviation = sqrt(sum((each - mean) ** 2 for each in rates.values()) / len(rates))
-            least = mean - rate.stdev_factor * deviation
+            threshold = mean - rate.stdev_factor * deviation
             for node, each in rates.items():
-                if each < least and rng.random() * 100 < rate.enforcement:
+                if each < threshold and rng.random() * 100 < rate.enforcement:
                     yield node, "success rate"
     if config.failure_percentage is not None:
         limit = config.failure_percentage
         shares = {
-            node: 100 * bad / (ok + bad)
-            for node, (ok, bad) in counts.items()
-            if ok + bad >= max(1, limit.request_volume)
+            node: 100 * failures / (successes + failures)
+            for node, (successes, failures) in counts.items()
+            if successes + failures >= max(1, limit.request_volume)
         }
         if len(shares) >= limit.minimum_hosts:
             for node, each in shares.items():
@@ -62,7 +66,7 @@ class Ejections:
     """The ejected endpoints. ``counts``: ejections by reason; those of a dry run ("would eject: ..."), and those that
     the limit didn't allow ("kept: ...")."""
 
-    def __init__(self, config: EjectionConfig, rng: random.Random, now: float) -> None:
+    def __init__(self, config: OutlierDetectionConfig, rng: random.Random, now: float) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
         self.ejected: dict[str, Node] = {}
@@ -75,7 +79,7 @@ class Ejections:
         """A breaker's state may have to change: the next ``sweep`` handles it. Called from any thread."""
         self._pending[node] = None
 
-    def configure(self, config: EjectionConfig, now: float) -> None:
+    def configure(self, config: OutlierDetectionConfig, now: float) -> None:
         """Use new settings. What is ejected stays so until its time has elapsed."""
         self.config = config
         self._next = min(self._next, now + config.interval)
@@ -147,8 +151,8 @@ class Ejections:
         return True
 
     def _allowed(self, count: int) -> bool:
-        most = max(1, int(count * self.config.max_percent / 100)) if self.config.max_percent else 0
-        return count >= FEWEST_ENDPOINTS and len(self.ejected) + 1 <= most
+        limit = max(1, int(count * self.config.max_percent / 100)) if self.config.max_percent else 0
+        return count >= FEWEST_ENDPOINTS and len(self.ejected) + 1 <= limit
 
     def _extend_ejection(self, node: Node, now: float) -> None:
         config, breaker = self.config, node.breaker

@@ -15,7 +15,7 @@ from mesh.policy.cluster.cluster import METHODS
 from tests.policy.driving import METHOD, Driven, cluster_of, set_states
 
 UNAVAILABLE = frozenset({Code.UNAVAILABLE})
-HEDGE = HedgingPolicy(3, delay=1.0, non_fatal=UNAVAILABLE)
+HEDGE = HedgingPolicy(3, delay=1.0, non_fatal_codes=UNAVAILABLE)
 
 
 def test_a_hedge_is_sent_elsewhere_after_the_delay_and_no_more_than_max_attempts() -> None:
@@ -75,7 +75,7 @@ def test_a_fatal_failure_ends_the_call_and_all_its_attempts() -> None:
 
 
 def test_when_no_hedge_is_left_a_non_fatal_failure_waits_for_the_others() -> None:
-    call = Driven(hedge=HedgingPolicy(2, delay=1.0, non_fatal=UNAVAILABLE))
+    call = Driven(hedge=HedgingPolicy(2, delay=1.0, non_fatal_codes=UNAVAILABLE))
     call.elapses()
     call.fails(1, Code.UNAVAILABLE)
     call.waits()

@@ -11,7 +11,7 @@ from math import inf
 import pytest
 
 from mesh.codes import Code
-from mesh.config.settings import AdaptiveConfig, MethodPolicy, OverloadConfig, RetryPolicy, ServiceConfig
+from mesh.config.settings import AdaptiveThrottleConfig, MethodPolicy, OverloadConfig, RetryPolicy, ServiceConfig
 from mesh.criticality import CRITICALITY, Criticality, criticality_in
 from mesh.model import CallSpec, Outcome
 from mesh.observe import explain
@@ -22,7 +22,7 @@ from tests.policy.driving import METHOD, Driven, cluster_of
 SHEDDABLE = ((CRITICALITY, "SHEDDABLE"),)
 SHEDDABLE_PLUS = ((CRITICALITY, "SHEDDABLE_PLUS"),)
 CRITICAL_PLUS = ((CRITICALITY, "CRITICAL_PLUS"),)
-ADAPTIVE = OverloadConfig(adaptive=AdaptiveConfig())
+ADAPTIVE = OverloadConfig(adaptive=AdaptiveThrottleConfig())
 
 
 def limited(limit: float = 10, *, dry_run: bool = False) -> Cluster:
@@ -253,7 +253,7 @@ def test_the_throttle_holds_back_the_least_important_first() -> None:
 
 
 def test_a_throttle_in_a_dry_run_refuses_nothing() -> None:
-    ends = overloaded(0.0, OverloadConfig(adaptive=AdaptiveConfig(), dry_run=True))
+    ends = overloaded(0.0, OverloadConfig(adaptive=AdaptiveThrottleConfig(), dry_run=True))
     assert ends == {"refused there": 2000}
 
 

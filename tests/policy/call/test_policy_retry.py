@@ -64,7 +64,7 @@ def test_a_code_that_the_policy_does_not_name_ends_the_call(code: Code) -> None:
 
 
 def test_the_codes_that_the_policy_names_are_retried() -> None:
-    call = Driven(retry=RetryPolicy(3, codes=frozenset({Code.ABORTED, Code.INTERNAL})))
+    call = Driven(retry=RetryPolicy(3, retryable_codes=frozenset({Code.ABORTED, Code.INTERNAL})))
     call.fails(1, Code.ABORTED)
     call.elapses()
     call.fails(2, Code.INTERNAL)
@@ -536,13 +536,13 @@ def test_an_attempt_handed_over_that_succeeds_is_the_call() -> None:
 
 
 def test_an_attempt_that_was_cancelled_ends_the_call_whatever_the_policy() -> None:
-    call = Driven(retry=RetryPolicy(3, codes=frozenset({Code.CANCELLED})))
+    call = Driven(retry=RetryPolicy(3, retryable_codes=frozenset({Code.CANCELLED})))
     call.ended(1, Outcome(Code.CANCELLED, cancelled=True))
     call.ends(Code.CANCELLED, of=1)
 
 
 def test_a_cancel_that_the_server_sent_is_a_code_like_others() -> None:
-    call = Driven(retry=RetryPolicy(3, codes=frozenset({Code.CANCELLED})))
+    call = Driven(retry=RetryPolicy(3, retryable_codes=frozenset({Code.CANCELLED})))
     call.fails(1, Code.CANCELLED)
     call.elapses()
     call.sends(2)

@@ -16,8 +16,8 @@ from mesh.config.settings import (
     NEVER_HEDGE,
     BalancerConfig,
     BudgetConfig,
-    EjectionConfig,
     HedgingPolicy,
+    OutlierDetectionConfig,
     OverloadConfig,
     ServiceConfig,
     ThrottleConfig,
@@ -201,7 +201,9 @@ STATES = st.sampled_from([IDLE, CONNECTING, READY, FAILED])
 MOST_EJECTED = 50.0  # percent of endpoints that may be ejected
 
 CONFIG = ServiceConfig(
-    ejection=EjectionConfig(interval=5.0, base_time=3.0, max_time=10.0, max_percent=MOST_EJECTED, consecutive=2),
+    outlier_detection=OutlierDetectionConfig(
+        interval=5.0, base_time=3.0, max_time=10.0, max_percent=MOST_EJECTED, consecutive_failures=2
+    ),
     overload=OverloadConfig(6),
 )
 LIKE_ANY = [

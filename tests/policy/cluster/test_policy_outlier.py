@@ -14,10 +14,10 @@ import pytest
 from mesh.codes import Code
 from mesh.config.settings import (
     BalancerConfig,
-    EjectionConfig,
     FailurePercentageConfig,
     HedgingPolicy,
     MethodPolicy,
+    OutlierDetectionConfig,
     RetryPolicy,
     ServiceConfig,
     SuccessRateConfig,
@@ -34,11 +34,11 @@ OK = Outcome(Code.OK)
 FAILED = Outcome(Code.UNAVAILABLE)
 CALL = CallSpec(METHOD, MethodPolicy(), inf)
 ROUND_ROBIN = BalancerConfig("round_robin")
-IN_A_ROW = EjectionConfig(success_rate=None, failure_percentage=None)
+IN_A_ROW = OutlierDetectionConfig(success_rate=None, failure_percentage=None)
 
 
-def cluster_with(ejection: EjectionConfig = IN_A_ROW, count: int = 5, now: float = 0.0) -> Cluster:
-    return cluster_of(count, ServiceConfig(balancer=ROUND_ROBIN, ejection=ejection), now=now)
+def cluster_with(ejection: OutlierDetectionConfig = IN_A_ROW, count: int = 5, now: float = 0.0) -> Cluster:
+    return cluster_of(count, ServiceConfig(balancer=ROUND_ROBIN, outlier_detection=ejection), now=now)
 
 
 def answers(node: Node, *outcomes: Outcome, now: float = 1.0) -> None:
@@ -69,7 +69,7 @@ def address_of(cluster: Cluster, now: float, tried: Iterable[Node] = ()) -> str:
 @pytest.mark.parametrize("state", list(State))
 @pytest.mark.parametrize("event", list(Event))
 def test_a_breaker_moves_as_its_table_has_it_and_not_else(state: State, event: Event) -> None:
-    breaker = Breaker(EjectionConfig())
+    breaker = Breaker(OutlierDetectionConfig())
     breaker.state = state
     expected = TRANSITIONS.get((state, event))
     assert breaker.apply(event) == (expected is not None)
@@ -89,16 +89,20 @@ def test_which_failures_count_against_an_endpoint(code: Code) -> None:
 @pytest.mark.parametrize(
     ("config", "outcomes", "reason"),
     [
-        (EjectionConfig(consecutive=3), "UUU", "consecutive failures"),
-        (EjectionConfig(consecutive=3), "UUOUU", ""),
-        (EjectionConfig(consecutive=0), "UUUUUUUUUU", ""),
-        (EjectionConfig(consecutive=9, gateway=3), "UDU", "consecutive gateway errors"),
-        (EjectionConfig(consecutive=9, gateway=3), "UUIU", ""),
-        (EjectionConfig(consecutive=9, timeouts=2), "DD", "consecutive timeouts"),
-        (EjectionConfig(consecutive=9, timeouts=2), "DUD", ""),
+        (OutlierDetectionConfig(consecutive_failures=3), "UUU", "consecutive failures"),
+        (OutlierDetectionConfig(consecutive_failures=3), "UUOUU", ""),
+        (OutlierDetectionConfig(consecutive_failures=0), "UUUUUUUUUU", ""),
+        (
+            OutlierDetectionConfig(consecutive_failures=9, consecutive_gateway_errors=3),
+            "UDU",
+            "consecutive gateway errors",
+        ),
+        (OutlierDetectionConfig(consecutive_failures=9, consecutive_gateway_errors=3), "UUIU", ""),
+        (OutlierDetectionConfig(consecutive_failures=9, consecutive_timeouts=2), "DD", "consecutive timeouts"),
+        (OutlierDetectionConfig(consecutive_failures=9, consecutive_timeouts=2), "DUD", ""),
     ],
 )
-def test_failures_in_a_row(config: EjectionConfig, outcomes: str, reason: str) -> None:
+def test_failures_in_a_row(config: OutlierDetectionConfig, outcomes: str, reason: str) -> None:
     codes = {"U": Code.UNAVAILABLE, "D": Code.DEADLINE_EXCEEDED, "I": Code.INTERNAL, "O": Code.OK}
     cluster = cluster_with(replace(config, success_rate=None, failure_percentage=None))
     answers(cluster.nodes["e0"], *[Outcome(codes[letter]) for letter in outcomes])
@@ -108,7 +112,7 @@ def test_failures_in_a_row(config: EjectionConfig, outcomes: str, reason: str) -
 
 def test_three_timeouts_in_a_row_are_enough_by_default() -> None:
     # Each costs a caller its whole timeout; other failures come at once, and may be five.
-    cluster = cluster_with(EjectionConfig())
+    cluster = cluster_with(OutlierDetectionConfig())
     timeout = Outcome(Code.DEADLINE_EXCEEDED)
     answers(cluster.nodes["e0"], timeout, timeout, OK, timeout, timeout)
     assert not cluster.sweep(1.0)
@@ -118,7 +122,7 @@ def test_three_timeouts_in_a_row_are_enough_by_default() -> None:
 
 
 def test_streams_that_last_to_their_deadline_count_neither_way() -> None:
-    cluster = cluster_with(EjectionConfig())
+    cluster = cluster_with(OutlierDetectionConfig())
     for call in range(20):
         driven = Driven(cluster=cluster, deadline=call + 0.5, now=float(call))
         driven.answers(1)
@@ -167,7 +171,7 @@ def test_an_ejection_lasts_its_time_longer_each_time_and_jittered() -> None:
     # docs/correctness.md, J1: without jitter many clients would come back in step.
     longest = []
     for seed in range(50):
-        cluster = cluster_of(5, ServiceConfig(balancer=ROUND_ROBIN, ejection=IN_A_ROW), seed=seed)
+        cluster = cluster_of(5, ServiceConfig(balancer=ROUND_ROBIN, outlier_detection=IN_A_ROW), seed=seed)
         now = 1.0
         for times in (1, 2, 3):
             fails(cluster, "e0", now=now)
@@ -412,7 +416,7 @@ def test_half_left_is_no_panic() -> None:
 
 
 def test_without_a_threshold_only_the_last_one_is_kept_from_leaving() -> None:
-    cluster = cluster_with(replace(IN_A_ROW, max_percent=100.0, panic=0.0), count=3)
+    cluster = cluster_with(replace(IN_A_ROW, max_percent=100.0, panic_threshold=0.0), count=3)
     fails(cluster, "e0", "e1")
     cluster.sweep(1.0)
     assert picks(cluster) == {"e2"}
@@ -434,7 +438,7 @@ def test_endpoints_without_a_connection_are_no_reason_to_panic() -> None:
 
 
 def test_a_dry_run_counts_what_it_would_do_and_does_nothing() -> None:
-    cluster = cluster_with(replace(EjectionConfig(), dry_run=True))
+    cluster = cluster_with(replace(OutlierDetectionConfig(), dry_run=True))
     fails(cluster, "e0")
     assert not cluster.sweep(1.0)
     assert picks(cluster) == {"e0", "e1", "e2", "e3", "e4"}
@@ -454,12 +458,12 @@ def rated(*failures: int, calls: int = 100) -> dict[Node, tuple[int, int]]:
     return {node: (calls - failed, failed) for node, failed in zip(nodes, failures, strict=True)}
 
 
-def named(counts: dict[Node, tuple[int, int]], config: EjectionConfig) -> list[tuple[str, str]]:
+def named(counts: dict[Node, tuple[int, int]], config: OutlierDetectionConfig) -> list[tuple[str, str]]:
     return [(node.endpoint.address, reason) for node, reason in outliers(counts, config, random.Random(1))]
 
 
-RATE = EjectionConfig(failure_percentage=None)
-SHARE = EjectionConfig(success_rate=None)
+RATE = OutlierDetectionConfig(failure_percentage=None)
+SHARE = OutlierDetectionConfig(success_rate=None)
 
 
 def test_success_rate_far_below_the_others() -> None:
@@ -479,11 +483,11 @@ def test_failure_percentage_is_above_its_threshold_not_at_it() -> None:
 
 
 @pytest.mark.parametrize("config", [RATE, SHARE])
-def test_with_too_few_endpoints_or_calls_nothing_is_said(config: EjectionConfig) -> None:
+def test_with_too_few_endpoints_or_calls_nothing_is_said(config: OutlierDetectionConfig) -> None:
     assert named(rated(0, 0, 0, 100), config) == []
     assert named(rated(0, 0, 0, 0, 49, calls=49), config) == []
     assert named({}, config) == []
-    none = EjectionConfig(
+    none = OutlierDetectionConfig(
         success_rate=SuccessRateConfig(minimum_hosts=0, request_volume=0),
         failure_percentage=FailurePercentageConfig(minimum_hosts=0, request_volume=0),
     )
@@ -500,7 +504,7 @@ def test_those_that_are_out_of_the_count_do_not_weigh_on_the_mean() -> None:
 @pytest.mark.parametrize("enforcement", [0.0, 50.0, 100.0])
 def test_of_those_found_a_percentage_is_ejected(enforcement: float) -> None:
     # 400 times with p = 1/2: 5 standard deviations are 50.
-    config = EjectionConfig(
+    config = OutlierDetectionConfig(
         success_rate=SuccessRateConfig(enforcement=enforcement),
         failure_percentage=FailurePercentageConfig(enforcement=enforcement),
     )
@@ -511,7 +515,7 @@ def test_of_those_found_a_percentage_is_ejected(enforcement: float) -> None:
 
 
 def test_every_interval_begins_a_new_count() -> None:
-    cluster = cluster_with(EjectionConfig(consecutive=0))
+    cluster = cluster_with(OutlierDetectionConfig(consecutive_failures=0))
     for index in range(5):
         answers(cluster.nodes[f"e{index}"], *[OK] * 60, *[FAILED if index == 0 else OK] * 40)
     assert not cluster.sweep(9.9)
@@ -523,7 +527,7 @@ def test_every_interval_begins_a_new_count() -> None:
 
 
 def test_an_endpoint_that_both_algorithms_find_is_ejected_once() -> None:
-    cluster = cluster_with(replace(EjectionConfig(consecutive=0), max_percent=100.0))
+    cluster = cluster_with(replace(OutlierDetectionConfig(consecutive_failures=0), max_percent=100.0))
     for index in range(5):
         answers(cluster.nodes[f"e{index}"], *[FAILED if index == 0 else OK] * 100)
     cluster.sweep(10.0)
@@ -536,7 +540,8 @@ def test_other_settings_hold_from_when_they_come_and_who_is_out_stays_out() -> N
     fails(cluster, "e0")
     cluster.sweep(1.0)
     cluster.reconfigure(
-        ServiceConfig(balancer=ROUND_ROBIN, ejection=replace(IN_A_ROW, consecutive=2, interval=1.0)), 2.0
+        ServiceConfig(balancer=ROUND_ROBIN, outlier_detection=replace(IN_A_ROW, consecutive_failures=2, interval=1.0)),
+        2.0,
     )
     assert list(cluster.ejections.ejected) == ["e0"]
     assert picks(cluster) == {"e1", "e2", "e3", "e4"}
@@ -579,7 +584,7 @@ def test_a_replica_that_fails_at_once_gets_next_to_nothing_and_no_caller_sees_it
 def test_a_replica_that_fails_half_its_calls_is_ejected_within_ten_seconds() -> None:
     # One of 5 under round robin, at 500 calls a second: a row of five comes every 62 of its calls, so within 10 s there
     # is none with a chance of (1 - 1/62)^1000 < 1e-7; and success rate would find it at the end of the interval.
-    cluster = cluster_with(EjectionConfig())
+    cluster = cluster_with(OutlierDetectionConfig())
     rng = random.Random(1)
     failed = 0
     for turn in range(10_000):

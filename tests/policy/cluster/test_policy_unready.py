@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.codes import Code
-from mesh.config.settings import EjectionConfig, ServiceConfig
+from mesh.config.settings import OutlierDetectionConfig, ServiceConfig
 from mesh.model import Connectivity
 from mesh.policy.cluster.unready import EndpointState, describe
 from tests.policy.driving import Driven, cluster_of, set_states
@@ -88,7 +88,9 @@ def test_the_time_in_a_state_counts_from_its_last_change() -> None:
 
 
 def test_an_ejection_keeps_its_reason_and_its_time_until_it_ends() -> None:
-    cluster = cluster_of(3, ServiceConfig(ejection=EjectionConfig(consecutive=1, base_time=30.0)))
+    cluster = cluster_of(
+        3, ServiceConfig(outlier_detection=OutlierDetectionConfig(consecutive_failures=1, base_time=30.0))
+    )
     node = cluster.nodes["e1"]
     node.breaker.record_failure(0.0, Code.UNAVAILABLE)
     cluster.ejections.on_breaker_event(node)

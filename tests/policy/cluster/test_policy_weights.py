@@ -10,7 +10,7 @@ from math import inf, nan
 import pytest
 
 from mesh.codes import Code
-from mesh.config.settings import BalancerConfig, MethodPolicy, ReportsConfig, ServiceConfig, SlowStartConfig
+from mesh.config.settings import BalancerConfig, LoadReportsConfig, MethodPolicy, ServiceConfig, SlowStartConfig
 from mesh.model import CallSpec, Connectivity, Endpoint, Outcome
 from mesh.policy.cluster.cluster import Cluster
 from mesh.policy.cluster.load_report import LoadReport
@@ -18,7 +18,7 @@ from mesh.policy.cluster.node import Node
 from tests.policy.driving import METHOD, cluster_of, set_states
 
 CALL = CallSpec(METHOD, MethodPolicy(), inf)
-REPORTS = ReportsConfig(enabled=True)
+REPORTS = LoadReportsConfig(enabled=True)
 WEIGHTED = ServiceConfig(balancer=BalancerConfig("weighted_round_robin", reports=REPORTS))
 STEADY = BalancerConfig("weighted_round_robin")
 
@@ -228,7 +228,7 @@ def test_failures_make_an_endpoint_lighter() -> None:
     for now in (0.0, 20.0):
         report.record(now, 0.5, 100.0, 50.0, REPORTS)
     assert report.weight(20.0, REPORTS) == pytest.approx(100 / (0.5 + 0.5))
-    assert report.weight(20.0, ReportsConfig(True, error_penalty=0.0)) == pytest.approx(200.0)
+    assert report.weight(20.0, LoadReportsConfig(True, error_penalty=0.0)) == pytest.approx(200.0)
     assert repr(report) == "<LoadReport utilization=0.5 qps=100>"
 
 
