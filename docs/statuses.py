@@ -86,7 +86,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "UNAVAILABLE",
-                "<target>|: |registry |<address>|: |no answer for |<seconds>| s",
+                "<target>|: |registry |<address>|: |no response within |<seconds>| s",
                 "The registry says nothing, and no endpoint is known from before; the call's deadline came meanwhile.",
                 "Look at the registry and the network between.",
             ),
@@ -171,7 +171,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "DEADLINE_EXCEEDED",
-                "no answer within the attempt timeout of |<seconds>| s",
+                "no response within the attempt timeout of |<seconds>| s",
                 "`attemptTimeout` ended the last attempt. The call is made again where its retry policy and its "
                 "deadline allow it.",
                 "Raise `attemptTimeout`, or look at the endpoint that `explain()` names.",

@@ -87,7 +87,7 @@ def parse(text: str, *, port: int | None = None, min_port: int = 1) -> Address:
             raise ValueError(f"{host!r} is not an IPv4 address")
     if not colon:
         if port is None:
-            raise ValueError("the port is missing" + (f", as in [{host}]:50051" if ":" in host else ""))
+            raise ValueError("missing port" + (f"; write [{host}]:50051" if ":" in host else ""))
         return Address(host, port)
     if not _PORT.fullmatch(given) or not min_port <= int(given) <= 65535:
         raise ValueError(f"the port must be a number from {min_port} to 65535")

@@ -139,7 +139,7 @@ class RegistryResolver(Resolver):
                         yield Update(None, f"registry {self._registry}: it sent {problem}")
                     read_task = asyncio.ensure_future(call.read())
                 elif not self._answered and _now() - started >= self._first_response_timeout:
-                    failure = f"no answer for {self._first_response_timeout:g} s"
+                    failure = f"no response within {self._first_response_timeout:g} s"
                     break
                 self._roster.expire(_now())
                 if self._load_cache() or (self._answered and self._roster.complete):

@@ -354,7 +354,7 @@ async def test_a_registry_that_answers_nothing_is_not_waited_for_without_end() -
 
     async with odd_registry(watch) as address, watching(eager(address, first_response_timeout=0.05)) as updates:
         update = await updates.next()
-        assert update.error == f"registry {address}: no answer for 0.05 s"
+        assert update.error == f"registry {address}: no response within 0.05 s"
         assert not update.final, "calls wait for it until their deadline"
 
 

@@ -225,7 +225,7 @@ class TestClients:
     def test_an_attempt_timeout(self, server: Server) -> None:
         methods = [{"name": [{}], "attemptTimeout": "0.05s"}]
         with calling(f"static:///{server.address}", methodConfig=methods) as channel:
-            fails_as("no answer within", lambda: channel.unary_unary(UNARY)(b"hang", timeout=WITHIN))
+            fails_as("no response within", lambda: channel.unary_unary(UNARY)(b"hang", timeout=WITHIN))
         server.wait_until_idle()
 
     def test_a_call_too_many(self, server: Server) -> None:

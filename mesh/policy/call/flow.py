@@ -229,7 +229,7 @@ def _receive_timeout(outcome: Outcome, policy: MethodPolicy) -> Outcome:
 
 def _attempt_timeout(outcome: Outcome, policy: MethodPolicy) -> Outcome:
     """The outcome of an attempt that its own timeout ended: core says no more than "Deadline Exceeded"."""
-    details = f"no answer within the attempt timeout of {policy.attempt_timeout:g} s"
+    details = f"no response within the attempt timeout of {policy.attempt_timeout:g} s"
     return Outcome(outcome.code, details, committed=outcome.committed, result=outcome.result)
 
 
