@@ -16,7 +16,6 @@ import pytest
 import mesh
 import mesh.aio
 from mesh.channel.sync.channel import Channel
-from mesh.config.sources import FILE_VARIABLE
 from mesh.errors import AioRpcError
 from tests.processes import Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb
@@ -76,7 +75,7 @@ def looked_at_often(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "config.json"
-    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.setenv("MESH_SERVICE_CONFIG", str(file))
     return file
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster.cluster import Cluster
-from mesh.policy.cluster.connecting import AT_ONCE, BUSY, CALM, PLACE, Connects
+from mesh.policy.cluster.connecting import Connects
 from tests.policy.driving import cluster_of
 
+BUSY, CALM = 0.005, 0.1  # seconds until the next look
 IDLE, CONNECTING, READY = Connectivity.IDLE, Connectivity.CONNECTING, Connectivity.READY
 
 
@@ -16,22 +17,22 @@ def test_connects_are_paced() -> None:
     connects = Connects()
     states = {f"host:{number}": IDLE for number in range(40)}
     begun, pause = connects.look(states.items(), 0.0)
-    assert begun == list(states)[:AT_ONCE]
+    assert begun == list(states)[:16]
     assert pause == BUSY
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.look(states.items(), PLACE / 2) == ([], BUSY)
+    assert connects.look(states.items(), 0.125) == ([], BUSY)
     states[begun[0]] = READY  # its place is free
-    assert connects.look(states.items(), PLACE / 2) == ([list(states)[AT_ONCE]], BUSY)
-    assert repr(connects) == f"<Connects {AT_ONCE} going on>"
+    assert connects.look(states.items(), 0.125) == ([list(states)[16]], BUSY)
+    assert repr(connects) == "<Connects 16 going on>"
 
 
 def test_a_connect_that_takes_long_holds_nobody_up() -> None:
     connects = Connects()
-    states = {f"host:{number}": IDLE for number in range(AT_ONCE + 1)}
+    states = {f"host:{number}": IDLE for number in range(17)}
     begun, _ = connects.look(states.items(), 0.0)
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.look(states.items(), PLACE - 0.01)[0] == []
-    assert connects.look(states.items(), PLACE)[0] == [list(states)[-1]]
+    assert connects.look(states.items(), 0.24)[0] == []
+    assert connects.look(states.items(), 0.25)[0] == [list(states)[-1]]
 
 
 def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
