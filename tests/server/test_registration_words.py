@@ -10,7 +10,6 @@ import grpc
 import grpc.aio
 import pytest
 
-from mesh import lines
 from mesh.server.registration import Registration, _reason
 from tests.server.test_registration import Counting, TheRegistry, an_instance
 from weft.mesh.v1 import registry_pb2 as pb
@@ -19,8 +18,7 @@ LOGGER = "mesh.server"
 
 
 @pytest.fixture(autouse=True)
-def every_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(lines, "_limit", lines.Limit(period=0.0))
+def every_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
 
 
