@@ -180,18 +180,20 @@ async def test_one_stream_renews_all_leases_of_a_process_and_names_the_unknown(r
 @pytest.mark.slow
 async def test_keep_alives_hold_a_lease_and_their_stream_breaking_does_not_end_it(registry: Serving) -> None:
     watcher = Watcher(registry)
-    granted = await registry.stub.Register(pb.RegisterRequest(instance=instance("a"), ttl=Duration(seconds=1)))
-    await watcher.until({"a"})
+    ttl = Duration(seconds=1)
+    granted = await registry.stub.Register(pb.RegisterRequest(instance=instance("kept"), ttl=ttl))
+    await registry.stub.Register(pb.RegisterRequest(instance=instance("not kept"), ttl=ttl))
+    await watcher.until({"kept", "not kept"})
 
     stream = registry.stub.KeepAlive()
-    loop = asyncio.get_running_loop()
-    held_until = loop.time() + 1.5
-    while loop.time() < held_until:
+    ends = asyncio.create_task(watcher.until({"kept"}))  # the lease that was granted later, and isn't renewed
+    while not ends.done():
         await stream.write(pb.KeepAliveRequest(lease_ids=[granted.lease_id]))
         answer = await stream.read()
         assert isinstance(answer, pb.KeepAliveResponse)
         assert not answer.unknown_lease_ids
-        await asyncio.sleep(0.1)
+        await asyncio.wait([ends], timeout=0.1)
+    await ends
 
     stream.cancel()
     await eventually(lambda: len(registry.service._streams) == 1)
