@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class _Jump(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _Jump(selectors.DefaultSelector):
     """Polls, and lets the time that it was to wait for pass at once."""
 
     now = 0.0
