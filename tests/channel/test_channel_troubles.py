@@ -268,7 +268,7 @@ class Cycle:
 
 def collect(pool: Any) -> None:
     """Have garbage collected while the pool's lock is held."""
-    pool._change(gc.collect)
+    pool._update_cluster(gc.collect)
 
 
 def background_lives() -> None:
