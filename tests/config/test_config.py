@@ -14,9 +14,7 @@ from google.protobuf.descriptor import Descriptor
 from mesh.codes import Code
 from mesh.config.parse import for_core, parse
 from mesh.config.settings import (
-    DEFAULT_RETRY,
     NEVER_HEDGE,
-    NEVER_RETRY,
     AdaptiveConfig,
     BalancerConfig,
     BudgetConfig,
@@ -633,15 +631,23 @@ def test_the_most_specific_name_wins(path: str, timeout: float) -> None:
 
 def test_a_method_that_no_name_matches_gets_the_defaults() -> None:
     config = parsed({"methodConfig": [{"name": [{"service": "a.B", "method": "Get"}], "timeout": "1s"}]})
-    assert config.method("/a.B/List", Idempotency.UNKNOWN) == MethodPolicy(retry=NEVER_RETRY)
+    assert config.method("/a.B/List", Idempotency.UNKNOWN) == MethodPolicy(retry=RetryPolicy(1, codes=frozenset()))
 
 
-@pytest.mark.parametrize("idempotency", list(Idempotency))
-def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(idempotency: Idempotency) -> None:
-    assert ServiceConfig().method("/a.B/Get", idempotency).retry == DEFAULT_RETRY[idempotency]
-    assert parsed({"methodConfig": [{"name": [{}], "timeout": "1s"}]}).method("/a.B/Get", idempotency) == MethodPolicy(
-        timeout=1.0, retry=DEFAULT_RETRY[idempotency]
-    )
+THREE = RetryPolicy(3, 0.025, 0.25, 2.0, frozenset({Code.UNAVAILABLE}))
+NONE = RetryPolicy(1, codes=frozenset())
+
+
+@pytest.mark.parametrize(
+    ("idempotency", "retry"),
+    [(Idempotency.UNKNOWN, NONE), (Idempotency.IDEMPOTENT, THREE), (Idempotency.NO_SIDE_EFFECTS, THREE)],
+)
+def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(
+    idempotency: Idempotency, retry: RetryPolicy
+) -> None:
+    assert ServiceConfig().method("/a.B/Get", idempotency).retry == retry
+    timed = parsed({"methodConfig": [{"name": [{}], "timeout": "1s"}]})
+    assert timed.method("/a.B/Get", idempotency) == MethodPolicy(timeout=1.0, retry=retry)
     four: dict[str, Any] = {**RETRY, "maxAttempts": 4}
     given = parsed({"methodConfig": [{"name": [{}], "retryPolicy": four}]})
     policy = given.method("/a.B/Get", idempotency)
@@ -653,13 +659,7 @@ def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(idempote
 def test_a_method_that_hedges_does_not_retry(idempotency: Idempotency) -> None:
     config = parsed({"methodConfig": [{"name": [{}], "hedgingPolicy": HEDGE}]})
     policy = config.method("/a.B/Get", idempotency)
-    assert (policy.retry, policy.hedge.max_attempts) == (NEVER_RETRY, 3)
-
-
-def test_by_default_three_attempts_on_unavailable_where_the_descriptor_allows() -> None:
-    assert DEFAULT_RETRY[Idempotency.UNKNOWN].max_attempts == 1
-    for idempotency in (Idempotency.IDEMPOTENT, Idempotency.NO_SIDE_EFFECTS):
-        assert DEFAULT_RETRY[idempotency] == RetryPolicy(3, 0.025, 0.25, 2.0, frozenset({Code.UNAVAILABLE}))
+    assert (policy.retry, policy.hedge.max_attempts) == (NONE, 3)
 
 
 # -- the proto that documents it
