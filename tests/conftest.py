@@ -9,24 +9,22 @@ import inspect
 import logging
 import threading
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mesh import background
-from mesh.channel.assemble import Assembly
+from mesh import background, forking
 from tests.processes import Spawn, free_ports
 
 SETTLE = 5.0
 """Seconds that threads and tasks have to end after a test."""
 
-# Threads that serve the process and not a test: gRPC's asyncio poller, which lives as long as grpc.aio is in use
-# anywhere; core's own threads, once one has run Python for call credentials; the mesh's one discovery loop; what the
-# test runner itself runs (xdist, pytest-timeout, coverage).
-LASTING = ("_poll_wrapper", "Dummy-", "mesh-", "execnet", "pytest", "MainThread")
+# Threads that serve the process and not a test: the mesh's one background thread; gRPC's asyncio poller, which lives as
+# long as grpc.aio is in use anywhere; core's own threads, once one has run Python for call credentials; what the test
+# runner itself runs (xdist, pytest-timeout, coverage). All other threads of the mesh have to end.
+LASTING = (background.NAME, "_poll_wrapper", "Dummy-", "execnet", "pytest", "MainThread")
 if background.OLD_CORE:
     background.loop()  # starts the thread that waits in core, whose name says nothing
     # grpc.aio's own noise where event loops share a process (docs/compatibility.md); tests of log lines don't mean it.
@@ -62,11 +60,11 @@ def no_thread_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_channel_left(no_thread_left: None) -> Iterator[None]:
     """Fails the test that leaves a mesh channel open, or whose channels count as in flight what is over."""
-    before = set(_assemblies)
+    before = _pools()
     yield
-    new = set(_assemblies) - before
+    new = _pools() - before
     end = time.monotonic() + SETTLE
-    while left := [why for assembly in new for why in _left(assembly)]:
+    while left := [why for pool in new for why in _left(pool)]:
         if time.monotonic() > end:
             pytest.fail(f"channels left behind: {', '.join(sorted(left))}", pytrace=False)
         gc.collect()
@@ -92,28 +90,20 @@ async def no_task_left() -> AsyncIterator[None]:
         await asyncio.sleep(0.005)
 
 
-_assemblies: weakref.WeakSet[Assembly] = weakref.WeakSet()
-"""What stands behind each mesh channel of this process that still lives."""
+def _pools() -> set[Any]:
+    """What is behind each mesh channel of this process that was used and still lives."""
+    channels: list[Any] = list(forking._state.channels)
+    return {channel.assembly.pool for channel in channels} | set(forking._state.pools)
 
 
-def _remember(assembly: Assembly, *arguments: Any) -> None:
-    _assemble(assembly, *arguments)
-    _assemblies.add(assembly)
-
-
-_assemble = Assembly.__init__
-Assembly.__init__ = _remember  # type: ignore[method-assign,assignment]
-
-
-def _left(assembly: Assembly) -> Iterator[str]:
+def _left(pool: Any) -> Iterator[str]:
     """What a closed channel would not have."""
-    pool = assembly.pool
     yield from (
         repr(subchannel)
         for subchannel in pool.subchannels()
         if subchannel._channel is not None and not subchannel.closed
     )
-    yield from (repr(node) for node in assembly.cluster.nodes.values() if node.in_flight)
+    yield from (repr(node) for node in pool.cluster.nodes.values() if node.in_flight)
 
 
 def _settled(before: set[threading.Thread]) -> set[threading.Thread]:

@@ -29,7 +29,6 @@ import mesh
 import mesh.aio
 from mesh.server import aio as aio_server
 from mesh.server import sync as sync_server
-from mesh.server.handlers import interceptors
 from mesh.server.settings import ServerSettings
 from tests.registry.serving import Serving, serving
 from weft.mesh.v1 import registry_pb2 as pb
@@ -37,8 +36,8 @@ from weft.mesh.v1 import registry_pb2 as pb
 SERVICE = "soak.Soak"
 UNARY, RESPONSES, REQUESTS, BOTH = (f"/{SERVICE}/{name}" for name in ("Unary", "Responses", "Requests", "Both"))
 TIMEOUT = 20.0
-METHODS = 50
-"""Methods whose handlers a server keeps here: few, so that this bound is reached at once."""
+METHODS = 1000
+"""Methods whose handlers a server keeps."""
 
 CONFIGS: tuple[dict[str, Any], ...] = (
     {"methodConfig": [{"name": [{}], "retryPolicy": {
@@ -142,6 +141,14 @@ class Soak:
     def _next(self) -> int:
         self._number += 1
         return self._number
+
+    async def fill(self) -> None:
+        """Have each server keep as many handlers as it ever does."""
+        for server in self._servers:
+            async with grpc.aio.insecure_channel(server) as channel:
+                for number in range(METHODS):
+                    call: Any = channel.unary_unary(f"/any.First{number}/Method")
+                    assert await call(b"ok", timeout=TIMEOUT) == b"ok"
 
     async def round(self) -> None:
         await self._configs()
@@ -304,7 +311,6 @@ async def settled() -> dict[str, Any]:
 
 
 async def main(seconds: float, count: int) -> None:
-    interceptors.METHODS = METHODS
     end = time.monotonic() + seconds
     settings: dict[str, Any] = {"listen": "127.0.0.1:0", "drain_wait": 0.0}
     async with serving(log_size=64) as registry:
@@ -315,6 +321,7 @@ async def main(seconds: float, count: int) -> None:
             second.start()
             servers = f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"
             soak = Soak(registry, servers, count)
+            await soak.fill()
             rounds = 0
             while rounds < 5 or time.monotonic() < end:
                 await soak.round()

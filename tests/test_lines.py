@@ -49,20 +49,17 @@ def test_a_line_that_is_held_back_goes_out_with_the_next_of_its_kind() -> None:
     assert limit.take("lost", 3.0, TO, "lost c") == "lost c (1 more such line left out)"
 
 
-def test_lines_are_logged_at_info(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_limit", Limit(period=0.0))
+def test_lines_are_logged_at_info(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "mesh.test"):
-        lines.info(LOG, "lost", "%s lost", "a")
+        lines.info(LOG, "begun", "%s begun", "a")
     with caplog.at_level(logging.INFO, "mesh.test"):
-        lines.info(LOG, "lost", "%s lost", "b")
-        lines.info(LOG, "lost", "100 %")
-    assert caplog.messages == ["b lost", "100 %"]
+        lines.info(LOG, "begun", "%s begun", "b")
+        lines.info(LOG, "done", "100 %")
+    assert caplog.messages == ["b begun", "100 %"]
 
 
 @pytest.mark.slow
-def test_what_was_held_back_is_logged_soon(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_limit", Limit(period=0.05))
-    monkeypatch.setattr(lines, "PERIOD", 0.05)
+def test_what_was_held_back_is_logged_soon(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "mesh.test"):
         for each in "abc":
             lines.info(LOG, "lost", "%s lost", each)

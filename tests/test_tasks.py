@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 
 import pytest
 
-from mesh import tasks
-from mesh.config.settings import RetryPolicy
 from mesh.tasks import keep_running, log_failure
+from tests import clock
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "BACKOFF", RetryPolicy(max_attempts=2, initial_backoff=0.001, max_backoff=0.004))
-
-
-async def test_a_task_that_fails_is_restarted(caplog: pytest.LogCaptureFixture) -> None:
-    runs: list[int] = []
+def test_a_task_that_fails_is_restarted_with_backoff(caplog: pytest.LogCaptureFixture) -> None:
+    runs: list[float] = []
     causes: list[str] = []
 
     async def work() -> None:
-        runs.append(1)
+        runs.append(asyncio.get_running_loop().time())
         if len(runs) < 4:
             raise ValueError("boom" if len(runs) < 3 else "bang")
 
-    await keep_running("discovery", work, causes.append, where="mesh:///a", rng=random.Random(1))
-    assert len(runs) == 4
-    assert causes[0] == "discovery failed: ValueError: boom; retrying in 0.0 s"
-    assert len(causes) == 3
+    clock.run(keep_running("discovery", work, causes.append, where="mesh:///a", rng=random.Random(1)))
+    pauses = [after - before for before, after in itertools.pairwise(runs)]
+    assert pauses == [pytest.approx(pause, rel=0.2) for pause in (0.1, 0.2, 0.4)]
+    assert causes == [
+        f"discovery failed: ValueError: {what}; retrying in {pause:.1f} s"
+        for what, pause in zip(("boom", "boom", "bang"), pauses, strict=True)
+    ]
     # The same failure is logged once, with its traceback.
     logged = [record for record in caplog.records if record.name == "mesh.tasks"]
     assert [record.getMessage().split(";")[0] for record in logged] == [
@@ -54,7 +52,7 @@ async def test_a_task_that_is_cancelled_ends() -> None:
         await task
 
 
-async def test_a_task_that_awaits_something_cancelled_is_restarted() -> None:
+def test_a_task_that_awaits_something_cancelled_is_restarted() -> None:
     runs = []
 
     async def work() -> None:
@@ -64,23 +62,26 @@ async def test_a_task_that_awaits_something_cancelled_is_restarted() -> None:
             cancelled.cancel()
             await cancelled
 
-    await keep_running("work", work)
+    clock.run(keep_running("work", work))
     assert len(runs) == 2
 
 
-async def test_a_failure_after_a_long_run_starts_the_backoff_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "STEADY", -1.0)
-    causes: list[str] = []
-    runs = []
+@pytest.mark.parametrize(("lasts", "longest"), [(0.0, 5.0), (9.0, 5.0), (11.0, 0.1)])
+def test_the_backoff_begins_anew_after_a_run_of_more_than_ten_seconds(lasts: float, longest: float) -> None:
+    ended: list[float] = []
+    pauses: list[float] = []
 
     async def work() -> None:
-        runs.append(1)
-        if len(runs) < 20:
+        now = asyncio.get_running_loop().time
+        pauses.extend([now() - ended[-1]] if ended else [])
+        await asyncio.sleep(lasts)
+        ended.append(now())
+        if len(ended) < 20:
             raise ValueError
 
-    async with asyncio.timeout(5):
-        await keep_running("work", work, causes.append)
-    assert len(causes) == 19
+    clock.run(keep_running("work", work))
+    assert len(pauses) == 19
+    assert pauses[-1] == pytest.approx(longest, rel=0.2)
 
 
 async def test_the_failure_of_a_task_that_nobody_awaits_is_logged(caplog: pytest.LogCaptureFixture) -> None:

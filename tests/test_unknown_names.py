@@ -20,6 +20,7 @@ from mesh.server.settings import ServerSettings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
 from services.settings import Settings
+from tests.processes import Spawn
 from tests.registry.serving import USER, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.user.v1 import user_pb2  # noqa: F401 - its descriptor is what is loaded
@@ -147,17 +148,14 @@ def test_a_service_of_another_process_is_no_slip(service: str) -> None:
     assert unknown_names(named((service, "Anything"))) == ()
 
 
-def test_a_channel_logs_each_warning_once_for_a_source_and_text(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mesh.config.sources._warned", set())
+def test_a_channel_logs_each_warning_once_for_a_source_and_text(caplog: pytest.LogCaptureFixture) -> None:
     for source in (Source.FILE, Source.REGISTRY, Source.FILE):
-        configs = ConfigSources("test", service=USER)
+        configs = ConfigSources("warned of once", service=USER)
         configs.update(source, config(methodconfig=[]))
     logged = [(record.levelno, record.name, record.getMessage()) for record in caplog.records]
     what = "methodconfig: unknown key, ignored; did you mean 'methodConfig'?"
     assert logged == [
-        (logging.WARNING, "mesh.config", f"test: service config from the {source}: {what}")
+        (logging.WARNING, "mesh.config", f"warned of once: service config from the {source}: {what}")
         for source in ("file", "registry")
     ]
 
@@ -204,13 +202,21 @@ def test_what_kubernetes_sets_for_a_service_named_mesh_registry_is_no_slip(name:
     assert variables.unknown([name]) == []
 
 
-def test_a_process_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(variables, "_warned", False)
-    monkeypatch.setenv("MESH_REGISTRI", "127.0.0.1:1")
-    for _ in range(2):
-        mesh.insecure_channel("static:///127.0.0.1:1").close()
-    assert caplog.messages == ["MESH_REGISTRI: unknown environment variable, ignored; did you mean 'MESH_REGISTRY'?"]
-    assert caplog.records[0].levelno == logging.WARNING
+TWO_CHANNELS = """
+import logging, mesh
+logging.basicConfig(format="%(levelname)s %(message)s")
+for _ in range(2):
+    mesh.insecure_channel("static:///127.0.0.1:1").close()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_warns_once(spawn: Spawn) -> None:
+    program = spawn.python("-c", TWO_CHANNELS, environment={"MESH_REGISTRI": "127.0.0.1:1"})
+    assert program.wait() == 0
+    assert program.said == (
+        "WARNING MESH_REGISTRI: unknown environment variable, ignored; did you mean 'MESH_REGISTRY'?\n"
+    )
 
 
 def test_the_list_has_every_variable_that_anything_reads_and_no_other() -> None:

@@ -61,11 +61,13 @@ _log = logging.getLogger(__name__)
 class RegistryService(pb_grpc.RegistryServicer):
     """The registry's servicer. It belongs to the event loop that its server runs on.
 
-    ``state``: where service configs are kept across restarts, if anywhere.
+    ``state``: where service configs are kept across restarts, if anywhere. ``stalled``: how long a watcher may take to
+    receive a message.
     """
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, stalled: float = STALLED) -> None:
         self._book = book
+        self._stalled = stalled
         self.state: State | None = None
         self._parsing = asyncio.Lock()
         self._waiting = 0  # calls that wait for it, or have it
@@ -277,7 +279,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         """End the call if its watcher takes too long to receive the message that is sent meanwhile."""
         task = asyncio.current_task()
         assert task is not None
-        timer = asyncio.get_running_loop().call_later(STALLED, self._drop, service, context, task)
+        timer = asyncio.get_running_loop().call_later(self._stalled, self._drop, service, context, task)
         self._sending.add(task)
         try:
             yield
@@ -301,7 +303,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         if task.done():
             return
         peer = context.peer()
-        lines.info(_log, "dropped", "%s: watcher %s read nothing for %g s; dropped", service, peer, STALLED)
+        lines.info(_log, "dropped", "%s: watcher %s read nothing for %g s; dropped", service, peer, self._stalled)
         ending = asyncio.create_task(self._abandon(context, task))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
@@ -313,7 +315,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         # First the status, which ends the call, and then the handler.
         asyncio.get_running_loop().call_soon(task.cancel)
         with contextlib.suppress(Exception):  # the call may end meanwhile, in whatever way
-            text = f"the watcher read nothing for {STALLED:g} s; watch again"
+            text = f"the watcher read nothing for {self._stalled:g} s; watch again"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     @contextlib.contextmanager

@@ -55,6 +55,19 @@ async def outcome(awaitable: Any) -> Any:
         return "raised", error(raised)
 
 
+async def waiting(awaitable: Any) -> asyncio.Task[Any]:
+    """A task that awaits its outcome, and does so by now."""
+    begun = asyncio.Event()
+
+    async def wait() -> Any:
+        begun.set()
+        return await outcome(awaitable)
+
+    task = asyncio.create_task(wait())
+    await begun.wait()
+    return task
+
+
 def refused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call that can't even be made raises."""
     try:
@@ -191,23 +204,18 @@ async def cancelled_in_flight(channel: Any) -> object:
     stream = channel.stream_unary(REQUESTS)(asynchronously(b"hang"), timeout=TIMEOUT)
     await stream.wait_for_connection()
     for call in (unary, stream):
-        waiting = asyncio.ensure_future(outcome(call))
-        await asyncio.sleep(0)
-        seen += [call.cancel(), await waiting, await ending(call)]
+        awaited = await waiting(call)
+        seen += [call.cancel(), await awaited, await ending(call)]
     return seen
 
 
 @scenario
 async def its_task_cancelled(channel: Any) -> object:
     call = channel.unary_unary(UNARY)(b"hang", timeout=TIMEOUT)
-
-    async def wait() -> Any:
-        return await call
-
-    task = asyncio.create_task(wait())
-    await asyncio.sleep(0.01)
+    task = await waiting(call)
+    assert await channel.unary_unary(UNARY)(b"ok", timeout=TIMEOUT) == b"ok"  # the first has left before this one
     task.cancel()
-    return [await outcome(task), call.cancelled(), await call.code(), await call.details()]
+    return [await task, call.cancelled(), await call.code(), await call.details()]
 
 
 @scenario
@@ -396,23 +404,18 @@ async def responses_cancelled_while_waited_for(channel: Any) -> object:
     for take in takes:
         call = channel.unary_stream(RESPONSES)(b"count 1 hang", timeout=TIMEOUT)
         await take(call)
-        reading = asyncio.ensure_future(outcome(take(call)))
-        await asyncio.sleep(0.01)
+        reading = await waiting(take(call))
         seen += [call.cancel(), await reading, await call.code()]
     return seen
 
 
 @scenario
 async def the_reader_cancelled(channel: Any) -> object:
-    call = channel.unary_stream(RESPONSES)(b"hang", timeout=TIMEOUT)
-
-    async def take() -> Any:
-        return await call.read()
-
-    task = asyncio.create_task(take())
-    await asyncio.sleep(0.01)
+    call = channel.unary_stream(RESPONSES)(b"hang", timeout=TIMEOUT, metadata=X)
+    await call.initial_metadata()  # it is at the server
+    task = await waiting(call.read())
     task.cancel()
-    return [await outcome(task), call.cancelled(), await call.code()]
+    return [await task, call.cancelled(), await call.code()]
 
 
 # -- streamed requests
@@ -484,19 +487,19 @@ async def requests_that_raise(channel: Any) -> object:
 
 @scenario
 async def requests_that_are_cancelled_with_the_call(channel: Any) -> object:
-    cancelled = asyncio.Event()
+    asked, cancelled = asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         yield b"."
+        asked.set()
         try:
-            await asyncio.sleep(5)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             cancelled.set()
             raise
 
     call = channel.stream_unary(REQUESTS)(slow(), timeout=TIMEOUT)
-    await call.wait_for_connection()
-    await asyncio.sleep(0.02)
+    await asyncio.wait_for(asked.wait(), TIMEOUT)
     seen = [call.cancel(), await outcome(call)]
     return [*seen, await asyncio.wait_for(cancelled.wait(), 5)]
 

@@ -13,7 +13,6 @@ import pytest
 import mesh
 import mesh.aio
 from mesh import context
-from mesh.criticality import CRITICALITY
 from mesh.server.settings import ServerSettings
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server, own
 
@@ -67,7 +66,7 @@ def test_metadata_of_any_form_arrives_beside_what_a_handler_passes_on(form: str,
     with context.entered(context.Scope(criticality="CRITICAL_PLUS")), OPEN["mesh"](server.address) as channel:
         channel.unary_unary(UNARY)(b"ok", metadata=METADATA[form](), timeout=TIMEOUT, wait_for_ready=True)
     seen = server.seen[-1][1]
-    assert (seen["x-one"], seen[CRITICALITY]) == ("1", "CRITICAL_PLUS")
+    assert (seen["x-one"], seen["weft-criticality"]) == ("1", "CRITICAL_PLUS")
 
 
 @pytest.mark.parametrize("form", METADATA)

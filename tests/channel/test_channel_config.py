@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -16,7 +17,6 @@ import pytest
 import mesh
 import mesh.aio
 from mesh.channel.sync.channel import Channel
-from mesh.config.sources import FILE_VARIABLE
 from mesh.errors import AioRpcError
 from tests.processes import Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb
@@ -68,15 +68,10 @@ def served() -> Iterator[Served]:
     served.threads.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def looked_at_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.channel.assemble.FILE_POLL_PERIOD", 0.01)
-
-
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "config.json"
-    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.setenv("MESH_SERVICE_CONFIG", str(file))
     return file
 
 
@@ -89,7 +84,8 @@ def attempts(number: int, **further: object) -> dict[str, object]:
         "backoffMultiplier": 1,
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
-    return {"methodConfig": [{"name": [{}], "retryPolicy": retry}], **further}
+    # The budget is for as many retries as the tests' calls may make while they wait for a change.
+    return {"methodConfig": [{"name": [{}], "retryPolicy": retry}], "retryBudget": {"ratio": 10}, **further}
 
 
 def option(config: dict[str, object]) -> list[tuple[str, str]]:
@@ -120,6 +116,7 @@ def test_the_first_call_already_has_what_the_file_says(served: Served, file: Pat
         assert attempted(channel) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["static:///{}", "{}"])
 def test_a_file_that_changes_holds_from_then_on(served: Served, file: Path, target: str) -> None:
     write(file, attempts(2))
@@ -129,6 +126,7 @@ def test_a_file_that_changes_holds_from_then_on(served: Served, file: Path, targ
         eventually(lambda: attempted(channel) == 4)
 
 
+@pytest.mark.slow
 async def test_so_it_does_in_asyncio(served: Served, file: Path) -> None:
     write(file, attempts(2))
     async with mesh.aio.insecure_channel(f"static:///{served.address}") as channel:
@@ -136,10 +134,12 @@ async def test_so_it_does_in_asyncio(served: Served, file: Path) -> None:
         for number in (2, 4):
             write(file, attempts(number))
             seen = 0
-            while seen != number:
-                with pytest.raises(AioRpcError) as raised:
-                    await call(b"", timeout=WITHIN)
-                seen = len(raised.value.explain().attempts)
+            async with asyncio.timeout(WITHIN):
+                while seen != number:
+                    await asyncio.sleep(0.01)  # between two looks
+                    with pytest.raises(AioRpcError) as raised:
+                        await call(b"", timeout=WITHIN)
+                    seen = len(raised.value.explain().attempts)
 
 
 def test_the_channels_option_goes_before_the_file(served: Served, file: Path) -> None:
@@ -148,6 +148,7 @@ def test_the_channels_option_goes_before_the_file(served: Served, file: Path) ->
         assert attempted(channel) == 3
 
 
+@pytest.mark.slow
 def test_one_file_serves_many_services(served: Served, file: Path) -> None:
     target = f"static:///{served.address}"
     write(file, {"services": {target: attempts(2), "another": attempts(3), "*": attempts(4)}})
@@ -171,6 +172,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "complaint"), BAD)
 def test_a_bad_file_is_named_once_with_the_fields_path_and_what_was_good_holds(
     served: Served, file: Path, caplog: pytest.LogCaptureFixture, bad: object, complaint: str
@@ -186,6 +188,7 @@ def test_a_bad_file_is_named_once_with_the_fields_path_and_what_was_good_holds(
     assert [record.levelno for record in caplog.records if record.name == "mesh.config"] == [logging.ERROR]
 
 
+@pytest.mark.slow
 def test_a_file_that_is_away_takes_nothing_away(served: Served, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mesh.insecure_channel(f"static:///{served.address}") as channel:
         assert attempted(channel) == 1, "it isn't there yet"
@@ -202,6 +205,7 @@ def test_a_file_that_is_away_takes_nothing_away(served: Served, file: Path, capl
 # what a change leaves alone
 
 
+@pytest.mark.slow
 def test_a_change_of_policy_keeps_every_nodes_memory_and_disturbs_no_call(served: Served, file: Path) -> None:
     write(file, attempts(2, loadBalancingConfig=[{"round_robin": {}}]))
     with mesh.insecure_channel(f"static:///{served.address}") as channel:

@@ -15,8 +15,7 @@ import grpc
 import pytest
 
 import mesh
-from mesh.config.sources import FILE_VARIABLE
-from mesh.discovery.cache import VARIABLE, Cache
+from mesh.discovery.cache import Cache
 from tests.registry.serving import serving
 from weft.mesh.v1 import registry_pb2 as pb
 
@@ -135,7 +134,7 @@ def test_a_new_client_starts_whatever_the_file_says(
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
-    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.setenv("MESH_SERVICE_CONFIG", str(file))
     assert called(f"static:///{server}") == b"x"
     (error,) = errors(caplog)
     assert why in error
@@ -153,7 +152,7 @@ def test_a_fifo_for_a_config_file_holds_up_no_call(
 ) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    monkeypatch.setenv(FILE_VARIABLE, str(fifo))
+    monkeypatch.setenv("MESH_SERVICE_CONFIG", str(fifo))
     assert called(f"static:///{server}") == b"x"
     (error,) = errors(caplog)
     assert f"{fifo}: not a regular file" in error
@@ -168,7 +167,7 @@ def test_a_fifo_in_the_disk_cache_holds_up_no_call(
     (file,) = folder.iterdir()
     file.unlink()
     os.mkfifo(file)
-    monkeypatch.setenv(VARIABLE, str(folder))
+    monkeypatch.setenv("MESH_CACHE", str(folder))
     began = time.monotonic()
     with pytest.raises(grpc.RpcError) as caught:
         called(f"mesh://{registry}/{SERVICE}")

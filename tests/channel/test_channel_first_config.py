@@ -16,8 +16,6 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.config.sources import FILE_VARIABLE
-from mesh.discovery.cache import VARIABLE
 from mesh.observe import Explanation
 from tests.processes import Process, Spawn, eventually
 from weft.mesh.v1 import registry_pb2 as pb
@@ -191,7 +189,7 @@ def test_the_first_call_of_a_process_has_the_registrys_config(kind: str, registr
 def test_a_registry_that_is_silent_for_a_second_is_replaced_by_the_cache_and_its_config(
     kind: str, registry: Registry, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("MESH_CACHE", str(tmp_path / "cache"))
     registry.start()
     registry.tell(address, RETRIES)
     with mesh.insecure_channel(f"mesh://{registry.address}/{SERVICE}") as channel:
@@ -257,7 +255,7 @@ def test_calls_wait_for_nothing_where_the_program_or_a_file_gives_the_config(
     registry.tell(address, RETRIES)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TIMEOUT))
-    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.setenv("MESH_SERVICE_CONFIG", str(file))
     code, explanation = first_call("blocking", registry.address, "Fail")
     assert (code, len(explanation.attempts)) == (grpc.StatusCode.UNAVAILABLE, 1)
     target = f"mesh://{registry.address}/{SERVICE}"

@@ -16,7 +16,6 @@ import pytest
 
 import mesh
 import mesh.aio
-from mesh.channel import instrumentation
 from mesh.channel.aio.channel import Channel as AioChannel
 from mesh.channel.sync.channel import Channel as SyncChannel
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
@@ -188,18 +187,12 @@ def test_a_secure_channel_is_instrumented_as_well(monkeypatch: pytest.MonkeyPatc
     assert seen == [("added static:///127.0.0.1:1", UNARY)]
 
 
-@pytest.mark.parametrize("first", ["swap", "instrument"])
 def test_a_program_that_makes_the_meshs_function_grpcs_has_each_call_instrumented_once(
-    server: Server, monkeypatch: pytest.MonkeyPatch, seen: Seen, form: str, first: str
+    server: Server, monkeypatch: pytest.MonkeyPatch, seen: Seen, form: str
 ) -> None:
     target = f"static:///{server.address}"
-    if first == "instrument":
-        # Before ``import mesh``, that is.
-        instrument(monkeypatch, "added", seen, form)
-        monkeypatch.setitem(instrumentation._AT_IMPORT, (grpc, "insecure_channel"), grpc.insecure_channel)
     monkeypatch.setattr(grpc, "insecure_channel", mesh.insecure_channel)
-    if first == "swap":
-        instrument(monkeypatch, "added", seen, form)
+    instrument(monkeypatch, "added", seen, form)
     with grpc.insecure_channel(target) as channel:
         one_of_each(channel)
     assert Counter(method for _, method in seen) == ONE_EACH

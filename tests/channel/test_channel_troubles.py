@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import socket
 import threading
@@ -265,15 +266,9 @@ class Cycle:
         self.itself = self
 
 
-def collecting(pool: Any) -> None:
-    """Have garbage collected while the pool's lock is held, in the cluster's sweep."""
-    sweep = pool.cluster.sweep
-
-    def swept(now: float) -> bool:
-        gc.collect()
-        return bool(sweep(now))
-
-    pool.cluster.sweep = swept
+def collect(pool: Any) -> None:
+    """Have garbage collected while the pool's lock is held."""
+    pool._update_cluster(gc.collect)
 
 
 def background_lives() -> None:
@@ -292,19 +287,18 @@ def test_garbage_is_collected_while_a_lock_is_held(server: Server, silent: str) 
             Cycle(channel.unary_unary(UNARY).future(b"hang", timeout=60))
             Cycle(channel.unary_stream(RESPONSES)(b"hang", timeout=60))
             server.wait_until_busy(2)
-            collecting(waiting.assembly.pool)
+            background.call(functools.partial(collect, waiting.assembly.pool))
             server.wait_until_idle()  # the calls were cancelled
             background_lives()
-            del waiting.assembly.pool.cluster.sweep
             Cycle(waiting.unary_unary(UNARY).future(b"ok", timeout=60))
             with waiting.assembly.pool._lock:
                 gc.collect()
         dropped = blocking(f"static:///{silent}")
         assert dropped.unary_unary(UNARY).future(b"ok", timeout=0.05).code() is CODE.DEADLINE_EXCEEDED
         pool = dropped.assembly.pool
-        collecting(pool)
         Cycle(dropped)
         del dropped
+        background.call(functools.partial(collect, pool))
         eventually(lambda: pool.closed)
         eventually(lambda: not pool._subchannels)
         background_lives()
@@ -323,7 +317,7 @@ async def test_garbage_is_collected_while_a_lock_is_held_in_asyncio(server: Serv
                 Cycle(waiting.unary_unary(UNARY)(b"ok", timeout=60))
                 Cycle(unary(b"hang", timeout=60))
                 await asyncio.to_thread(server.wait_until_busy)
-                collecting(channel.assembly.pool)
+                collect(channel.assembly.pool)
                 await asyncio.to_thread(server.wait_until_idle)
                 assert await unary(b"ok", timeout=5) == b"ok"
                 pool = waiting.assembly.pool

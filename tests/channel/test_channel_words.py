@@ -18,7 +18,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 import mesh
 import mesh.aio
-from mesh import lines
 from mesh.channel.endpoint_log import EndpointLog
 from mesh.channel.sync.channel import Channel
 from mesh.codes import Code
@@ -75,11 +74,6 @@ def served() -> Iterator[Served]:
     served = Served()
     yield served
     served.stop()
-
-
-@pytest.fixture(autouse=True)
-def every_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_limit", lines.Limit(period=0.0))
 
 
 def watching(health_service: str) -> list[tuple[str, str]]:
@@ -221,6 +215,11 @@ def test_cores_account_is_made_short(details: str, short: str) -> None:
     assert short_details(details) == short
 
 
+def logged(caplog: pytest.LogCaptureFixture, line: str) -> None:
+    """Wait for it: of one kind a line a second is logged at most, and the tests before have logged some."""
+    eventually(lambda: any(message.startswith(line) for message in caplog.messages), what=line)
+
+
 def test_lines_say_when_endpoints_come_fail_and_return(
     served: Served, free_port: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,7 +232,7 @@ def test_lines_say_when_endpoints_come_fail_and_return(
         ready = channel.assembly.cluster.states
         call: Any = channel.unary_unary(OK)
         call(b"", timeout=WITHIN)
-        assert f"{target}: 2 endpoints added: {served.address}, {other.address}" in caplog.messages
+        logged(caplog, f"{target}: 2 endpoints added: {served.address}, {other.address}")
         eventually(lambda: all(state == 2 for state in ready.values()), what="both were ready")
         other.stop()
         lost = f"{target}: endpoint lost: {other.address}: connection refused"
@@ -259,12 +258,13 @@ def test_an_ejection_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) ->
     cluster.sweep(1.0)
     events.on_sweep()
     events.on_sweep()
-    assert caplog.messages == [f"test: endpoint ejected: e1: {cluster.ejections.reasons['e1']}"]
+    logged(caplog, "test: endpoint ejected: e1: consecutive failures; for 3")
     cluster.sweep(1000.0)
     Driven(cluster=cluster, now=1000.0).succeeds(1, at=1000.5)
     cluster.sweep(1001.0)
     events.on_sweep()
-    assert caplog.messages[1:] == ["test: endpoint returned: e1 from ejection"]
+    logged(caplog, "test: endpoint returned: e1 from ejection")
+    assert sum("ejected" in message for message in caplog.messages) == 1
 
 
 def test_a_resolver_that_fails_and_works_again_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -273,7 +273,5 @@ def test_a_resolver_that_fails_and_works_again_is_logged(caplog: pytest.LogCaptu
     events.on_resolver_update(Update((Endpoint("e0"),)))
     events.on_resolver_update(Update(None, "registry r:1: UNAVAILABLE: gone"))
     events.on_resolver_update(Update((Endpoint("e0"),)))
-    assert caplog.messages == [
-        "test: registry r:1: UNAVAILABLE: gone; keeping 1 known endpoint",
-        "test: discovery works again; endpoints: 1",
-    ]
+    logged(caplog, "test: registry r:1: UNAVAILABLE: gone; keeping 1 known endpoint")
+    logged(caplog, "test: discovery works again; endpoints: 1")

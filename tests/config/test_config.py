@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,7 @@ from google.protobuf.descriptor import Descriptor
 from mesh.codes import Code
 from mesh.config.parse import for_core, parse
 from mesh.config.settings import (
-    DEFAULT_RETRY,
     NEVER_HEDGE,
-    NEVER_RETRY,
     AdaptiveThrottleConfig,
     BalancerConfig,
     BudgetConfig,
@@ -638,15 +637,25 @@ def test_the_most_specific_name_wins(path: str, timeout: float) -> None:
 
 def test_a_method_that_no_name_matches_gets_the_defaults() -> None:
     config = parsed({"methodConfig": [{"name": [{"service": "a.B", "method": "Get"}], "timeout": "1s"}]})
-    assert config.method("/a.B/List", Idempotency.UNKNOWN) == MethodPolicy(retry=NEVER_RETRY)
-
-
-@pytest.mark.parametrize("idempotency", list(Idempotency))
-def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(idempotency: Idempotency) -> None:
-    assert ServiceConfig().method("/a.B/Get", idempotency).retry == DEFAULT_RETRY[idempotency]
-    assert parsed({"methodConfig": [{"name": [{}], "timeout": "1s"}]}).method("/a.B/Get", idempotency) == MethodPolicy(
-        timeout=1.0, retry=DEFAULT_RETRY[idempotency]
+    assert config.method("/a.B/List", Idempotency.UNKNOWN) == MethodPolicy(
+        retry=RetryPolicy(1, retryable_codes=frozenset())
     )
+
+
+THREE = RetryPolicy(3, 0.025, 0.25, 2.0, frozenset({Code.UNAVAILABLE}))
+NONE = RetryPolicy(1, retryable_codes=frozenset())
+
+
+@pytest.mark.parametrize(
+    ("idempotency", "retry"),
+    [(Idempotency.UNKNOWN, NONE), (Idempotency.IDEMPOTENT, THREE), (Idempotency.NO_SIDE_EFFECTS, THREE)],
+)
+def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(
+    idempotency: Idempotency, retry: RetryPolicy
+) -> None:
+    assert ServiceConfig().method("/a.B/Get", idempotency).retry == retry
+    timed = parsed({"methodConfig": [{"name": [{}], "timeout": "1s"}]})
+    assert timed.method("/a.B/Get", idempotency) == MethodPolicy(timeout=1.0, retry=retry)
     four: dict[str, Any] = {**RETRY, "maxAttempts": 4}
     given = parsed({"methodConfig": [{"name": [{}], "retryPolicy": four}]})
     policy = given.method("/a.B/Get", idempotency)
@@ -658,84 +667,64 @@ def test_the_descriptor_says_what_may_be_retried_unless_the_config_does(idempote
 def test_a_method_that_hedges_does_not_retry(idempotency: Idempotency) -> None:
     config = parsed({"methodConfig": [{"name": [{}], "hedgingPolicy": HEDGE}]})
     policy = config.method("/a.B/Get", idempotency)
-    assert (policy.retry, policy.hedge.max_attempts) == (NEVER_RETRY, 3)
-
-
-def test_by_default_three_attempts_on_unavailable_where_the_descriptor_allows() -> None:
-    assert DEFAULT_RETRY[Idempotency.UNKNOWN].max_attempts == 1
-    for idempotency in (Idempotency.IDEMPOTENT, Idempotency.NO_SIDE_EFFECTS):
-        assert DEFAULT_RETRY[idempotency] == RetryPolicy(3, 0.025, 0.25, 2.0, frozenset({Code.UNAVAILABLE}))
+    assert (policy.retry, policy.hedge.max_attempts) == (NONE, 3)
 
 
 # -- the proto that documents it
 
 
-class Recording(dict[str, Any]):
-    """A JSON object that notes which keys are asked for."""
-
-    def __init__(self, value: dict[str, Any]) -> None:
-        super().__init__({key: recording(each) for key, each in value.items()})
-        self.asked: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
-
-def recording(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Recording(value)
-    return [recording(each) for each in value] if isinstance(value, list) else value
+def keys_read(config: dict[str, Any], *path: str | int) -> set[str]:
+    """The keys that the reader knows of the object at ``path``, as its warning about another one lists them."""
+    config = json.loads(json.dumps(config))
+    place: Any = config
+    for step in path:
+        place = place[step]
+    place["qqqq"] = 1
+    (listed,) = [found[1] for text in parsed(config).warnings if (found := re.search(r"qqqq: .*; known: (.*)", text))]
+    return set(listed.split(", "))
 
 
 def keys_of(message: Descriptor) -> set[str]:
     return {field.json_name for field in message.fields}
 
 
-def test_the_proto_and_the_reader_know_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = recording(FULL)
-    monkeypatch.setattr("mesh.config.parse.read_json", lambda _: root)
-    parse("")
-    first, second = root["methodConfig"]
-    outliers = root["loadBalancingConfig"][0]["outlier_detection_experimental"]
-    priority = outliers["childPolicy"][0]["priority_experimental"]
-    children = priority["children"]
-    subsetting = children["near"]["config"][0]["random_subsetting_experimental"]
-    ewma = subsetting["childPolicy"][0]["peak_ewma"]
-    least = recording(LEAST)
-    root["loadBalancingConfig"] = [Recording({"least_request": {}})]
-    dict.__setitem__(root["loadBalancingConfig"][0], "least_request", least)
-    parse("")
-    read = {
-        "ServiceConfig": root,
-        "MethodConfig": first,
-        "Name": first["name"][0],
-        "RetryPolicy": first["retryPolicy"],
-        "HedgingPolicy": second["hedgingPolicy"],
-        "RetryThrottling": root["retryThrottling"],
-        "HealthCheckConfig": root["healthCheckConfig"],
-        "RetryBudget": root["retryBudget"],
+def test_the_proto_and_the_reader_know_the_same_keys() -> None:
+    outliers = ("loadBalancingConfig", 0, "outlier_detection_experimental")
+    priority = (*outliers, "childPolicy", 0, "priority_experimental")
+    near, far, last = ((*priority, "children", name) for name in ("near", "far", "last"))
+    subsetting = (*near, "config", 0, "random_subsetting_experimental")
+    ewma = (*subsetting, "childPolicy", 0, "peak_ewma")
+    least = policy_of("least_request", LEAST)
+    places: dict[str, tuple[str | int, ...]] = {
+        "ServiceConfig": (),
+        "MethodConfig": ("methodConfig", 0),
+        "Name": ("methodConfig", 0, "name", 0),
+        "RetryPolicy": ("methodConfig", 0, "retryPolicy"),
+        "HedgingPolicy": ("methodConfig", 1, "hedgingPolicy"),
+        "RetryThrottling": ("retryThrottling",),
+        "HealthCheckConfig": ("healthCheckConfig",),
+        "RetryBudget": ("retryBudget",),
         "PeakEwma": ewma,
-        "PickFirst": children["last"]["config"][0]["pick_first"],
-        "LoadReports": ewma["loadReports"],
-        "LeastRequest": least,
-        "RingHash": children["far"]["config"][0]["ring_hash"],
+        "PickFirst": (*last, "config", 0, "pick_first"),
+        "LoadReports": (*ewma, "loadReports"),
+        "RingHash": (*far, "config", 0, "ring_hash"),
         "RandomSubsetting": subsetting,
         "Priority": priority,
-        "PriorityChild": children["near"],
+        "PriorityChild": near,
         "OutlierDetection": outliers,
-        "SuccessRateEjection": outliers["successRateEjection"],
-        "FailurePercentageEjection": outliers["failurePercentageEjection"],
-        "SlowStart": root["slowStart"],
-        "ZoneAwareness": root["zoneAwareness"],
-        "Overload": root["overload"],
-        "AdaptiveThrottle": root["overload"]["adaptiveThrottle"],
+        "SuccessRateEjection": (*outliers, "successRateEjection"),
+        "FailurePercentageEjection": (*outliers, "failurePercentageEjection"),
+        "SlowStart": ("slowStart",),
+        "ZoneAwareness": ("zoneAwareness",),
+        "Overload": ("overload",),
+        "AdaptiveThrottle": ("overload", "adaptiveThrottle"),
     }
+    read = {name: keys_read(FULL, *path) for name, path in places.items()}
+    read["LeastRequest"] = keys_read(least, "loadBalancingConfig", 0, "least_request")
     messages = service_config_pb2.DESCRIPTOR.message_types_by_name
-    assert {name: each.asked for name, each in read.items()} == {name: keys_of(messages[name]) for name in read}
+    assert read == {name: keys_of(messages[name]) for name in read}
     # A balancer's name is itself the key.
     assert set(messages) - set(read) == {"LoadBalancingConfig", "RoundRobin"}
-    monkeypatch.undo()
     needed: dict[str, dict[str, Any]] = {
         "random_subsetting": {"subsetSize": 3},
         "priority": {"children": {"a": {"config": [{"round_robin": {}}]}}, "priorities": ["a"]},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.config.sources import MAX_FILE, ConfigFile
+from mesh.config.sources import ConfigFile
 from tests import limited
 
 MEBIBYTE = 1024 * 1024
@@ -34,10 +34,10 @@ def test_a_file_of_60_mb_is_refused_without_being_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_file_of_the_largest_size_takes_little_memory(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    content = b'{"x":[' + b"[]," * (MAX_FILE // 3 - 4) + b"[]]}"
+    content = b'{"x":[' + b"[]," * (MEBIBYTE // 3 - 4) + b"[]]}"
     file.write_bytes(content)
     told, _ = limited.run("from mesh.config.sources import ConfigFile", LOOK, str(file), more=192 * MEBIBYTE, within=10)
-    assert len(told) > MAX_FILE // 2, told[:200]
+    assert len(told) > MEBIBYTE // 2, told[:200]
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_text_that_readers_would_read_differently_is_refused_with_its_path(
 
 def test_a_file_that_is_refused_leaves_no_descriptor_open(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_bytes(b" " * (MAX_FILE + 1))
+    file.write_bytes(b" " * (MEBIBYTE + 1))
     before = len(list(Path("/proc/self/fd").iterdir()))
     for path in (str(file), "/dev"):
         with pytest.raises(ValueError, match=r"the limit is|not a regular file"):

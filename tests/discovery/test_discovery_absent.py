@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import pytest
 
 import mesh.aio
 from mesh.discovery.absent import describe
-from tests.registry.serving import ORDER, USER, instance, serving
+from tests.registry.serving import BOUND, ORDER, USER, instance, serving
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
 WITHIN = 10.0
@@ -42,10 +43,11 @@ async def test_of_many_services_five_are_listed() -> None:
         assert text.endswith("known services: test.S0, test.S1, test.S2, test.S3, test.S4 and 3 more")
 
 
-async def test_services_on_later_pages_are_listed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.registry.paging.MAX_PAGE", 2)
+async def test_services_on_later_pages_are_listed_too() -> None:
     async with serving() as registry:
-        for number in range(4):
+        for number in range(1_000):
+            registry.book.register(instance(str(number), "test.S0"), BOUND, asyncio.get_running_loop().time())
+        for number in range(1, 4):
             await registry.register(instance("a", f"test.S{number}"))
         text = await describe(registry.stub, "R", "test.S9")
         assert text.endswith("known services: test.S0, test.S1, test.S2, test.S3")

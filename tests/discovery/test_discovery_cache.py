@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import mesh
-from mesh.discovery.cache import VARIABLE, Cache
+from mesh.discovery.cache import Cache
 from mesh.discovery.registry import RegistryResolver
 from tests.discovery.test_discovery_resolvers import eager, odd_registry, of, user, watching
 from tests.processes import Spawn, eventually
@@ -80,9 +80,9 @@ def test_a_directory_that_can_not_be_written_is_named_once(tmp_path: Path, caplo
 
 
 def test_it_is_off_unless_a_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("MESH_CACHE", raising=False)
     assert Cache.from_environment(REGISTRY, USER) is None
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv("MESH_CACHE", str(tmp_path))
     assert repr(Cache.from_environment(REGISTRY, USER)).startswith(f"<Cache {tmp_path}/{USER}@127.0.0.1%3A50050-")
 
 
@@ -200,7 +200,7 @@ def test_a_client_starts_after_the_registry_was_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "cache"
-    monkeypatch.setenv(VARIABLE, str(folder))
+    monkeypatch.setenv("MESH_CACHE", str(folder))
     registry = f"127.0.0.1:{free_port()}"
     process = spawn.python("-m", "mesh.registry", "--listen", registry)
     process.wait_for("serving on")

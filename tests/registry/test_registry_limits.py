@@ -10,10 +10,7 @@ import grpc
 import pytest
 
 from mesh.discovery.roster import Roster
-from mesh.registry import book as books
-from mesh.registry import service as services
 from mesh.registry.book import Book
-from mesh.registry.limits import MAX_CONFIGS, MAX_INSTANCE_BYTES, MAX_LEASE_IDS, MAX_METADATA
 from tests.registry.serving import BOUND, ORDER, USER, Serving, eventually, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
@@ -60,79 +57,86 @@ async def test_unknown_fields_are_neither_kept_nor_relayed(registry: Serving) ->
     assert step.ByteSize() < 1_000
 
 
+MEBIBYTE = 1024 * 1024
+LABELS = {f"{n:03}": "x" * 1024 for n in range(64)}
+"""As many as an instance may have, at full length: of such instances 126 fit into a service's 8 MiB."""
+
+
 async def test_an_instance_with_all_labels_at_full_length_is_registered(registry: Serving) -> None:
-    await registry.register(instance("a", **{f"{n:03}": "x" * 1024 for n in range(MAX_METADATA)}))
+    await registry.register(instance("a", **LABELS))
 
-    wide = instance("b", **{f"{n:03}": "\U0001f600" * 1024 for n in range(MAX_METADATA)})
+    wide = instance("b", **dict.fromkeys(LABELS, "😀" * 1024))
     said = await refused(registry.stub.Register(pb.RegisterRequest(instance=wide)))
-    assert said == f"INVALID_ARGUMENT: instance: has {wide.ByteSize()} bytes; the limit is {MAX_INSTANCE_BYTES}"
+    assert said == f"INVALID_ARGUMENT: instance: has {wide.ByteSize()} bytes; the limit is 131072"
 
 
-async def test_a_service_that_is_full_refuses_instances_and_the_others_go_on(
-    registry: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(books, "MAX_SERVICE_BYTES", 10_000)
+async def test_a_service_that_is_full_refuses_instances_and_the_others_go_on(registry: Serving) -> None:
     lease = ""
-    for n in range(9):
-        lease = await registry.register(instance(str(n), label="x" * 1_000))
+    for n in range(126):
+        lease = await registry.register(instance(f"{n:03}", **LABELS))
 
-    said = await refused(registry.stub.Register(pb.RegisterRequest(instance=instance("9", label="x" * 1_000))))
-    assert said == f"RESOURCE_EXHAUSTED: the instances of {USER} would exceed 10000 bytes, the limit of a service"
-    await registry.register(instance("9", ORDER, label="x" * 1_000))
-    await registry.register(instance("8", label="y" * 1_000))  # in place of itself
+    said = await refused(registry.stub.Register(pb.RegisterRequest(instance=instance("126", **LABELS))))
+    assert said == f"RESOURCE_EXHAUSTED: the instances of {USER} would exceed 8388608 bytes, the limit of a service"
+    await registry.register(instance("126", ORDER, **LABELS))
+    await registry.register(instance("125", **dict.fromkeys(LABELS, "y" * 1024)))  # in place of itself
     await registry.register(instance("small"))
 
     await registry.stub.Deregister(pb.DeregisterRequest(lease_id=lease))
-    assert len(registry.book.snapshot(USER)) == 10, "its lease was replaced"
+    assert len(registry.book.snapshot(USER)) == 127, "its lease was replaced"
 
 
-def test_a_book_counts_what_it_holds_and_gives_back_what_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "MAX_INSTANCES", 3)
+@pytest.mark.slow
+def test_a_book_has_room_for_100_000_instances_and_again_when_some_end() -> None:
     book = Book("e")
-    leases = [book.register(instance(str(n)), 10, now=0) for n in range(3)]
-    assert book.refusal(instance("3")) == "the registry knows 3 instances, its limit"
+    leases = [book.register(instance(str(n)), 10, now=0) for n in range(100_000)]
+    assert book.refusal(instance("one more")) == "the registry knows 100000 instances, its limit"
     assert book.refusal(instance("2", label="more")) == ""
 
     book.deregister(leases[0])
-    assert book.refusal(instance("3")) == ""
-    book.register(instance("3"), 10, now=5)
-    assert len(book.expire(now=10)) == 2
+    assert book.refusal(instance("one more")) == ""
 
-    monkeypatch.setattr(books, "MAX_TOTAL_BYTES", 2 * instance("3").ByteSize())
-    assert book.refusal(instance("4")) == ""
-    book.register(instance("4", ORDER), 10, now=5)
-    assert book.refusal(instance("5")) == (
-        f"the instances of all services would exceed {2 * instance('3').ByteSize()} bytes, the registry's limit"
+
+@pytest.mark.slow
+def test_a_book_has_room_for_64_megabytes_and_again_when_some_end() -> None:
+    book = Book("e")
+    large = "x" * (8 * MEBIBYTE - 100)
+    for n in range(8):
+        assert book.refusal(instance("a", f"test.S{n}", label=large)) == ""
+        book.register(instance("a", f"test.S{n}", label=large), 10, now=n)
+    assert book.refusal(instance("b", ORDER, label="x" * 1_000)) == (
+        "the instances of all services would exceed 67108864 bytes, the registry's limit"
     )
-    book.expire(now=15)
+    assert len(book.expire(now=10)) == 1
+    assert book.refusal(instance("b", ORDER, label=large)) == ""
+    assert len(book.expire(now=17)) == 7
     assert book._size == 0
     assert all(service.size == 0 for service in book._services.values())
 
 
-async def test_the_number_and_the_bytes_of_service_configs_are_limited(
-    registry: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(books, "MAX_CONFIGS", 2)
-    monkeypatch.setattr(books, "MAX_CONFIGS_BYTES", 2_000)
-
+async def test_the_number_and_the_bytes_of_service_configs_are_limited(registry: Serving) -> None:
     def configure(service: str, text: str = CONFIG) -> grpc.aio.UnaryUnaryCall[Any, Any]:
         return registry.stub.SetServiceConfig(pb.SetServiceConfigRequest(service=service, service_config=text))
 
+    for n in range(998):
+        registry.book.configure(f"test.S{n}", CONFIG)
     await configure("weft.A")
     await configure("weft.B")
     assert await refused(configure("weft.C")) == (
-        "RESOURCE_EXHAUSTED: the registry has the configs of 2 services, its limit"
+        "RESOURCE_EXHAUSTED: the registry has the configs of 1000 services, its limit"
     )
-    assert await refused(configure("weft.B", CONFIG + " " * 2_000)) == (
-        "RESOURCE_EXHAUSTED: all service configs would exceed 2000 bytes, the registry's limit"
+    large = CONFIG.ljust(MEBIBYTE // 4)
+    for n in range(63):
+        registry.book.configure(f"test.S{n}", large)
+    assert await refused(configure("weft.B", large)) == (
+        "RESOURCE_EXHAUSTED: all service configs would exceed 16777216 bytes, the registry's limit"
     )
     assert registry.book.config("weft.B") == CONFIG
 
     await configure("weft.A", "")
-    await configure("weft.C", CONFIG + " " * 1_000)
+    await configure("weft.C", CONFIG.ljust(100_000))
     await configure("weft.C", CONFIG)
-    assert registry.book.configs() == {"weft.B": CONFIG, "weft.C": CONFIG}
-    assert MAX_CONFIGS >= 100
+    assert registry.book.config("weft.A") == ""
+    assert registry.book.config("weft.C") == CONFIG
 
 
 async def watched(registry: Serving, epoch: str = "", revision: int = 0) -> list[pb.WatchResponse]:
@@ -223,29 +227,27 @@ async def test_what_changes_between_the_parts_of_a_snapshot_is_told_after_them(r
 
 
 @pytest.mark.slow
-async def test_a_watcher_that_does_not_read_is_dropped_and_says_why(
-    registry: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(services, "STALLED", 0.1)
-    for n in range(40):
-        await registry.register(instance(f"{n}", **{f"{n:03}": "x" * 1000 for n in range(10)}))
-    # A window that doesn't grow with what the network could carry, so that it is soon full.
-    options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(registry.address, options=options) as channel:
-        call = pb_grpc.RegistryStub(channel).Watch(pb.WatchRequest(service=USER), timeout=BOUND)
-        await eventually(lambda: USER in registry.service._watchers)
-        await eventually(lambda: not registry.service._watchers and not registry.service._streams)
-        assert not registry.service._parts
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            [step async for step in call]
-    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert raised.value.details() == "the watcher read nothing for 0.1 s; watch again"
-    assert len(merged(await watched(registry))) == 1
+async def test_a_watcher_that_does_not_read_is_dropped_and_says_why() -> None:
+    async with serving(stalled=0.1) as registry:
+        for n in range(40):
+            await registry.register(instance(f"{n}", **{f"{n:03}": "x" * 1000 for n in range(10)}))
+        # A window that doesn't grow with what the network could carry, so that it is soon full.
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(registry.address, options=options) as channel:
+            call = pb_grpc.RegistryStub(channel).Watch(pb.WatchRequest(service=USER), timeout=BOUND)
+            await eventually(lambda: USER in registry.service._watchers)
+            await eventually(lambda: not registry.service._watchers and not registry.service._streams)
+            assert not registry.service._parts
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                [step async for step in call]
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert raised.value.details() == "the watcher read nothing for 0.1 s; watch again"
+        assert len(merged(await watched(registry))) == 1
 
 
 async def test_a_keep_alive_with_too_many_ids_is_refused_whole(registry: Serving) -> None:
     lease = await registry.register(instance("a"))
-    for count, code in ((MAX_LEASE_IDS, None), (MAX_LEASE_IDS + 1, grpc.StatusCode.INVALID_ARGUMENT)):
+    for count, code in ((1000, None), (1001, grpc.StatusCode.INVALID_ARGUMENT)):
         stream = registry.stub.KeepAlive(timeout=BOUND)
         await stream.write(pb.KeepAliveRequest(lease_ids=[lease] * count))
         if code is None:

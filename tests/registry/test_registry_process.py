@@ -11,7 +11,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc  # type: ignore[import-untyped]
 
-from mesh.registry.service import SERVICE_NAME
 from tests.processes import Spawn
 from tests.registry.serving import USER, instance
 from weft.mesh.v1 import registry_pb2 as pb
@@ -28,13 +27,13 @@ def test_it_serves_and_ends_well_when_told_to(
     registry.wait_for(f"serving on {address}")
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", SERVICE_NAME):
+        for name in ("", "weft.mesh.v1.Registry"):
             check = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
             assert check.status == health_pb2.HealthCheckResponse.SERVING
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         listed = next(iter(reflection.ServerReflectionInfo(asked, timeout=5))).list_services_response.service
-        assert SERVICE_NAME in {service.name for service in listed}
+        assert "weft.mesh.v1.Registry" in {service.name for service in listed}
 
         stub = pb_grpc.RegistryStub(channel)
         stub.Register(pb.RegisterRequest(instance=instance("a")), timeout=5)

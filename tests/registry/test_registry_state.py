@@ -6,23 +6,23 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from mesh import files
-from mesh.registry.limits import MAX_SETTING
-from mesh.registry.state import FILE, VARIABLE, State
+from mesh.registry.state import State
 from tests.processes import Process, Spawn
 from tests.registry.serving import BOUND, USER, instance, serving
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 
+FILE = "configs.json"
 CONFIG = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 OTHER = '{"loadBalancingConfig": [{"least_request": {}}]}'
 
@@ -111,15 +111,15 @@ def test_a_config_that_is_not_valid_any_more_is_named_and_the_others_hold(
     assert len(caplog.records) == 1
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     files.replace(tmp_path / "file", b"old")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        files.replace(tmp_path / "file", b"new")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.replace(tmp_path / "file", b"new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
 
@@ -192,7 +192,7 @@ async def test_a_config_that_cannot_be_kept_is_refused_and_the_one_before_holds(
 async def test_configs_set_at_once_are_all_kept(tmp_path: Path) -> None:
     async with serving() as registry:
         state = registry.service.state = State(tmp_path)
-        names = [f"a.S{number}" for number in range(MAX_SETTING)]
+        names = [f"a.S{number}" for number in range(16)]
         await asyncio.gather(
             *(
                 registry.stub.SetServiceConfig(
@@ -210,7 +210,7 @@ async def test_configs_set_at_once_are_all_kept(tmp_path: Path) -> None:
 
 
 def started(spawn: Spawn, address: str, folder: Path | None) -> Process:
-    environment = {VARIABLE: str(folder)} if folder else {}
+    environment = {"MESH_REGISTRY_STATE": str(folder)} if folder else {}
     registry = spawn.python("-m", "mesh.registry", "--listen", address, environment=environment)
     registry.wait_for("serving on")
     return registry
@@ -243,8 +243,8 @@ def test_without_the_variable_there_is_no_file_and_one_line(
     spawn: Spawn, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
     registry = started(spawn, f"127.0.0.1:{free_port()}", None)
-    assert registry.said.count(VARIABLE) == 1
-    assert f"INFO service configs are kept in memory only: set {VARIABLE}=DIR" in registry.said
+    assert registry.said.count("MESH_REGISTRY_STATE") == 1
+    assert "INFO service configs are kept in memory only: set MESH_REGISTRY_STATE=DIR" in registry.said
     assert registry.end() == 0
 
 
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_exit_code_2(
     )
     assert registry.wait() == 2
     assert registry.said.endswith(
-        f"mesh.registry: cannot use {tmp_path}/file/state ({VARIABLE} or --state): Not a directory\n"
+        f"mesh.registry: cannot use {tmp_path}/file/state (MESH_REGISTRY_STATE or --state): Not a directory\n"
     )
     assert "Traceback" not in registry.said
 

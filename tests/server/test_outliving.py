@@ -18,7 +18,6 @@ import mesh
 import mesh.aio
 from mesh import context as mesh_context
 from mesh.context import Scope
-from mesh.criticality import CRITICALITY
 from tests.processes import eventually
 from tests.server.test_deadlines import KINDS, acall, asynchronous, call, threaded
 
@@ -70,7 +69,7 @@ async def test_a_task_that_a_handler_started_works_on_when_its_deadline_has_pass
                 return b"started"
 
             async with asynchronous("unary_unary", handle) as above:
-                metadata = ((CRITICALITY, "SHEDDABLE"),)
+                metadata = (("weft-criticality", "SHEDDABLE"),)
                 assert await acall(above, "unary_unary", timeout=SHORT, metadata=metadata) == [b"started"]
                 over(scopes)
                 await wanted.put(None)
@@ -78,7 +77,7 @@ async def test_a_task_that_a_handler_started_works_on_when_its_deadline_has_pass
                     assert await worked.get() == (b"done", None)
                 workers[0].cancel()
                 await asyncio.wait(workers)
-    assert CRITICALITY not in seen[0]
+    assert "weft-criticality" not in seen[0]
 
 
 @pytest.mark.slow

@@ -10,17 +10,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from mesh import lines
 from mesh.server.registration import Registration, _reason
-from tests.server.test_registration import Counting, TheRegistry, an_instance
-from weft.mesh.v1 import registry_pb2 as pb
+from tests.server.test_registration import TheRegistry, an_instance
 
 LOGGER = "mesh.server"
 
 
 @pytest.fixture(autouse=True)
-def every_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(lines, "_limit", lines.Limit(period=0.0))
+def every_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
 
 
@@ -71,22 +68,15 @@ async def test_a_registry_that_is_away_is_named_once_while_it_is_away(
 
 @pytest.mark.slow
 async def test_a_registry_that_shuts_down_meanwhile_is_said_to_and_when_the_lease_expires(
-    registry: TheRegistry, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    registry: TheRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = asyncio.Event()
-
-    async def never(*_: object) -> pb.DeregisterResponse:
-        asked.set()
-        await asyncio.sleep(60)
-        return pb.DeregisterResponse()
-
-    monkeypatch.setattr(Counting, "Deregister", never)
     await registry.come()
+    registry.service.mute = True
     registration = Registration(registry.address, [an_instance("test.A")], 10)
     registration.start()
     await logged(caplog, "registered at")
     closing = asyncio.create_task(registration.close(5))
-    await asked.wait()
+    await registry.service.deregistering.wait()
     await registry.go()
     await closing
     await logged(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from services.events import Event
 from services.order import store as order_store
-from services.order.domain import NANOS, NEXT, Item, Money, Order, State, WrongStateError, totals
+from services.order.domain import NANOS, Item, Money, Order, State, WrongStateError, totals
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
@@ -217,13 +217,22 @@ def test_requests_from_before_there_were_prices_keep_their_fingerprint() -> None
 # States
 
 
+ALLOWED = {
+    State.PENDING: {State.CONFIRMED, State.CANCELLED},
+    State.CONFIRMED: {State.SHIPPED, State.CANCELLED},
+    State.SHIPPED: {State.DELIVERED},
+    State.DELIVERED: set(),
+    State.CANCELLED: set(),
+}
+
+
 @pytest.mark.parametrize("before", State)
 @pytest.mark.parametrize("after", State)
-def test_an_order_goes_where_the_table_says_and_nowhere_else(before: State, after: State) -> None:
+def test_an_order_goes_from_state_to_state_and_is_cancelled_until_it_is_shipped(before: State, after: State) -> None:
     order = Order("1", "ann", (), NOW, NOW, before)
     if after is before:
         assert order.moved(after, NOW) is order
-    elif after in NEXT[before]:
+    elif after in ALLOWED[before]:
         moved = order.moved(after, NOW - dt.timedelta(seconds=1))
         assert (moved.state, moved.version, moved.update_time) == (after, 2, NOW)
     else:
@@ -231,9 +240,7 @@ def test_an_order_goes_where_the_table_says_and_nowhere_else(before: State, afte
             order.moved(after, NOW)
 
 
-def test_every_state_can_be_reached_and_two_are_the_end() -> None:
-    reached = {State.PENDING}.union(*NEXT.values())
-    assert reached == set(State)
+def test_two_states_are_the_end() -> None:
     assert {state for state in State if state.last} == {State.DELIVERED, State.CANCELLED}
 
 

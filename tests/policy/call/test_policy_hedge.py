@@ -10,8 +10,7 @@ import pytest
 from mesh.codes import Code
 from mesh.config.settings import BudgetConfig, HedgingPolicy, RetryPolicy, ServiceConfig, ThrottleConfig
 from mesh.model import Connectivity, Outcome
-from mesh.policy.call.hedge import SAMPLES_NEEDED, SHORTEST_LEARNED_DELAY, Latencies
-from mesh.policy.cluster.cluster import METHODS
+from mesh.policy.call.hedge import Latencies
 from tests.policy.driving import METHOD, Driven, cluster_of, set_states
 
 UNAVAILABLE = frozenset({Code.UNAVAILABLE})
@@ -244,7 +243,7 @@ LEARNING = HedgingPolicy(2, delay=1.0, percentile=95.0)
 
 def test_the_fixed_delay_holds_until_enough_has_been_seen() -> None:
     cluster = cluster_of()
-    for _ in range(SAMPLES_NEEDED):
+    for _ in range(100):
         call = Driven(hedge=LEARNING, cluster=cluster)
         call.sends(1, until=1.0)
         call.succeeds(1, at=0.02)
@@ -254,9 +253,9 @@ def test_the_fixed_delay_holds_until_enough_has_been_seen() -> None:
 
 def test_no_hedge_is_earlier_than_a_millisecond() -> None:
     cluster = cluster_of()
-    for _ in range(SAMPLES_NEEDED):
+    for _ in range(100):
         cluster.latencies(METHOD).record(1e-6)
-    assert Driven(hedge=LEARNING, cluster=cluster).sends(1).until == SHORTEST_LEARNED_DELAY
+    assert Driven(hedge=LEARNING, cluster=cluster).sends(1).until == 0.001
 
 
 def test_methods_learn_apart() -> None:
@@ -268,18 +267,18 @@ def test_methods_learn_apart() -> None:
 def test_no_more_methods_are_remembered_than_a_program_has() -> None:
     cluster = cluster_of()
     first = cluster.latencies("/0")
-    for number in range(1, METHODS):
+    for number in range(1, 1000):
         cluster.latencies(f"/{number}")
     assert cluster.latencies("/0") is first
     cluster.latencies("/one more")
     assert cluster.latencies("/0") is not first
-    assert len(cluster._latencies) == METHODS
+    assert len(cluster._latencies) == 1000
 
 
 def test_a_hedge_that_wins_teaches_how_slow_the_first_attempt_was() -> None:
     # If only the winners' times counted, the slow ones would vanish, and hedges come ever earlier.
     cluster = cluster_of()
-    for _ in range(SAMPLES_NEEDED):
+    for _ in range(100):
         call = Driven(hedge=LEARNING, cluster=cluster)
         if call.sends(1).until != 1.0:
             break
@@ -324,7 +323,7 @@ def test_a_percentile_is_right_within_its_5_percent(percent: float) -> None:
 @pytest.mark.parametrize(("seconds", "low", "high"), [(0.0, 1e-5, 1.1e-5), (-1.0, 1e-5, 1.1e-5), (1e9, 600, 700)])
 def test_times_out_of_range_are_taken_as_its_ends(seconds: float, low: float, high: float) -> None:
     learned = latencies()
-    for _ in range(SAMPLES_NEEDED):
+    for _ in range(100):
         learned.record(seconds)
     found = learned.percentile(50)
     assert found is not None

@@ -12,16 +12,16 @@ import pytest
 
 from mesh.codes import Code
 from mesh.config.settings import AdaptiveThrottleConfig, MethodPolicy, OverloadConfig, RetryPolicy, ServiceConfig
-from mesh.criticality import CRITICALITY, Criticality, criticality_in
+from mesh.criticality import Criticality, criticality_in
 from mesh.model import CallSpec, Outcome
 from mesh.observe import explain
-from mesh.policy.call.overload import BUCKETS, AdaptiveThrottle, ClientAdmission
+from mesh.policy.call.overload import AdaptiveThrottle, ClientAdmission
 from mesh.policy.cluster.cluster import Cluster
 from tests.policy.driving import METHOD, Driven, cluster_of
 
-SHEDDABLE = ((CRITICALITY, "SHEDDABLE"),)
-SHEDDABLE_PLUS = ((CRITICALITY, "SHEDDABLE_PLUS"),)
-CRITICAL_PLUS = ((CRITICALITY, "CRITICAL_PLUS"),)
+SHEDDABLE = (("weft-criticality", "SHEDDABLE"),)
+SHEDDABLE_PLUS = (("weft-criticality", "SHEDDABLE_PLUS"),)
+CRITICAL_PLUS = (("weft-criticality", "CRITICAL_PLUS"),)
 ADAPTIVE = OverloadConfig(adaptive=AdaptiveThrottleConfig())
 
 
@@ -104,7 +104,7 @@ def test_a_call_that_waits_for_a_retry_is_outstanding() -> None:
 
 @pytest.mark.parametrize(
     ("metadata", "place"),
-    [(None, 10), (CRITICAL_PLUS, 10), (SHEDDABLE_PLUS, 9), (SHEDDABLE, 8), (((CRITICALITY, "?"),), 10)],
+    [(None, 10), (CRITICAL_PLUS, 10), (SHEDDABLE_PLUS, 9), (SHEDDABLE, 8), ((("weft-criticality", "?"),), 10)],
 )
 def test_the_least_important_are_refused_first(metadata: tuple[tuple[str, str], ...] | None, place: int) -> None:
     cluster = limited()
@@ -114,7 +114,7 @@ def test_the_least_important_are_refused_first(metadata: tuple[tuple[str, str], 
 
 
 def test_criticality_is_read_among_other_metadata() -> None:
-    assert criticality_in([("a", "b"), (CRITICALITY, "SHEDDABLE")]) is Criticality.SHEDDABLE
+    assert criticality_in([("a", "b"), ("weft-criticality", "SHEDDABLE")]) is Criticality.SHEDDABLE
     assert criticality_in(()) is criticality_in(None) is Criticality.CRITICAL
 
 
@@ -186,7 +186,7 @@ def test_instants_out_of_order_count_for_the_present() -> None:
 
 
 def test_a_refusal_that_comes_after_its_window_turns_nothing_negative() -> None:
-    counts = throttled(window=float(BUCKETS))
+    counts = throttled(window=24.0)
     for _ in range(10):
         counts.request(0.0)
     for _ in range(10):

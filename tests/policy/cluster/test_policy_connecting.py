@@ -6,15 +6,10 @@ import pytest
 
 from mesh.model import Connectivity, Endpoint
 from mesh.policy.cluster.cluster import Cluster
-from mesh.policy.cluster.connecting import (
-    CONNECT_PERIOD,
-    CONNECTS_PER_PERIOD,
-    LONGEST_POLL,
-    SHORTEST_POLL,
-    ConnectPacer,
-)
+from mesh.policy.cluster.connecting import ConnectPacer
 from tests.policy.driving import cluster_of
 
+BUSY, CALM = 0.005, 0.1  # seconds until the next look
 IDLE, CONNECTING, READY = Connectivity.IDLE, Connectivity.CONNECTING, Connectivity.READY
 
 
@@ -22,30 +17,30 @@ def test_connects_are_paced() -> None:
     connects = ConnectPacer()
     states = {f"host:{number}": IDLE for number in range(40)}
     begun, pause = connects.poll(states.items(), 0.0)
-    assert begun == list(states)[:CONNECTS_PER_PERIOD]
-    assert pause == SHORTEST_POLL
+    assert begun == list(states)[:16]
+    assert pause == BUSY
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.poll(states.items(), CONNECT_PERIOD / 2) == ([], SHORTEST_POLL)
+    assert connects.poll(states.items(), 0.125) == ([], BUSY)
     states[begun[0]] = READY  # its place is free
-    assert connects.poll(states.items(), CONNECT_PERIOD / 2) == ([list(states)[CONNECTS_PER_PERIOD]], SHORTEST_POLL)
-    assert repr(connects) == f"<ConnectPacer {CONNECTS_PER_PERIOD} connecting>"
+    assert connects.poll(states.items(), 0.125) == ([list(states)[16]], BUSY)
+    assert repr(connects) == "<ConnectPacer 16 connecting>"
 
 
 def test_a_connect_that_takes_long_holds_nobody_up() -> None:
     connects = ConnectPacer()
-    states = {f"host:{number}": IDLE for number in range(CONNECTS_PER_PERIOD + 1)}
+    states = {f"host:{number}": IDLE for number in range(17)}
     begun, _ = connects.poll(states.items(), 0.0)
     states.update(dict.fromkeys(begun, CONNECTING))
-    assert connects.poll(states.items(), CONNECT_PERIOD - 0.01)[0] == []
-    assert connects.poll(states.items(), CONNECT_PERIOD)[0] == [list(states)[-1]]
+    assert connects.poll(states.items(), 0.24)[0] == []
+    assert connects.poll(states.items(), 0.25)[0] == [list(states)[-1]]
 
 
 def test_what_connects_for_long_is_looked_at_ever_less_often() -> None:
     connects = ConnectPacer()
-    assert connects.poll([("a", READY)], 0.0) == ([], LONGEST_POLL)
+    assert connects.poll([("a", READY)], 0.0) == ([], CALM)
     connects.poll([("a", IDLE)], 0.0)
     pauses = [connects.poll([("a", CONNECTING)], now)[1] for now in (0.01, 0.1, 0.4, 1.0, 5.0)]
-    assert pauses == pytest.approx([SHORTEST_POLL, SHORTEST_POLL, 0.02, 0.05, LONGEST_POLL])
+    assert pauses == pytest.approx([BUSY, BUSY, 0.02, 0.05, CALM])
 
 
 def queues(cluster: Cluster) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from mesh.policy.server.admission import Mode, Reason
-from mesh.policy.server.limiter import LEAST_SAMPLES, LONGEST, WINDOW, Ending, Limiter, is_out_of_time
+from mesh.policy.server.limiter import Ending, Limiter, is_out_of_time
 from tests.policy.simulated import Behavior, Call, Cpu, Pool, Server, calls, waits, works
 
+WINDOW = 0.1  # seconds; a look at each window's end
+SAMPLES = 10  # that it needs for that
 FAST = 1 / 128  # seconds; sums of it are exact
 
 
@@ -205,7 +207,7 @@ def nested(server: Server) -> Behavior:
 
 def window(limiter: Limiter, seconds: float, now: float, *, left: float = math.inf) -> None:
     """A window's worth of calls that all took so long."""
-    for _ in range(LEAST_SAMPLES):
+    for _ in range(SAMPLES):
         limiter.sample(seconds, left, Ending.OK, now)
 
 
@@ -273,12 +275,12 @@ class TestEndings:
 
 def test_looks_are_a_window_apart_and_need_samples_or_time() -> None:
     limiter = learned()
-    assert limiter._count == LEAST_SAMPLES - 1  # the first call ever ends the first window
+    assert limiter._count == SAMPLES - 1  # the first call ever ends the first window
     limiter.sample(2 * FAST, math.inf, Ending.OK, WINDOW)
     assert limiter._count == 0
     limiter.sample(2 * FAST, math.inf, Ending.OK, 1.5 * WINDOW)
     assert limiter._count == 1
-    limiter.sample(2 * FAST, math.inf, Ending.OK, WINDOW + LONGEST)
+    limiter.sample(2 * FAST, math.inf, Ending.OK, WINDOW + 1.0)
     assert limiter._count == 0
 
 
