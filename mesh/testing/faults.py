@@ -47,7 +47,7 @@ class Fault:
             ...
         assert fault.injected == 2
 
-    ``injected``: how many calls have had it. Leaving the block removes it. All its arguments are in its ``repr``.
+    ``injected``: how many calls have had it. Leaving the block removes it.
     """
 
     def __init__(
@@ -87,12 +87,10 @@ class Fault:
         self.remove()
 
     def __repr__(self) -> str:
-        what = {Kind.FAIL: f"fail {self.code.name}", Kind.DELAY: f"delay {self.seconds} s", Kind.DROP: "drop"}[
-            self.kind
-        ]
+        effect = {Kind.FAIL: f" {self.code.name}", Kind.DELAY: f" {self.seconds} s", Kind.DROP: ""}[self.kind]
         limit = "" if self._where.times is None else f" of {self._where.times}"
         removed = ", removed" if self._removed else ""
-        return f"<Fault {what}: {self._where}, injected {self.injected}{limit}{removed}>"
+        return f"<Fault {self.kind.value}{effect}: {self._where}, injected {self.injected}{limit}{removed}>"
 
     @property
     def removed(self) -> bool:
