@@ -200,11 +200,11 @@ def _sync(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) -
     def entered(request: Any, context: Any) -> Iterator[tuple[Any, Any]]:
         call = begin(context)
         call.came(request, handler.request_streaming)
+        if not isinstance(context, grpc.ServicerContext):
+            context = _ThreadContext(context, call)
         with call.running(context.is_active):
-            # That of a threaded server sends nothing before its handler has ended.
-            noting = context if isinstance(context, grpc.ServicerContext) else _ThreadContext(context, call)
-            _inject(call, noting)
-            yield requests_of(call, request) if handler.request_streaming else request, noting
+            _inject(call, context)
+            yield requests_of(call, request) if handler.request_streaming else request, context
 
     def handle(request: Any, context: Any) -> Any:
         with entered(request, context) as arguments:
@@ -218,9 +218,18 @@ def _sync(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) -
 
 
 class _ThreadContext(_Noting):
-    """That of a handler in a thread of an asyncio server."""
+    """That of a handler in a thread of an asyncio server, which grpc doesn't tell when its client has left."""
 
-    __slots__ = ()
+    __slots__ = ("_over",)
+
+    def __init__(self, context: Any, call: _Call) -> None:
+        super().__init__(context, call)
+        self._over = threading.Event()
+        if not context.add_callback(self._over.set):
+            self._over.set()
+
+    def is_active(self) -> bool:
+        return not self._over.is_set()
 
     def abort(self, code: grpc.StatusCode, details: str = "") -> None:
         self._call.ended(code, details)
@@ -243,6 +252,8 @@ def _inject(call: _Call, context: Any) -> None:
             fault.let_go(over.set)
         if fault.kind is not Kind.DELAY or not context.is_active():
             call.record.injected = True
+            if not context.is_active():
+                call.given_up()
             code, details = _end(fault)
             if fault.trailing_metadata:
                 context.set_trailing_metadata(fault.trailing_metadata)
