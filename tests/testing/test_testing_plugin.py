@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ pytestmark = pytest.mark.slow
 def run(folder: Path, text: str, *arguments: str) -> str:
     """Run a test file of a project of its own; every test in it passes, and nothing warns."""
     (folder / "test_it.py").write_text(text)
-    options = ("-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(folder))
+    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     if "no:asyncio" not in arguments:
-        options += ("-o", "asyncio_default_fixture_loop_scope=function")  # without it pytest-asyncio itself warns
+        options += ["-o", "asyncio_default_fixture_loop_scope=function"]  # without it pytest-asyncio itself warns
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *arguments, "test_it.py"],
         cwd=folder,
@@ -56,3 +57,12 @@ def test_without_pytest_asyncio_the_fixture_is_a_plain_one(tmp_path: Path) -> No
     assert "1 passed" in run(tmp_path, text, "-p", "no:asyncio")
     listed = run(tmp_path, text, "-p", "no:asyncio", "--fixtures")
     assert "weft_mesh_aio" in listed
+
+
+def test_the_tests_on_the_page_pass_as_they_stand_there(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "testing.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    text = "\n\n".join(blocks)
+    count = len(re.findall(r"^ *(?:async )?def test_", text, re.MULTILINE))
+    assert count > 5
+    assert f"{count} passed" in run(tmp_path, text, "-o", "asyncio_mode=auto")
