@@ -21,9 +21,10 @@ themselves. ``mesh.testing.aio.Mesh`` is the same for asyncio. With pytest the f
 """
 
 from mesh.testing import aio
-from mesh.testing.calls import Calls, RecordedCall
+from mesh.testing.calls import Calls
 from mesh.testing.clock import FakeClock
 from mesh.testing.faults import Fault, Faults
+from mesh.testing.recording import RecordedCall
 from mesh.testing.sync import Mesh, Replica
 
 __all__ = ["Calls", "FakeClock", "Fault", "Faults", "Mesh", "RecordedCall", "Replica", "aio"]

@@ -15,8 +15,9 @@ import grpc.aio
 import mesh.aio
 from mesh import ServerSettings
 from mesh.testing.base import SETTINGS, BaseMesh, BaseReplica, environment, is_taken
-from mesh.testing.calls import WAIT, CallLog, RecordedCall
+from mesh.testing.calls import WAIT, CallLog
 from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.recording import RecordedCall
 from mesh.testing.registry import Registry
 
 __all__ = ["Calls", "Mesh", "Replica"]
@@ -37,7 +38,7 @@ class Calls(CallLog):
         """Wait until so many calls came, and return those that did; arguments as in ``of``. Calls that came before
         count. Raises TimeoutError, which lists the calls that came, after ``timeout`` seconds."""
         loop, happened = asyncio.get_running_loop(), asyncio.Event()
-        stop = self.watch(lambda: loop.call_soon_threadsafe(happened.set))
+        stop = self._recorder.watch(lambda: loop.call_soon_threadsafe(happened.set))
         end = time.monotonic() + timeout
         try:
             while True:
@@ -49,7 +50,7 @@ class Calls(CallLog):
                     async with asyncio.timeout(end - time.monotonic()):
                         await happened.wait()
                 except TimeoutError:
-                    raise self.missing(count, timeout, method, found) from None
+                    raise self._missing(count, timeout, method, len(found)) from None
         finally:
             stop()
 
@@ -118,7 +119,7 @@ class Mesh(BaseMesh):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = Calls(self._methods)
+        self.calls = Calls(self._methods, self._recorder)
         self.replicas: list[Replica] = []
         self._stack = AsyncExitStack()
 
@@ -132,7 +133,7 @@ class Mesh(BaseMesh):
         id are the mesh's.
         """
         registry = self._running()
-        taps = self._taps(servicers, replicas, self.calls)
+        taps = self._taps(servicers, replicas)
         new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
         for replica in new:
             await replica.listen()

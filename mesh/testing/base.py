@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from mesh import ServerSettings
-from mesh.testing.calls import CallLog
 from mesh.testing.faults import Faults
 from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.injection import Injections
 from mesh.testing.methods import Methods
+from mesh.testing.recording import Recorder
 from mesh.testing.registry import Registry
 
 SETTINGS = ServerSettings(drain_wait=0.05, grace=5.0, stream_grace=1.0)
@@ -76,7 +77,9 @@ class BaseMesh:
         self._methods = Methods()
         self._names: Counter[str] = Counter()
         self._registry: Registry | None = None
-        self.faults = Faults(self._methods)
+        self._recorder = Recorder()
+        self._injections = Injections()
+        self.faults = Faults(self._methods, self._injections)
 
     @property
     def registry(self) -> str:
@@ -93,7 +96,7 @@ class BaseMesh:
             raise RuntimeError("the mesh is not running: use it in a with block")
         return self._registry
 
-    def _taps(self, servicers: Servicers, count: int, calls: CallLog) -> list[Tap]:
+    def _taps(self, servicers: Servicers, count: int) -> list[Tap]:
         """What the handlers of new replicas report to; each has the name of its replica."""
         if count < 1:
             raise ValueError(f"expected replicas from 1, not {count}")
@@ -105,7 +108,7 @@ class BaseMesh:
         short = services.names[0].rpartition(".")[2]
         taps = []
         for _ in range(count):
-            taps.append(Tap(f"{short}-{self._names[short]}", self._methods, calls, self.faults))
+            taps.append(Tap(f"{short}-{self._names[short]}", self._methods, self._recorder, self._injections))
             self._names[short] += 1
         return taps
 

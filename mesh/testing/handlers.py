@@ -16,9 +16,9 @@ from typing import Any
 
 import grpc
 
-from mesh.testing.calls import CallLog, RecordedCall
-from mesh.testing.faults import Fault, Faults, Kind
+from mesh.testing.injection import Effect, Injection, Injections, Kind
 from mesh.testing.methods import Methods
+from mesh.testing.recording import RecordedCall, Recorder
 
 Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
 """Pairs of a generated ``add_XServicer_to_server`` and a servicer, as ``mesh.serve`` takes them."""
@@ -33,11 +33,11 @@ _NO_DEADLINE = 3e9
 class Tap:
     """What the handlers of one replica report to, and where they ask for faults."""
 
-    def __init__(self, replica: str, methods: Methods, calls: CallLog, faults: Faults) -> None:
+    def __init__(self, replica: str, methods: Methods, recorder: Recorder, injections: Injections) -> None:
         self.replica = replica
         self.methods = methods
-        self.calls = calls
-        self.faults = faults
+        self.recorder = recorder
+        self.injections = injections
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
     def around(self, servicers: Servicers) -> Servicers:
@@ -121,14 +121,14 @@ class _Call:
             tuple((key, value) for key, value in context.invocation_metadata() or ()),
             None if left is None or left > _NO_DEADLINE else left,
         )
+        self.injections: Sequence[Injection] = ()
 
     def came(self, request: Any, is_stream: bool) -> None:
+        # First its faults: a test that sees the call may remove them, and then it has had them all the same.
+        self.injections = self._tap.injections.take(self.record.method, self.record.replica)
         if not is_stream:
             self.record.requests.append(request)
-        self._tap.calls.add(self.record)
-
-    def faults(self) -> Iterator[Fault]:
-        return self._tap.faults.taken(self.record.method, self.record.replica)
+        self._tap.recorder.add(self.record)
 
     @contextmanager
     def running(self, is_active: Callable[[], bool]) -> Iterator[None]:
@@ -163,7 +163,7 @@ class _Call:
     def ended(self, code: grpc.StatusCode, details: str = "", error: BaseException | None = None) -> None:
         if self.record.code is None:
             self.record.details, self.record.error, self.record.code = details, error, code
-            self._tap.calls.changed()
+            self._tap.recorder.changed()
 
 
 def _status(context: Any) -> tuple[grpc.StatusCode, str]:
@@ -242,29 +242,30 @@ class _ThreadContext(_Noting):
 
 def _inject(call: _Call, context: Any) -> None:
     """Returns when the servicer is to be called."""
-    for fault in call.faults():
-        if fault.kind is not Kind.FAIL:
+    for injection in call.injections:
+        effect = injection.effect
+        if effect.kind is not Kind.FAIL:
             over = threading.Event()
             if not context.add_callback(over.set):
                 over.set()
-            fault.hold(over.set)
-            over.wait(fault.seconds)
-            fault.let_go(over.set)
-        if fault.kind is not Kind.DELAY or not context.is_active():
+            injection.hold(over.set)
+            over.wait(effect.seconds)
+            injection.let_go(over.set)
+        if effect.kind is not Kind.DELAY or not context.is_active():
             call.record.injected = True
             if not context.is_active():
                 call.given_up()
-            code, details = _end(fault)
-            if fault.trailing_metadata:
-                context.set_trailing_metadata(fault.trailing_metadata)
+            code, details = _end(effect)
+            if effect.metadata:
+                context.set_trailing_metadata(effect.metadata)
             context.abort(code, details)
 
 
-def _end(fault: Fault) -> tuple[grpc.StatusCode, str]:
+def _end(effect: Effect) -> tuple[grpc.StatusCode, str]:
     """The status of a call that a fault ends; where its client has given it up, nobody sees that."""
-    if fault.kind is Kind.FAIL:
-        return fault.code, fault.details
-    return grpc.StatusCode.UNAVAILABLE, f"injected fault: {fault.kind.value}"
+    if effect.kind is Kind.FAIL:
+        return effect.code, effect.details
+    return grpc.StatusCode.UNAVAILABLE, f"injected fault: {effect.kind.value}"
 
 
 # -- asyncio ----------------------------------------------------------------------------------------------------------
@@ -317,21 +318,22 @@ def _aio(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) ->
 
 
 async def _inject_aio(call: _Call, context: _AioContext) -> None:
-    for fault in call.faults():
-        if fault.kind is not Kind.FAIL:
+    for injection in call.injections:
+        effect = injection.effect
+        if effect.kind is not Kind.FAIL:
             loop, over = asyncio.get_running_loop(), asyncio.Event()
 
             def release(loop: asyncio.AbstractEventLoop = loop, over: asyncio.Event = over) -> None:
                 loop.call_soon_threadsafe(over.set)
 
-            fault.hold(release)
+            injection.hold(release)
             try:
-                async with asyncio.timeout(fault.seconds):
+                async with asyncio.timeout(effect.seconds):
                     await over.wait()
             except TimeoutError:
                 pass
             finally:
-                fault.let_go(release)
-        if fault.kind is not Kind.DELAY:
+                injection.let_go(release)
+        if effect.kind is not Kind.DELAY:
             call.record.injected = True
-            await context.abort(*_end(fault), fault.trailing_metadata)
+            await context.abort(*_end(effect), effect.metadata)

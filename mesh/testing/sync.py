@@ -87,7 +87,7 @@ class Mesh(BaseMesh):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = Calls(self._methods)
+        self.calls = Calls(self._methods, self._recorder)
         self.replicas: list[Replica] = []
         self._thread = RegistryThread()
         self._stack = ExitStack()
@@ -102,7 +102,7 @@ class Mesh(BaseMesh):
         the mesh's.
         """
         registry = self._running()
-        taps = self._taps(servicers, replicas, self.calls)
+        taps = self._taps(servicers, replicas)
         new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
         for replica in new:
             replica.listen()
