@@ -218,18 +218,9 @@ def _sync(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) -
 
 
 class _ThreadContext(_Noting):
-    """That of a handler in a thread of an asyncio server, which grpc doesn't tell when its client has left."""
+    """That of a handler in a thread of an asyncio server."""
 
-    __slots__ = ("_over",)
-
-    def __init__(self, context: Any, call: _Call) -> None:
-        super().__init__(context, call)
-        self._over = threading.Event()
-        if not context.add_callback(self._over.set):
-            self._over.set()
-
-    def is_active(self) -> bool:
-        return not self._over.is_set()
+    __slots__ = ()
 
     def abort(self, code: grpc.StatusCode, details: str = "") -> None:
         self._call.ended(code, details)
