@@ -29,6 +29,9 @@ Behavior = Callable[..., Any]
 # grpc says about 9.2e18 s, or None, for "no deadline".
 _NO_DEADLINE = 3e9
 
+_LATENCY = 0.02
+"""How much sooner than at the server a deadline may pass at the client. Seconds."""
+
 
 class Tap:
     """What the handlers of one replica report to, and where they ask for faults."""
@@ -156,8 +159,9 @@ class _Call:
 
     def given_up(self) -> None:
         """The client no longer waits for the answer."""
-        left = self._context.time_remaining()
-        late = left is not None and left <= 0
+        timeout, left = self.record.timeout, self._context.time_remaining()
+        # The client's deadline passes first: it began sooner, and gRPC rounds what it sends up by a hundredth at most.
+        late = timeout is not None and (left or 0.0) <= timeout / 100 + _LATENCY
         self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
 
     def ended(self, code: grpc.StatusCode, details: str = "", error: BaseException | None = None) -> None:
