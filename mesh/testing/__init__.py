@@ -11,13 +11,24 @@
             assert first.code is grpc.StatusCode.UNAVAILABLE
 
 Nothing is mocked: servers, registry and channels are those of production, on ports of 127.0.0.1 that they choose
-themselves. ``mesh.testing.aio.Mesh`` is the same for asyncio. With pytest the fixtures ``weft_mesh`` and
-``weft_mesh_aio`` are such a mesh, without any import. docs/testing.md shows all of it.
+themselves. With pytest the fixtures ``weft_mesh`` and ``weft_mesh_aio`` are such a mesh, without any import.
 
-- ``Mesh``: servicers in, channel out. ``Replica``: one of its servers, which can be drained, stopped and started.
-- ``Faults``, ``Fault``: replicas that fail, delay or drop calls.
-- ``Calls``, ``RecordedCall``: what came to the replicas, and how it ended.
-- ``FakeClock``: for code that takes a clock.
+A mesh
+    Mesh                               servicers in, channel out
+    Replica                            one of its servers, which can be drained, stopped and started
+    aio                                the same for asyncio: ``mesh.testing.aio.Mesh``
+
+What goes wrong
+    Mesh.faults                        ``Faults``: have replicas fail, delay or drop calls
+    Fault                              counts the calls that had it, until it is removed
+
+What came
+    Mesh.calls                         ``Calls``: a sequence of ``RecordedCall``, which can be waited for
+
+Time
+    FakeClock                          for code that takes a clock
+
+docs/testing.md shows all of it.
 """
 
 from mesh.testing import aio

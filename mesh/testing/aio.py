@@ -1,5 +1,13 @@
-"""``mesh.testing.aio.Mesh``: the twin of ``mesh.testing.Mesh`` for asyncio. Registry, replicas and channels run on the
-test's own event loop, so servicers and the test may share what belongs to one."""
+"""The twin of ``mesh.testing`` for asyncio::
+
+    async with mesh.testing.aio.Mesh() as mesh_:
+        await mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
+        users = UserServiceStub(mesh_.channel("weft.user.v1.UserService"))
+
+Registry, replicas and channels run on the test's own event loop, so servicers and the test may share what belongs to
+one. ``Mesh``, ``Replica`` and ``Calls`` are as in ``mesh.testing``, with ``await`` before what takes time; the rest is
+the same.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ import grpc.aio
 
 import mesh.aio
 from mesh import ServerSettings
-from mesh.testing.base import SETTINGS, BaseMesh, BaseReplica, environment, is_taken
+from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
 from mesh.testing.calls import WAIT, CallLog
 from mesh.testing.handlers import Servicers, Tap
 from mesh.testing.recording import RecordedCall
@@ -31,7 +39,7 @@ class Calls(CallLog):
         count: int = 1,
         method: str | None = None,
         *,
-        replica: object = None,
+        replica: BaseReplica | str | None = None,
         ended: bool = False,
         timeout: float = WAIT,  # noqa: ASYNC109 - what it raises lists the calls
     ) -> tuple[RecordedCall, ...]:
@@ -61,37 +69,17 @@ class Replica(BaseReplica):
     def __init__(
         self,
         servicers: Servicers,
-        settings: ServerSettings,
+        settings: ServerSettings | None,
         registry: str,
         tap: Tap,
-        registered: Callable[[Sequence[Replica]], Awaitable[None]],
+        registered: Callable[[Replica], Awaitable[None]],
     ) -> None:
-        super().__init__(tap.replica, servicers, settings, registry, tap)
+        super().__init__(servicers, settings, registry, tap)
         self._registered = registered
         self._server = mesh.aio.Server((), self.settings)
 
-    @property
-    def services(self) -> tuple[str, ...]:
-        """The full names of its services."""
-        return self._server.services
-
     async def start(self) -> None:
         """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
-        await self.listen()
-        await self._registered([self])
-
-    async def drain(self) -> None:
-        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
-        self._running = False
-        await self._server.drain()
-
-    async def stop(self) -> None:
-        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
-        self._running = False
-        await self._server.kill()
-
-    async def listen(self) -> None:
-        """Start, without waiting until it is registered."""
         for settings in self._attempts():
             server = mesh.aio.Server(self._servicers, settings)
             try:
@@ -102,7 +90,18 @@ class Replica(BaseReplica):
             else:
                 self._server = server
                 self._started(server)
-                return
+                break
+        await self._registered(self)
+
+    async def drain(self) -> None:
+        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        self._running = False
+        await self._server.drain()
+
+    async def stop(self) -> None:
+        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        self._running = False
+        await self._server.kill()
 
 
 class Mesh(BaseMesh):
@@ -124,7 +123,7 @@ class Mesh(BaseMesh):
         self._stack = AsyncExitStack()
 
     async def serve(
-        self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings = SETTINGS
+        self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
     ) -> list[Replica]:
         """Serve the servicers on so many servers, and return those when they are registered.
 
@@ -136,9 +135,8 @@ class Mesh(BaseMesh):
         taps = self._taps(servicers, replicas)
         new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
         for replica in new:
-            await replica.listen()
+            await replica.start()
             self.replicas.append(replica)
-        await self._await_registration(new)
         return new
 
     def channel(
@@ -147,7 +145,7 @@ class Mesh(BaseMesh):
         options: Sequence[tuple[str, Any]] | None = None,
         compression: grpc.Compression | None = None,
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
-    ) -> grpc.aio.Channel:
+    ) -> mesh.aio.Channel:
         """A ``mesh.aio.insecure_channel`` to a service, closed when the block is left."""
         channel = mesh.aio.insecure_channel(self.target(service), options, compression, interceptors)
         self._stack.push_async_callback(channel.close)
@@ -158,11 +156,9 @@ class Mesh(BaseMesh):
         have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
         await self._running().configure(service, config)
 
-    async def _await_registration(self, replicas: Sequence[Replica]) -> None:
-        registry = self._running()
-        for replica in replicas:
-            if replica.settings.ready is None:
-                await registry.registered(replica.services, replica.name)
+    async def _await_registration(self, replica: Replica) -> None:
+        if replica.settings.ready is None:
+            await self._running().registered(replica.services, replica.name)
 
     async def _drain(self) -> None:
         await asyncio.gather(*(replica.drain() for replica in self.replicas if replica.running))

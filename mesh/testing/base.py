@@ -27,15 +27,16 @@ _VARIABLE = "MESH_REGISTRY"
 
 class BaseReplica:
     """One server of a test mesh. ``name``: the service's short name and a number ("UserService-0"), which is also its
-    instance id; ``address``: where it listens, the same one after a restart if that is still free; ``settings``: how it
-    serves."""
+    instance id; ``address``: where it listens, the same one after a restart if that is still free; ``services``: their
+    full names; ``settings``: how it serves."""
 
-    def __init__(self, name: str, servicers: Servicers, settings: ServerSettings, registry: str, tap: Tap) -> None:
-        self.name = name
+    def __init__(self, servicers: Servicers, settings: ServerSettings | None, registry: str, tap: Tap) -> None:
+        self.name = tap.replica
         self.address = ""
+        self.services: tuple[str, ...] = ()
         self._servicers = tap.around(servicers)
         self.settings = dataclasses.replace(
-            settings, listen="127.0.0.1:0", advertise="", registry=registry, instance_id=name
+            settings or SETTINGS, listen="127.0.0.1:0", advertise="", registry=registry, instance_id=self.name
         )
         self._running = False
 
@@ -62,6 +63,7 @@ class BaseReplica:
 
     def _started(self, server: Any) -> None:
         self.address = server.address
+        self.services = server.services
         self._running = True
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from mesh.testing.methods import Methods
 from mesh.testing.recording import RecordedCall, Recorder
+
+if TYPE_CHECKING:
+    from mesh.testing.base import BaseReplica
 
 WAIT = 10.0
 """How long ``wait`` waits unless told otherwise. Seconds."""
@@ -22,7 +25,9 @@ class CallLog(Sequence[RecordedCall]):
         self._methods = methods
         self._recorder = recorder
 
-    def of(self, method: str | None = None, *, replica: object = None, ended: bool = False) -> tuple[RecordedCall, ...]:
+    def of(
+        self, method: str | None = None, *, replica: BaseReplica | str | None = None, ended: bool = False
+    ) -> tuple[RecordedCall, ...]:
         """The calls of ``method`` ("Method", or "package.Service/Method") at ``replica`` (or its name); ``ended``: of
         those only the ones that have ended. Raises ValueError for a method that nobody serves."""
         wanted = self._methods.matching(method)
@@ -69,7 +74,7 @@ class Calls(CallLog):
         count: int = 1,
         method: str | None = None,
         *,
-        replica: object = None,
+        replica: BaseReplica | str | None = None,
         ended: bool = False,
         timeout: float = WAIT,
     ) -> tuple[RecordedCall, ...]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import grpc
 
 from mesh.testing.injection import Effect, Injection, Injections, Kind, Metadata, Where
 from mesh.testing.methods import Methods
+
+if TYPE_CHECKING:
+    from mesh.testing.base import BaseReplica
 
 
 class Fault:
@@ -66,7 +70,7 @@ class Faults:
         *,
         trailing_metadata: Metadata = (),
         method: str | None = None,
-        replica: object = None,
+        replica: BaseReplica | str | None = None,
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
@@ -81,7 +85,7 @@ class Faults:
         seconds: float,
         *,
         method: str | None = None,
-        replica: object = None,
+        replica: BaseReplica | str | None = None,
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
@@ -91,7 +95,12 @@ class Faults:
         return self._inject(Effect(Kind.DELAY, seconds=seconds), method, replica, after, times)
 
     def drop(
-        self, *, method: str | None = None, replica: object = None, after: int = 0, times: int | None = None
+        self,
+        *,
+        method: str | None = None,
+        replica: BaseReplica | str | None = None,
+        after: int = 0,
+        times: int | None = None,
     ) -> Fault:
         """Calls get no answer: they last until their clients give them up, or the fault is removed."""
         return self._inject(Effect(Kind.DROP), method, replica, after, times)
@@ -107,7 +116,9 @@ class Faults:
     def __repr__(self) -> str:
         return f"<Faults {', '.join(map(repr, self)) or 'none'}>"
 
-    def _inject(self, effect: Effect, method: str | None, replica: object, after: int, times: int | None) -> Fault:
+    def _inject(
+        self, effect: Effect, method: str | None, replica: BaseReplica | str | None, after: int, times: int | None
+    ) -> Fault:
         name = None if replica is None else str(replica)
         injection = Injection(effect, Where(method, self._methods.matching(method), name, after, times))
         self._injections.add(injection)

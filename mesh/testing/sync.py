@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 
 import mesh
-from mesh.testing.base import SETTINGS, BaseMesh, BaseReplica, environment, is_taken
+from mesh import ServerSettings
+from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
 from mesh.testing.calls import Calls
 from mesh.testing.handlers import Servicers, Tap
 from mesh.testing.registry import RegistryThread
@@ -23,37 +24,17 @@ class Replica(BaseReplica):
     def __init__(
         self,
         servicers: Servicers,
-        settings: mesh.ServerSettings,
+        settings: ServerSettings | None,
         registry: str,
         tap: Tap,
-        registered: Callable[[Sequence[Replica]], None],
+        registered: Callable[[Replica], None],
     ) -> None:
-        super().__init__(tap.replica, servicers, settings, registry, tap)
+        super().__init__(servicers, settings, registry, tap)
         self._registered = registered
         self._server = mesh.Server((), self.settings)
 
-    @property
-    def services(self) -> tuple[str, ...]:
-        """The full names of its services."""
-        return self._server.services
-
     def start(self) -> None:
         """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
-        self.listen()
-        self._registered([self])
-
-    def drain(self) -> None:
-        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
-        self._running = False
-        self._server.drain()
-
-    def stop(self) -> None:
-        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
-        self._running = False
-        self._server.kill()
-
-    def listen(self) -> None:
-        """Start, without waiting until it is registered."""
         for settings in self._attempts():
             server = mesh.Server(self._servicers, settings)
             try:
@@ -64,7 +45,18 @@ class Replica(BaseReplica):
             else:
                 self._server = server
                 self._started(server)
-                return
+                break
+        self._registered(self)
+
+    def drain(self) -> None:
+        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        self._running = False
+        self._server.drain()
+
+    def stop(self) -> None:
+        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        self._running = False
+        self._server.kill()
 
 
 class Mesh(BaseMesh):
@@ -93,7 +85,7 @@ class Mesh(BaseMesh):
         self._stack = ExitStack()
 
     def serve(
-        self, servicers: Servicers, *, replicas: int = 1, settings: mesh.ServerSettings = SETTINGS
+        self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
     ) -> list[Replica]:
         """Serve the servicers on so many servers, and return those when they are registered.
 
@@ -105,9 +97,8 @@ class Mesh(BaseMesh):
         taps = self._taps(servicers, replicas)
         new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
         for replica in new:
-            replica.listen()
+            replica.start()
             self.replicas.append(replica)
-        self._await_registration(new)
         return new
 
     def channel(
@@ -115,7 +106,7 @@ class Mesh(BaseMesh):
         service: str,
         options: Sequence[tuple[str, Any]] | None = None,
         compression: grpc.Compression | None = None,
-    ) -> grpc.Channel:
+    ) -> mesh.Channel:
         """A ``mesh.insecure_channel`` to a service, closed when the block is left."""
         channel = mesh.insecure_channel(self.target(service), options, compression)
         self._stack.callback(channel.close)
@@ -126,11 +117,9 @@ class Mesh(BaseMesh):
         have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
         self._thread.run(self._running().configure(service, config))
 
-    def _await_registration(self, replicas: Sequence[Replica]) -> None:
-        registry = self._running()
-        for replica in replicas:
-            if replica.settings.ready is None:
-                self._thread.run(registry.registered(replica.services, replica.name))
+    def _await_registration(self, replica: Replica) -> None:
+        if replica.settings.ready is None:
+            self._thread.run(self._running().registered(replica.services, replica.name))
 
     def _drain(self) -> None:
         running = [replica for replica in self.replicas if replica.running]
