@@ -16,7 +16,7 @@ MESH = REPOSITORY / "mesh"
 # The three packages that the channel library needs, and the stubs in the same wheel.
 CHANNEL_LIBRARY = {"grpc", "grpc_health", "google", "weft", "mesh"}
 # What only some use, and so may need an extra.
-EXTRAS = ("mesh/cli",)
+EXTRAS = ("mesh/cli", "mesh/testing", "mesh/registry/__main__.py")
 
 
 def _modules(*folders: Path) -> list[Path]:
