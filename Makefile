@@ -92,7 +92,7 @@ unit: $(READY) $(DEV) ## the tests, without those that kill processes (ARGS='tes
 test-oldest: $(OLDEST)/.ready ## the mesh's tests on the oldest grpcio and protobuf that are supported
 	@echo '== tests on the oldest packages'
 	@$(OLDEST)/bin/python -m pytest -n 3 --dist=loadscope -m 'not faults' \
-		$(or $(ARGS),tests/channel tests/server tests/registry tests/discovery tests/config tests/test_context.py)
+		$(or $(ARGS),tests/channel tests/server tests/registry tests/discovery tests/config tests/testing tests/test_context.py)
 
 .PHONY: test-faults
 test-faults: $(READY) $(DEV) ## the long tests, with real processes that are killed, stopped and brought back

@@ -29,6 +29,9 @@ In a handler
     detach()                           calls made in here outlive the inbound call
     Criticality                        how important a call is, for load shedding
 
+In tests of your own code
+    mesh.testing                       an in-process mesh, faults on demand, a fake clock, pytest fixtures
+
 https://grpc.io/docs/guides/ explains the terms; docs/ in the repository has the pages.
 """
 

@@ -49,6 +49,21 @@ asyncio.run(call())
 server.stop(None).wait()
 """
 
+TESTING = """
+import mesh.testing
+from weft.user.v1 import user_pb2, user_pb2_grpc
+
+class Users(user_pb2_grpc.UserServiceServicer):
+    def GetUser(self, request, context):
+        return user_pb2.GetUserResponse(user=user_pb2.User(id=request.id, name="Ada"))
+
+
+with mesh.testing.Mesh() as testing:
+    testing.serve([(user_pb2_grpc.add_UserServiceServicer_to_server, Users())], replicas=2)
+    stub = user_pb2_grpc.UserServiceStub(testing.channel("weft.user.v1.UserService"))
+    print(stub.GetUser(user_pb2.GetUserRequest(id="1"), timeout=10).user.name)
+"""
+
 
 def _run(*arguments: str | Path, cwd: Path) -> str:
     done = subprocess.run(
@@ -93,10 +108,17 @@ def test_the_wheel_needs_three_packages_and_calls_through_a_mesh_channel(environ
 
 
 @pytest.mark.slow
-def test_the_wheel_is_typed_and_holds_the_mesh_and_the_stubs_alone(wheel: Path) -> None:
+def test_mesh_testing_needs_no_pytest(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "testing.py").write_text(TESTING)
+    assert _run(environment, "-I", "-W", "error", "testing.py", cwd=tmp_path).split() == ["Ada"]
+
+
+@pytest.mark.slow
+def test_the_wheel_is_typed_and_holds_the_mesh_the_stubs_and_pytest_s_plugin_alone(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "mesh/py.typed",
+        "mesh/testing/__init__.py",
         "weft/__init__.py",
         "weft/py.typed",
         "weft/user/v1/user_pb2.py",
@@ -107,7 +129,9 @@ def test_the_wheel_is_typed_and_holds_the_mesh_and_the_stubs_alone(wheel: Path) 
         "weft/order/v1/order_pb2.py",
     } <= names
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"mesh", "weft"}
+    assert tops == {"mesh", "weft", "pytest_weft.py"}
+    [points] = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
+    assert zipfile.ZipFile(wheel).read(points).decode().split("\n")[:2] == ["[pytest11]", "weft = pytest_weft"]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -10,6 +10,8 @@ import grpc.aio
 
 import mesh
 import mesh.aio
+import mesh.testing
+import mesh.testing.aio
 from weft.notification.v1 import notification_pb2, notification_pb2_grpc
 
 TARGET = "mesh:///weft.notification.v1.NotificationService"
@@ -91,6 +93,29 @@ async def serve_with_asyncio() -> int:
     async with mesh.aio.Server(SERVICERS, mesh.ServerSettings(listen="127.0.0.1:0")) as server:
         print(server.port)
     return await mesh.aio.serve(SERVICERS)
+
+
+def test_with_threads() -> None:
+    clock = mesh.testing.FakeClock(tick=1.0)
+    with mesh.testing.Mesh() as testing:
+        replicas: list[mesh.testing.Replica] = testing.serve(SERVICERS, replicas=2)
+        faults: mesh.testing.Faults = testing.faults
+        with faults.fail(grpc.StatusCode.UNAVAILABLE, replica=replicas[0], times=1):
+            fault: mesh.testing.Fault = faults.delay(0.1, method="ListNotifications")
+        channel: mesh.Channel = testing.channel("weft.notification.v1.NotificationService")
+        calls: mesh.testing.Calls = testing.calls
+        call: mesh.testing.RecordedCall = calls.wait(1, replica="NotificationService-0")[0]
+        code: grpc.StatusCode | None = call.code
+        print(clock(), code, fault.injected, describe_channel(channel))
+
+
+async def test_with_asyncio() -> None:
+    async with mesh.testing.aio.Mesh() as testing:
+        replicas: list[mesh.testing.aio.Replica] = await testing.serve(SERVICERS)
+        await replicas[0].drain()
+        channel: mesh.aio.Channel = testing.channel("weft.notification.v1.NotificationService")
+        calls: mesh.testing.aio.Calls = testing.calls
+        print(describe_channel(channel), [call.metadata for call in await calls.wait()])
 
 
 if __name__ == "__main__":

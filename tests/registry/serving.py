@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import grpc
 
-from mesh.registry.__main__ import OPTIONS
 from mesh.registry.book import LOG_SIZE, Book
 from mesh.registry.limits import STALLED
+from mesh.registry.server import OPTIONS
 from mesh.registry.service import RegistryService
 from weft.mesh.v1 import registry_pb2 as pb
 from weft.mesh.v1 import registry_pb2_grpc as pb_grpc

@@ -325,6 +325,25 @@ class TestCancellation:
             running.cancel()
             assert await asyncio.to_thread(child.cancelled.wait, 10)
 
+    async def test_a_handler_in_a_thread_that_asks_late_is_told_that_its_call_was_cancelled(self) -> None:
+        child = Child()
+        answers: list[bool] = []
+        answered = threading.Event()
+
+        def handler(request: bytes, context: Any) -> bytes:
+            child.begin()
+            child.cancelled.wait(10)
+            answers.extend([context.is_active(), context.add_callback(answered.set)])
+            answered.set()
+            return b""
+
+        async with asynchronous("unary_unary", handler) as channel:
+            running = method(channel, "unary_unary")(b"")
+            assert await asyncio.to_thread(child.begun.wait, 10)
+            running.cancel()
+            assert await asyncio.to_thread(answered.wait, 10)
+        assert answers == [False, False]
+
     async def test_what_a_handler_leaves_running_is_not_cancelled_when_its_call_ends_well(self) -> None:
         scopes: list[mesh.context.Scope] = []
         child = Child()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from mesh.testing import FakeClock
 from services.rpc import readable
 from services.user import store as user_store
 from services.user.domain import Name
@@ -34,10 +34,10 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 @pytest.fixture
 async def both(open_database: Open) -> AsyncIterator[tuple[UsersV1, UsersV2]]:
     """One user service, by both versions of its contract. Its clock moves a second whenever it is looked at."""
-    seconds = itertools.count()
+    clock = FakeClock(tick=1.0)
 
     def now() -> dt.datetime:
-        return NOW + dt.timedelta(seconds=next(seconds))
+        return NOW + dt.timedelta(seconds=clock())
 
     store = UserStore(open_database("user", user_store.VERSIONS))
 

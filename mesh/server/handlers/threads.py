@@ -15,11 +15,13 @@ import grpc
 class _ThreadContext:
     """The context of a handler that runs in a thread of an aio server: as a threaded server's, over the loop's."""
 
-    __slots__ = ("_context", "_loop")
+    __slots__ = ("_context", "_loop", "over")
 
     def __init__(self, context: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._context = context
         self._loop = loop
+        self.over = False
+        """The call has ended, or was cancelled; grpc says neither here. Set on the loop."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -34,13 +36,19 @@ class _ThreadContext:
         asyncio.run_coroutine_threadsafe(self._context.send_initial_metadata(metadata), self._loop).result()
 
     def is_active(self) -> bool:
-        return not (self._context.done() or self._context.cancelled())
+        return not (self.over or self._context.done() or self._context.cancelled())
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         if not self.is_active():
             return False
-        self._loop.call_soon_threadsafe(self._context.add_done_callback, lambda _: callback())
+        self._loop.call_soon_threadsafe(self._add, callback)
         return True
+
+    def _add(self, callback: Callable[[], None]) -> None:
+        if self.over:  # since then: grpc calls no callback that comes later
+            callback()
+        else:
+            self._context.add_done_callback(lambda _: callback())
 
 
 def _in_thread(requests: AsyncIterable[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
@@ -75,14 +83,20 @@ def async_behavior(
 
     async def handle(request: Any, context: Any) -> Any:
         run, request, threaded = entered(request, context)
-        return await run(behavior, request, threaded)
+        try:
+            return await run(behavior, request, threaded)
+        finally:
+            threaded.over = True
 
     async def handle_responses(request: Any, context: Any) -> AsyncIterator[Any]:
         run, request, threaded = entered(request, context)
         end = object()
-        responses: Iterator[Any] = iter(await run(behavior, request, threaded))
-        while (response := await run(next, responses, end)) is not end:
-            yield response
+        try:
+            responses: Iterator[Any] = iter(await run(behavior, request, threaded))
+            while (response := await run(next, responses, end)) is not end:
+                yield response
+        finally:
+            threaded.over = True
 
     chosen = handle_responses if response_streaming else handle
     chosen.__qualname__ = getattr(behavior, "__qualname__", chosen.__qualname__)

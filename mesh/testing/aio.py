@@ -1,0 +1,184 @@
+"""The twin of ``mesh.testing`` for asyncio::
+
+    async with mesh.testing.aio.Mesh() as mesh_:
+        await mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
+        users = UserServiceStub(mesh_.channel("weft.user.v1.UserService"))
+
+Registry, replicas and channels run on the test's own event loop, so servicers and the test may share what belongs to
+one. ``Mesh``, ``Replica`` and ``Calls`` are as in ``mesh.testing``, with ``await`` before what takes time; the rest is
+the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+
+import mesh.aio
+from mesh import ServerSettings
+from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
+from mesh.testing.calls import WAIT, CallLog
+from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.recording import RecordedCall
+from mesh.testing.registry import Registry
+
+__all__ = ["Calls", "Mesh", "Replica"]
+
+
+class Calls(CallLog):
+    """As ``mesh.testing.Calls``, with a ``wait`` to be awaited."""
+
+    async def wait(
+        self,
+        count: int = 1,
+        method: str | None = None,
+        *,
+        replica: BaseReplica | str | None = None,
+        ended: bool = False,
+        timeout: float = WAIT,  # noqa: ASYNC109 - what it raises lists the calls
+    ) -> tuple[RecordedCall, ...]:
+        """Wait until so many calls came, and return those that did; arguments as in ``of``. Calls that came before
+        count. Raises TimeoutError, which lists the calls that came, after ``timeout`` seconds."""
+        loop, happened = asyncio.get_running_loop(), asyncio.Event()
+        stop = self._recorder.watch(lambda: loop.call_soon_threadsafe(happened.set))
+        end = time.monotonic() + timeout
+        try:
+            while True:
+                happened.clear()
+                found = self.of(method, replica=replica, ended=ended)
+                if len(found) >= count:
+                    return found
+                try:
+                    async with asyncio.timeout(end - time.monotonic()):
+                        await happened.wait()
+                except TimeoutError:
+                    raise self._missing(count, timeout, method, len(found)) from None
+        finally:
+            stop()
+
+
+class Replica(BaseReplica):
+    """One server of a test mesh: a ``mesh.aio.Server`` on a port of its own choice."""
+
+    def __init__(
+        self,
+        servicers: Servicers,
+        settings: ServerSettings | None,
+        registry: str,
+        tap: Tap,
+        registered: Callable[[Replica], Awaitable[None]],
+    ) -> None:
+        super().__init__(servicers, settings, registry, tap)
+        self._registered = registered
+        self._server = mesh.aio.Server((), self.settings)
+
+    async def start(self) -> None:
+        """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
+        for settings in self._attempts():
+            server = mesh.aio.Server(self._servicers, settings)
+            try:
+                await server.start()
+            except OSError as error:
+                if not is_taken(error) or settings is self.settings:
+                    raise
+            else:
+                self._server = server
+                self._started(server)
+                break
+        await self._registered(self)
+
+    async def drain(self) -> None:
+        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        self._running = False
+        await self._server.drain()
+
+    async def stop(self) -> None:
+        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        self._running = False
+        await self._server.kill()
+
+
+class Mesh(BaseMesh):
+    """A mesh in the process of a test, on its event loop::
+
+        async with mesh.testing.aio.Mesh() as mesh_:
+            await mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
+            users = UserServiceStub(mesh_.channel("weft.user.v1.UserService"))
+            assert (await users.GetUser(GetUserRequest(id="1"), timeout=5)).user.name == "Ada"
+            [call] = await mesh_.calls.wait()
+
+    All else is as in ``mesh.testing.Mesh``. Servicers whose methods aren't async run on threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls(self._methods, self._recorder)
+        self.replicas: list[Replica] = []
+        self._stack = AsyncExitStack()
+
+    async def serve(
+        self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
+    ) -> list[Replica]:
+        """Serve the servicers on so many servers, and return those when they are registered.
+
+        ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer, as for ``mesh.aio.serve``; all
+        these replicas share the servicer. ``settings``: further ones; where it listens, its registry and its instance
+        id are the mesh's.
+        """
+        registry = self._running()
+        taps = self._taps(servicers, replicas)
+        new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
+        for replica in new:
+            await replica.start()
+            self.replicas.append(replica)
+        return new
+
+    def channel(
+        self,
+        service: str,
+        options: Sequence[tuple[str, Any]] | None = None,
+        compression: grpc.Compression | None = None,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
+    ) -> mesh.aio.Channel:
+        """A ``mesh.aio.insecure_channel`` to a service, closed when the block is left."""
+        channel = mesh.aio.insecure_channel(self.target(service), options, compression, interceptors)
+        self._stack.push_async_callback(channel.close)
+        return channel
+
+    async def configure(self, service: str, config: str | Mapping[str, Any]) -> None:
+        """Set the service config that the registry has for ``service``, as JSON or as what JSON is made of. Channels
+        have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
+        await self._running().configure(service, config)
+
+    async def _await_registration(self, replica: Replica) -> None:
+        if replica.settings.ready is None:
+            await self._running().registered(replica.services, replica.name)
+
+    async def _drain(self) -> None:
+        await asyncio.gather(*(replica.drain() for replica in self.replicas if replica.running))
+
+    async def __aenter__(self) -> Mesh:
+        async with AsyncExitStack() as stack:
+            registry = Registry()
+            await registry.start()
+            self._registry = registry
+            stack.push_async_callback(registry.stop)
+            stack.enter_context(environment(registry.address))
+            stack.push_async_callback(self._drain)
+            stack.callback(self.faults.clear)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._stack.aclose()
+        finally:
+            self._registry = None

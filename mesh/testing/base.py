@@ -1,0 +1,145 @@
+"""What the meshes and replicas of both worlds have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mesh import ServerSettings
+from mesh.testing.faults import Faults
+from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.injection import Injections
+from mesh.testing.methods import Methods
+from mesh.testing.recording import Recorder
+from mesh.testing.registry import Registry
+
+SETTINGS = ServerSettings(drain_wait=0.05, grace=5.0, stream_grace=1.0)
+"""How replicas serve unless told otherwise: as in production, but they drain sooner. ``MESH_*`` variables don't
+count."""
+
+_VARIABLE = "MESH_REGISTRY"
+
+
+class BaseReplica:
+    """One server of a test mesh. ``name``: the service's short name and a number ("UserService-0"), which is also its
+    instance id; ``address``: where it listens, the same one after a restart if that is still free; ``services``: their
+    full names; ``settings``: how it serves."""
+
+    def __init__(self, servicers: Servicers, settings: ServerSettings | None, registry: str, tap: Tap) -> None:
+        self.name = tap.replica
+        self.address = ""
+        self.services: tuple[str, ...] = ()
+        self._servicers = tap.around(servicers)
+        self.settings = dataclasses.replace(
+            settings or SETTINGS, listen="127.0.0.1:0", advertise="", registry=registry, instance_id=self.name
+        )
+        self._running = False
+
+    @property
+    def running(self) -> bool:
+        """Whether it serves: not drained, nor stopped."""
+        return self._running
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.name} at {self.address}{'' if self._running else ', ended'}>"
+
+    # -- for the replicas of each world
+
+    def _attempts(self) -> Iterator[ServerSettings]:
+        """The settings to start with, and those for when the first ones' port is taken."""
+        if self._running:
+            raise RuntimeError(f"{self.name} is running")
+        if self.address:
+            yield dataclasses.replace(self.settings, listen=self.address)
+        yield self.settings
+
+    def _started(self, server: Any) -> None:
+        self.address = server.address
+        self.services = server.services
+        self._running = True
+
+
+def is_taken(error: OSError) -> bool:
+    """Whether a server couldn't start because something else has its port."""
+    return error.errno == errno.EADDRINUSE
+
+
+class BaseMesh:
+    """What a test mesh has in both worlds."""
+
+    def __init__(self) -> None:
+        self._methods = Methods()
+        self._names: Counter[str] = Counter()
+        self._registry: Registry | None = None
+        self._recorder = Recorder()
+        self._injections = Injections()
+        self.faults = Faults(self._methods, self._injections)
+
+    @property
+    def registry(self) -> str:
+        """The address of the registry. Raises RuntimeError outside of the block."""
+        return self._running().address
+
+    def target(self, service: str) -> str:
+        """The target of a service, for channels that the code under test makes. Inside of the block ``MESH_REGISTRY``
+        is set, so ``mesh:///SERVICE`` means the same."""
+        return f"mesh://{self.registry}/{service}"
+
+    def _running(self) -> Registry:
+        if self._registry is None:
+            raise RuntimeError("the mesh is not running: use it in a with block")
+        return self._registry
+
+    def _taps(self, servicers: Servicers, count: int) -> list[Tap]:
+        """What the handlers of new replicas report to; each has the name of its replica."""
+        if count < 1:
+            raise ValueError(f"expected replicas from 1, not {count}")
+        services = _ServiceNames()
+        for add_to_server, servicer in servicers:
+            add_to_server(servicer, services)
+        if not services.names:
+            raise ValueError("no servicers were given")
+        short = services.names[0].rpartition(".")[2]
+        taps = []
+        for _ in range(count):
+            taps.append(Tap(f"{short}-{self._names[short]}", self._methods, self._recorder, self._injections))
+            self._names[short] += 1
+        return taps
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.Mesh {self._registry.address if self._registry else 'not running'}>"
+
+
+class _ServiceNames:
+    """Stands in for a server, to learn what servicers serve."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        self.names += [each.service_name() for each in handlers if hasattr(each, "service_name")]
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        pass
+
+
+@contextmanager
+def environment(registry: str) -> Iterator[None]:
+    """``MESH_REGISTRY`` names the registry in the block."""
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = registry
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_VARIABLE, None)
+        else:
+            os.environ[_VARIABLE] = before

@@ -1,0 +1,131 @@
+"""The faults that replicas inject: which calls have one, and who is held by it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import grpc
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Kind(Enum):
+    FAIL = "fail"
+    DELAY = "delay"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which calls have a fault: of ``method`` at ``replica`` (None: all), after so many others, and so many times."""
+
+    method: str | None
+    matches: Callable[[str], bool]
+    replica: str | None
+    after: int
+    times: int | None
+
+    def __post_init__(self) -> None:
+        if self.after < 0 or (self.times is not None and self.times < 1):
+            raise ValueError(f"expected after from 0 and times from 1, not after={self.after} and times={self.times}")
+
+    def __str__(self) -> str:
+        after = f", after {self.after}" if self.after else ""
+        return f"{self.method or 'all methods'} at {self.replica or 'all replicas'}{after}"
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What becomes of a call: FAIL ends it with ``code``, ``details`` and ``metadata``, DELAY has it wait ``seconds``,
+    DROP for ever."""
+
+    kind: Kind
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+    metadata: Metadata = ()
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        if self.kind is Kind.FAIL:
+            return f"fail {self.code.name}"
+        return "drop" if self.seconds is None else f"delay {self.seconds:g} s"
+
+
+class Injection:
+    """An effect on the calls of ``where``. Safe from any thread. ``count``: how many calls have had it."""
+
+    def __init__(self, effect: Effect, where: Where) -> None:
+        self.effect = effect
+        self.where = where
+        self.count = 0
+        self.removed = False
+        self._seen = 0
+        self._lock = threading.Lock()
+        self._held: list[Callable[[], object]] = []
+
+    def take(self, method: str, replica: str) -> bool:
+        """Whether a call of ``method`` at ``replica`` has it; counts it."""
+        where = self.where
+        if not where.matches(method) or where.replica not in (None, replica):
+            return False
+        with self._lock:
+            self._seen += 1
+            if self.removed or self._seen <= where.after or self.count == where.times:
+                return False
+            self.count += 1
+            return True
+
+    def hold(self, release: Callable[[], object]) -> None:
+        """Have ``release`` called, from any thread, when this is removed."""
+        with self._lock:
+            if not self.removed:
+                self._held.append(release)
+                return
+        release()
+
+    def let_go(self, release: Callable[[], object]) -> None:
+        """The call that ``release`` is for is no longer held."""
+        with self._lock:
+            if release in self._held:
+                self._held.remove(release)
+
+    def remove(self) -> None:
+        with self._lock:
+            self.removed = True
+            held, self._held = self._held, []
+        for release in held:
+            release()
+
+    def __repr__(self) -> str:
+        limit = "" if self.where.times is None else f" of {self.where.times}"
+        removed = ", removed" if self.removed else ""
+        return f"<Fault {self.effect}: {self.where}, injected {self.count}{limit}{removed}>"
+
+
+class Injections:
+    """All of a test mesh, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._all: list[Injection] = []
+
+    def add(self, injection: Injection) -> None:
+        self._all.append(injection)
+
+    def take(self, method: str, replica: str) -> list[Injection]:
+        """Those that a call has, in their order: delays, and what ends it."""
+        taken = []
+        for injection in self:
+            if injection.take(method, replica):
+                taken.append(injection)
+                if injection.effect.kind is not Kind.DELAY:
+                    break
+        return taken
+
+    def __iter__(self) -> Iterator[Injection]:
+        return (injection for injection in tuple(self._all) if not injection.removed)
+
+    def __repr__(self) -> str:
+        return f"<Injections {len([*self])}>"

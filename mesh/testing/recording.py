@@ -1,0 +1,81 @@
+"""What replicas record: each call that came to them, kept up to date until it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+
+@dataclass(eq=False, slots=True)
+class RecordedCall:
+    """A call that reached a replica: an attempt of a client's call, so a call that was retried is here more than once.
+
+    ``method``: "/package.Service/Method". ``replica``: the name of the replica. ``metadata``: what the client sent, in
+    pairs. ``timeout``: seconds that were left of its deadline when it came; None without one. ``requests``: its
+    messages; those of a stream as they are read.
+
+    ``code`` is None until it has ended; ``details`` go with it. A call that its client gave up ends CANCELLED, or
+    DEADLINE_EXCEEDED. ``error``: what the servicer raised, if it raised anything. ``injected``: whether a fault ended
+    it, so that no servicer saw it.
+    """
+
+    method: str
+    replica: str
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+    timeout: float | None = None
+    requests: list[Any] = field(default_factory=list)
+    code: grpc.StatusCode | None = None
+    details: str = ""
+    error: BaseException | None = None
+    injected: bool = False
+
+    @property
+    def request(self) -> Any:
+        """The request of a call that has one; the first one of a stream. Raises IndexError when none was read."""
+        return self.requests[0]
+
+    def __str__(self) -> str:
+        details = f": {self.details}" if self.details else ""
+        return f"{self.method} at {self.replica}: {self.code.name if self.code else 'RUNNING'}{details}"
+
+    def __repr__(self) -> str:
+        return f"<RecordedCall {self}>"
+
+
+class Recorder:
+    """The calls that came, in their order. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[RecordedCall] = []
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[], object]] = []
+
+    def add(self, call: RecordedCall) -> None:
+        """A call has come."""
+        self.calls.append(call)
+        self.changed()
+
+    def changed(self) -> None:
+        """A call has come or ended."""
+        with self._lock:
+            watchers = tuple(self._watchers)
+        for watcher in watchers:
+            watcher()
+
+    def watch(self, watcher: Callable[[], object]) -> Callable[[], None]:
+        """Have ``watcher`` called, from any thread, when a call comes or ends; until what is returned is called."""
+        with self._lock:
+            self._watchers.append(watcher)
+
+        def stop() -> None:
+            with self._lock:
+                self._watchers.remove(watcher)
+
+        return stop
+
+    def __repr__(self) -> str:
+        return f"<Recorder {len(self.calls)}>"

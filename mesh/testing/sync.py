@@ -1,0 +1,146 @@
+"""``mesh.testing.Mesh``: replicas on threads, and channels with blocking calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+import mesh
+from mesh import ServerSettings
+from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
+from mesh.testing.calls import Calls
+from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.registry import RegistryThread
+
+
+class Replica(BaseReplica):
+    """One server of a test mesh: a ``mesh.Server`` on a port of its own choice."""
+
+    def __init__(
+        self,
+        servicers: Servicers,
+        settings: ServerSettings | None,
+        registry: str,
+        tap: Tap,
+        registered: Callable[[Replica], None],
+    ) -> None:
+        super().__init__(servicers, settings, registry, tap)
+        self._registered = registered
+        self._server = mesh.Server((), self.settings)
+
+    def start(self) -> None:
+        """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
+        for settings in self._attempts():
+            server = mesh.Server(self._servicers, settings)
+            try:
+                server.start()
+            except OSError as error:
+                if not is_taken(error) or settings is self.settings:
+                    raise
+            else:
+                self._server = server
+                self._started(server)
+                break
+        self._registered(self)
+
+    def drain(self) -> None:
+        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        self._running = False
+        self._server.drain()
+
+    def stop(self) -> None:
+        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        self._running = False
+        self._server.kill()
+
+
+class Mesh(BaseMesh):
+    """A mesh in the process of a test: servicers in, channel out::
+
+        with mesh.testing.Mesh() as mesh_:
+            mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
+            users = UserServiceStub(mesh_.channel("weft.user.v1.UserService"))
+            mesh_.faults.fail(grpc.StatusCode.UNAVAILABLE, times=1)
+            assert users.GetUser(GetUserRequest(id="1"), timeout=5).user.name == "Ada"
+            assert len(mesh_.calls.wait(2)) == 2  # it was retried
+
+    Registry, replicas and channels are real ones, on ports of 127.0.0.1 that they choose. Leaving the block closes the
+    channels, removes the faults and drains the replicas. Inside of it ``MESH_REGISTRY`` names the registry, so code
+    under test that makes its own channel to ``mesh:///SERVICE`` finds the replicas, too. In ``unittest``:
+    ``self.enterContext(Mesh())``.
+
+    ``faults``: see ``Faults``. ``calls``: see ``Calls``. ``replicas``: all that were started, ended ones too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls(self._methods, self._recorder)
+        self.replicas: list[Replica] = []
+        self._thread = RegistryThread()
+        self._stack = ExitStack()
+
+    def serve(
+        self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
+    ) -> list[Replica]:
+        """Serve the servicers on so many servers, and return those when they are registered.
+
+        ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer, as for ``mesh.serve``; all these
+        replicas share the servicer. ``settings``: further ones; where it listens, its registry and its instance id are
+        the mesh's.
+        """
+        registry = self._running()
+        taps = self._taps(servicers, replicas)
+        new = [Replica(servicers, settings, registry.address, tap, self._await_registration) for tap in taps]
+        for replica in new:
+            replica.start()
+            self.replicas.append(replica)
+        return new
+
+    def channel(
+        self,
+        service: str,
+        options: Sequence[tuple[str, Any]] | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> mesh.Channel:
+        """A ``mesh.insecure_channel`` to a service, closed when the block is left."""
+        channel = mesh.insecure_channel(self.target(service), options, compression)
+        self._stack.callback(channel.close)
+        return channel
+
+    def configure(self, service: str, config: str | Mapping[str, Any]) -> None:
+        """Set the service config that the registry has for ``service``, as JSON or as what JSON is made of. Channels
+        have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
+        self._thread.run(self._running().configure(service, config))
+
+    def _await_registration(self, replica: Replica) -> None:
+        if replica.settings.ready is None:
+            self._thread.run(self._running().registered(replica.services, replica.name))
+
+    def _drain(self) -> None:
+        running = [replica for replica in self.replicas if replica.running]
+        if running:
+            with ThreadPoolExecutor(len(running), thread_name_prefix="mesh-testing-drain") as pool:
+                list(pool.map(Replica.drain, running))
+
+    def __enter__(self) -> Mesh:
+        with ExitStack() as stack:
+            self._registry = self._thread.start()
+            stack.callback(self._thread.stop)
+            stack.enter_context(environment(self._registry.address))
+            stack.callback(self._drain)
+            stack.callback(self.faults.clear)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.close()
+        finally:
+            self._registry = None
