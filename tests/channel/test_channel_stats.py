@@ -83,7 +83,7 @@ def test_an_ejected_endpoint_is_named_with_the_reason(servers: list[Server]) -> 
         eventually(ejected)
         stats = channel.stats()
     (endpoint,) = [each for each in stats.endpoints if each.ejected]
-    assert "in a row; for " in endpoint.ejected
+    assert "consecutive failures; for " in endpoint.ejected
     assert sum(count for reason, count in stats.ejections.items() if reason.startswith("ejected: ")) == 1
     assert "ejected: " in str(stats)
 

@@ -23,9 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ServiceConfig(_message.Message):
-    """How a client calls a service, as JSON in the channel option "grpc.service_config". The form is gRPC's own; keys that the
-    mesh adds are marked "weft". Unknown keys are ignored, as gRPC ignores them, with a warning; a value that is wrong is an
-    error with the field's path. Durations are written "1.5s".
+    """How a client calls a service, as JSON in the channel option "grpc.service_config". It is gRPC's format; keys that the
+    mesh adds are marked "weft". Unknown keys are ignored, as in gRPC, with a warning; an invalid value is an error with the
+    field's path. Durations are strings such as "1.5s".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -40,16 +40,16 @@ class ServiceConfig(_message.Message):
     OVERLOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_balancing_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The balancing policies in order of preference: the first that is known is used. gRPC balances its own targets itself.
+        """The balancing policies in order of preference: the first known one is used. gRPC balances its own targets itself.
 
         Default: peak_ewma for the mesh's targets.
         Source: gRFC A24.
-        Change: when endpoints are to be chosen by another rule.
+        Change: to choose endpoints in another way.
         """
 
     @_builtins.property
     def method_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodConfig]:
-        """What holds for calls, by method: the most specific name wins, whole.
+        """The settings of calls, by method: the entry with the most specific name is used, and entries aren't merged.
 
         Default: what the method's descriptor allows.
         Source: gRPC's service config.
@@ -60,54 +60,54 @@ class ServiceConfig(_message.Message):
     def retry_throttling(self) -> Global___RetryThrottling:
         """Stops retries and hedges while most attempts fail.
 
-        Default: off; the retry budget bounds them already.
+        Default: off; the retry budget limits them already.
         Source: gRFC A6.
-        Change: when retries are to end altogether during an outage.
+        Change: to stop all retries during an outage.
         """
 
     @_builtins.property
     def health_check_config(self) -> Global___HealthCheckConfig:
-        """Which health an endpoint must report to be called.
+        """Health checking: endpoints that don't report SERVING get no calls.
 
         Default: the service's own name for mesh:/// targets; no check for others.
         Source: gRFC A17.
-        Change: when servers behind static:/// or dns:/// serve grpc.health.v1, or report under another name.
+        Change: for static:/// and dns:/// servers with grpc.health.v1, or to check another service name.
         """
 
     @_builtins.property
     def retry_budget(self) -> Global___RetryBudget:
-        """weft: how many retries and hedges there may be beside the calls themselves; the channel's methods share it.
+        """weft: how many retries and hedges may be sent in addition to calls; all methods of the channel share it.
 
-        Default: 10 % of calls and 10 a second.
+        Default: 10 % of calls plus 10 per second.
         Source: Finagle's RetryBudget.
-        Change: when few calls are made and more of them should be tried again, or the servers have nothing to spare.
+        Change: raise for few calls that need more retries; lower when the servers have no spare capacity.
         """
 
     @_builtins.property
     def slow_start(self) -> Global___SlowStart:
-        """weft: gives endpoints that have just become ready less to do at first.
+        """weft: sends fewer calls to endpoints that have just become ready.
 
         Default: off.
         Source: Envoy's slow start.
-        Change: when a fresh process is slow (caches, JIT, connection pools).
+        Change: when a new process is slow at first (caches, JIT, connection pools).
         """
 
     @_builtins.property
     def zone_awareness(self) -> Global___ZoneAwareness:
-        """weft: keeps calls in the client's own zone, which MESH_REGION and MESH_ZONE name as they do for servers.
+        """weft: keeps calls in the client's own zone, which MESH_REGION and MESH_ZONE set, as for servers.
 
         Default: off.
         Source: Envoy's zone aware routing.
-        Change: when crossing zones costs time or money, and every zone has endpoints for its own clients.
+        Change: when cross-zone traffic is slow or expensive, and every zone has enough endpoints for its own clients.
         """
 
     @_builtins.property
     def overload(self) -> Global___Overload:
-        """weft: what a client refuses to send.
+        """weft: calls that a client refuses to send.
 
-        Default: nothing.
+        Default: none.
         Source: gRFC A32; Google's SRE book, "Handling Overload".
-        Change: when calls may pile up in a client, or it should hold back from a service that refuses it.
+        Change: to bound the calls that can pile up in a client, or to back off from an overloaded service.
         """
 
     def __init__(
@@ -147,84 +147,83 @@ class LoadBalancingConfig(_message.Message):
     OUTLIER_DETECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
-        """Each endpoint in turn, or as often as its weight gives it, from a random start.
+        """Each endpoint in turn, in proportion to its weight, from a random start.
 
         Default: not used.
         Source: gRPC.
-        Change: to it when every call costs the same and every endpoint is equal.
+        Change: use it when all calls cost the same and all endpoints are equal.
         """
 
     @_builtins.property
     def peak_ewma(self) -> Global___PeakEwma:
-        """weft: of two endpoints at random, the one that answers faster and has less in flight.
+        """weft: of two random endpoints, the one that responds faster and has fewer calls in flight.
 
-        Default: used, with its settings' defaults.
+        Default: used, with default settings.
         Source: Finagle and Linkerd; power of two choices, Mitzenmacher 2001.
-        Change: back to it from another policy.
+        Change: set it to change its settings.
         """
 
     @_builtins.property
     def pick_first(self) -> Global___PickFirst:
-        """The first endpoint that can be called, until it can't be any more.
+        """The first endpoint that can be called, for as long as it can be.
 
         Default: not used.
         Source: gRPC.
-        Change: to it when one endpoint is to have all the calls, and the others are spares.
+        Change: use it when one endpoint should get all calls and the others are backups.
         """
 
     @_builtins.property
     def weighted_round_robin(self) -> Global___LoadReports:
-        """Each endpoint in turn as often as its weight gives it: what it reports of its load, else the weight it was
-        registered with.
+        """Each endpoint in turn, in proportion to a weight computed from its load reports, else to its registered weight.
 
         Default: not used.
         Source: gRFC A58.
-        Change: to it when endpoints differ in size and report their load.
+        Change: use it when endpoints differ in size and report their load.
         """
 
     @_builtins.property
     def least_request(self) -> Global___LeastRequest:
-        """Of some endpoints at random, the one with the least in flight.
+        """Of a few random endpoints, the one with the fewest calls in flight.
 
         Default: not used.
-        Source: gRFC A48. gRPC's name, least_request_experimental, is taken, too; so for all policies.
-        Change: to it when latency says nothing of load, as with long streams.
+        Source: gRFC A48. gRPC's name, least_request_experimental, is accepted, too, as for all policies.
+        Change: use it when latency doesn't reflect load, as with long streams.
         """
 
     @_builtins.property
     def ring_hash(self) -> Global___RingHash:
-        """Calls with one key to one endpoint, as long as it is there.
+        """Calls with the same key go to the same endpoint, while it is available.
 
         Default: not used.
         Source: gRFC A42 and A76.
-        Change: to it when endpoints keep something for a key, a cache say.
+        Change: use it when endpoints have state per key, such as a cache.
         """
 
     @_builtins.property
     def random_subsetting(self) -> Global___RandomSubsetting:
-        """So many endpoints at random, each client others; the child policy is over those.
+        """A random subset of the endpoints, a different one for each client; the child policy balances over it.
 
-        Default: of more than 100 endpoints a client uses 100; with ring_hash all.
+        Default: a client uses at most 100 endpoints; with ring_hash all of them.
         Source: gRFC A68.
-        Change: fewer, when very many clients' connections weigh on the servers.
+        Change: lower when very many clients have too many connections to each server.
         """
 
     @_builtins.property
     def priority(self) -> Global___Priority:
         """A policy for each of the endpoints' priorities.
 
-        Default: one policy for all; the lowest number with an endpoint that is ready serves.
+        Default: one policy for all; the lowest priority number with a READY endpoint is used.
         Source: gRFC A56.
-        Change: when the spares are to be balanced otherwise.
+        Change: to balance lower priorities with another policy.
         """
 
     @_builtins.property
     def outlier_detection(self) -> Global___OutlierDetection:
-        """Leaves out endpoints that answer worse than the others; the child policy is over the rest.
+        """Ejects endpoints that do worse than the others; the child policy balances over the rest.
 
-        Default: used around every policy, with its settings' defaults.
+        Default: used with every policy, with default settings.
         Source: gRFC A50.
-        Change: to be quicker or slower to leave an endpoint out, or not to.
+        Change: to eject sooner, later or never.
         """
 
     def __init__(
@@ -252,7 +251,7 @@ Global___LoadBalancingConfig: _TypeAlias = LoadBalancingConfig  # noqa: Y015
 
 @_typing.final
 class RoundRobin(_message.Message):
-    """Settings of round_robin: none."""
+    """round_robin has no settings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -279,38 +278,38 @@ class PeakEwma(_message.Message):
     LOAD_REPORTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def decay_time(self) -> _duration_pb2.Duration:
-        """How long a latency is remembered: its weight falls to 1/e in this time.
+        """The decay time of the latency average: the weight of a latency falls to 1/e in this time.
 
         Default: 1s.
         Source: Finagle, whose default is 10 s (see docs/decisions/0005).
-        Change: longer, when calls are seldom and an endpoint's slowness lasts.
+        Change: raise when calls are rare and endpoints stay slow for long.
         """
 
     @_builtins.property
     def failure_penalty(self) -> _duration_pb2.Duration:
-        """What a failed attempt counts as, so that failing fast doesn't look like answering fast.
+        """The latency that a failed attempt counts as, so that failing fast doesn't look like responding fast.
 
         Default: 5s.
         Source: Linkerd's load biaser.
-        Change: longer, when good answers take seconds.
+        Change: raise when successful calls take seconds.
         """
 
     @_builtins.property
     def starvation_guard(self) -> _duration_pb2.Duration:
-        """An idle endpoint from which nothing was heard for this long is given a call, however slow it was. 0s: never.
+        """An idle endpoint without a response for this long gets a call, however slow it was. 0s: never.
 
         Default: 10s.
         Source: Kratos, which has 3s.
-        Change: longer, when one slow call in so long is one too many.
+        Change: raise when one slow call per period is too many.
         """
 
     @_builtins.property
     def load_reports(self) -> Global___LoadReports:
-        """Weigh endpoints by what they report of their load, too. Costs a look at each answer's trailers.
+        """Also weight endpoints by their load reports. The trailers of each response are checked for one.
 
-        Default: off: latency and what is in flight say it already.
+        Default: off: latency and calls in flight already reflect load.
         Source: gRFC A58.
-        Change: on, when many clients share endpoints of different sizes, so that each sees little of their load.
+        Change: turn on when many clients share endpoints of different sizes, so that each client sees little of their load.
         """
 
     def __init__(
@@ -337,11 +336,11 @@ class PickFirst(_message.Message):
 
     SHUFFLE_ADDRESS_LIST_FIELD_NUMBER: _builtins.int
     shuffle_address_list: _builtins.bool
-    """Whether each client has an order of its own.
+    """Whether each client shuffles the endpoints.
 
     Default: false.
     Source: gRFC A62.
-    Change: when clients are to spread over the endpoints.
+    Change: turn on to spread clients over the endpoints.
     """
     def __init__(
         self,
@@ -358,9 +357,7 @@ Global___PickFirst: _TypeAlias = PickFirst  # noqa: Y015
 
 @_typing.final
 class LoadReports(_message.Message):
-    """How load reports become weights: a weight is queries a second / (utilization + failures a second / queries a second ×
-    penalty).
-    """
+    """How weights are computed from load reports: QPS / (utilization + EPS / QPS × error penalty)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -371,56 +368,55 @@ class LoadReports(_message.Message):
     WEIGHT_UPDATE_PERIOD_FIELD_NUMBER: _builtins.int
     ERROR_UTILIZATION_PENALTY_FIELD_NUMBER: _builtins.int
     enable_oob_load_report: _builtins.bool
-    """Ask ORCA's service for reports, rather than read those that come with answers. A connection more for each endpoint of
-    a sync channel.
+    """Get reports from ORCA's service instead of the responses. A sync channel needs one more connection per endpoint.
 
     Default: false.
     Source: gRFC A51.
-    Change: on, for servers that aren't the mesh's: gRPC keeps their reports in answers from Python.
+    Change: turn on for servers other than the mesh's: gRPC hides the reports in their responses from Python.
     """
     @_builtins.property
     def oob_reporting_period(self) -> _duration_pb2.Duration:
-        """How often to ask for.
+        """The period of those reports.
 
         Default: 10s.
         Source: gRFC A58.
-        Change: shorter, when load moves faster.
+        Change: lower when load changes faster.
         """
 
     @_builtins.property
     def blackout_period(self) -> _duration_pb2.Duration:
-        """How long an endpoint must have reported before that counts.
+        """How long an endpoint must have sent reports before they are used.
 
         Default: 10s.
         Source: gRFC A58.
-        Change: 0s, when the first reports can be believed.
+        Change: 0s when the first reports are reliable.
         """
 
     @_builtins.property
     def weight_expiration_period(self) -> _duration_pb2.Duration:
-        """How long the last report counts.
+        """How long the last report is used.
 
         Default: 180s.
         Source: gRFC A58.
-        Change: shorter, when endpoints may stop reporting.
+        Change: lower when endpoints may stop reporting.
         """
 
     @_builtins.property
     def weight_update_period(self) -> _duration_pb2.Duration:
-        """How often weights are made anew; 0.1s at the least.
+        """How often weights are recomputed; at least 0.1s.
 
         Default: 1s.
         Source: gRFC A58.
-        Change: longer, with very many endpoints.
+        Change: raise for very many endpoints.
         """
 
     @_builtins.property
     def error_utilization_penalty(self) -> _wrappers_pb2.FloatValue:
-        """What the share of failures is multiplied by.
+        """The factor of the error rate.
 
         Default: 1.
         Source: gRFC A58.
-        Change: 0, when failures are the requests' fault.
+        Change: 0 when errors are caused by the requests.
         """
 
     def __init__(
@@ -450,15 +446,15 @@ class LeastRequest(_message.Message):
     CHOICE_COUNT_FIELD_NUMBER: _builtins.int
     LOAD_REPORTS_FIELD_NUMBER: _builtins.int
     choice_count: _builtins.int
-    """Of how many endpoints, from 2 to 10; more are taken as 10.
+    """How many random endpoints to choose from: 2 to 10; higher values mean 10.
 
     Default: 2.
     Source: gRFC A48.
-    Change: more, with few endpoints and calls that take long.
+    Change: raise for few endpoints and long calls.
     """
     @_builtins.property
     def load_reports(self) -> Global___LoadReports:
-        """Weigh endpoints by what they report of their load, too.
+        """Also weight endpoints by their load reports.
 
         Default: off.
         Source: gRFC A58.
@@ -490,32 +486,32 @@ class RingHash(_message.Message):
     MAX_RING_SIZE_FIELD_NUMBER: _builtins.int
     BOUNDED_LOAD_FACTOR_FIELD_NUMBER: _builtins.int
     request_hash_header: _builtins.str
-    """The header whose value is the key. Calls without it go anywhere.
+    """The header with the key. Calls without it go to a random endpoint.
 
     Default: none.
     Source: gRFC A76.
-    Change: always.
+    Change: always set it.
     """
     min_ring_size: _builtins.int
-    """The least entries on the ring.
+    """The minimum number of entries on the ring.
 
     Default: 1024.
     Source: gRFC A42.
-    Change: up to 4096, for more even shares.
+    Change: raise, up to 4096, for more even shares.
     """
     max_ring_size: _builtins.int
-    """The most entries on the ring, except that every endpoint has one.
+    """The maximum number of entries on the ring; every endpoint has at least one.
 
-    Default: 4096, which is also the cap.
+    Default: 4096, which is also the upper bound.
     Source: gRFC A42.
-    Change: down, to save a few hundred kilobytes.
+    Change: lower to save a few hundred kilobytes.
     """
     bounded_load_factor: _builtins.float
-    """weft: an endpoint with more than this many times the mean in flight is passed over for the next; 0: never.
+    """weft: an endpoint with more than this many times the mean in flight is skipped for the next one; 0: never.
 
     Default: 0.
     Source: Envoy's hash_balance_factor; Mirrokni, Thorup and Zadimoghaddam 2016.
-    Change: to 1.25 or so, when some keys are called much more than others.
+    Change: 1.25 or so when some keys get many more calls than others.
     """
     def __init__(
         self,
@@ -546,11 +542,11 @@ class RandomSubsetting(_message.Message):
 
     Default: required.
     Source: gRFC A68.
-    Change: so that clients × this is many times the number of endpoints; else shares differ.
+    Change: choose it so that clients × subset size is many times the number of endpoints; otherwise load is uneven.
     """
     @_builtins.property
     def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy over them: the first that is known.
+        """The policy over the subset: the first known one.
 
         Default: peak_ewma.
         Source: gRFC A24.
@@ -602,21 +598,21 @@ class Priority(_message.Message):
     PRIORITIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def children(self) -> _containers.MessageMap[_builtins.str, Global___PriorityChild]:
-        """The policies, by any name.
+        """The policies, by names of your choice.
 
         Default: required.
         Source: gRFC A56.
-        Change: always.
+        Change: always set it.
         """
 
     @_builtins.property
     def priorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The names in order: the first is that of the endpoints with the lowest priority number, and so on; the last is that of
-        all further ones.
+        """The names in order: the first is for the endpoints with the lowest priority number, and so on; the last is also for
+        all further priorities.
 
         Default: required.
         Source: gRFC A56.
-        Change: always.
+        Change: always set it.
         """
 
     def __init__(
@@ -642,7 +638,7 @@ class PriorityChild(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy: the first that is known.
+        """The policy: the first known one.
 
         Default: required.
         Source: gRFC A24.
@@ -665,8 +661,8 @@ Global___PriorityChild: _TypeAlias = PriorityChild  # noqa: Y015
 @_typing.final
 class OutlierDetection(_message.Message):
     """Settings of outlier_detection. Failures are UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL, UNKNOWN and DATA_LOSS: other codes
-    speak of the request. Where it is named, the algorithms that it doesn't name are off, as in gRPC, and those that count
-    failures in a row keep their defaults. An endpoint that comes back has one call to show what it is worth.
+    are about the request. In a config with outlier_detection, the two algorithms are off unless they are set, as in gRPC;
+    consecutive failures keep their defaults. An endpoint that returns from ejection first gets one call as a probe.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -684,11 +680,11 @@ class OutlierDetection(_message.Message):
     PANIC_THRESHOLD_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """weft: count what would be left out, and leave nothing out.
+    """weft: count ejections, but don't eject.
 
     Default: false.
     Source: Finagle's dark mode, Envoy's enforcing percentages.
-    Change: on, to see first what it would do.
+    Change: turn on to see first what it would do.
     """
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
@@ -696,21 +692,21 @@ class OutlierDetection(_message.Message):
 
         Default: 10s.
         Source: gRFC A50.
-        Change: longer, when there are few calls.
+        Change: raise when there are few calls.
         """
 
     @_builtins.property
     def base_ejection_time(self) -> _duration_pb2.Duration:
-        """How long an endpoint is left out, times how often it was of late, and up to a fifth longer by chance.
+        """How long an ejection lasts: this × how often the endpoint was ejected recently, plus up to a fifth as jitter.
 
         Default: 30s.
         Source: gRFC A50.
-        Change: shorter, when what ails endpoints passes sooner.
+        Change: lower when endpoints recover sooner.
         """
 
     @_builtins.property
     def max_ejection_time(self) -> _duration_pb2.Duration:
-        """The longest that it is left out.
+        """The longest ejection.
 
         Default: 300s.
         Source: gRFC A50.
@@ -719,34 +715,34 @@ class OutlierDetection(_message.Message):
 
     @_builtins.property
     def max_ejection_percent(self) -> _wrappers_pb2.UInt32Value:
-        """The share of endpoints that may be left out at once. One may be wherever there are three or more; 0: none.
+        """The percentage of endpoints that may be ejected at once. Of three or more, one always may be; 0: none.
 
         Default: 10.
         Source: gRFC A50.
-        Change: up, when a third of the endpoints can carry the load.
+        Change: raise when fewer endpoints can carry the load.
         """
 
     @_builtins.property
     def success_rate_ejection(self) -> Global___SuccessRateEjection:
-        """Leave out endpoints whose share of successes is far below the others'.
+        """Eject endpoints whose success rate is far below the others'.
 
-        Default: on where outlier_detection isn't named; off where it is.
+        Default: on without outlier_detection in the config; off with it.
         Source: gRFC A50.
-        Change: on, with many calls to each endpoint.
+        Change: turn on when each endpoint gets many calls.
         """
 
     @_builtins.property
     def failure_percentage_ejection(self) -> Global___FailurePercentageEjection:
-        """Leave out endpoints that fail more than this share of calls.
+        """Eject endpoints that fail more than a given percentage of calls.
 
-        Default: on where outlier_detection isn't named; off where it is.
+        Default: on without outlier_detection in the config; off with it.
         Source: gRFC A50.
-        Change: on, with many calls to each endpoint.
+        Change: turn on when each endpoint gets many calls.
         """
 
     @_builtins.property
     def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy over the others: the first that is known.
+        """The policy over the others: the first known one.
 
         Default: peak_ewma.
         Source: gRFC A24.
@@ -755,40 +751,40 @@ class OutlierDetection(_message.Message):
 
     @_builtins.property
     def consecutive_failures(self) -> _wrappers_pb2.UInt32Value:
-        """weft: leave an endpoint out after so many failures in a row; 0: don't.
+        """weft: eject an endpoint after this many consecutive failures; 0: don't.
 
         Default: 5.
         Source: Envoy and Finagle; Linkerd has 7.
-        Change: up, when callers' deadlines are so short that they often pass.
+        Change: raise when callers have deadlines so short that they often pass.
         """
 
     @_builtins.property
     def consecutive_gateway_errors(self) -> _wrappers_pb2.UInt32Value:
-        """weft: the same for UNAVAILABLE and DEADLINE_EXCEEDED alone.
+        """weft: the same for UNAVAILABLE and DEADLINE_EXCEEDED only.
 
         Default: 0.
         Source: Envoy.
-        Change: below consecutiveFailures, when these say more than other failures.
+        Change: set it below consecutiveFailures to eject sooner for these.
         """
 
     @_builtins.property
     def consecutive_timeouts(self) -> _wrappers_pb2.UInt32Value:
-        """weft: the same for DEADLINE_EXCEEDED alone, of calls that the endpoint hasn't begun to answer. It is lower than
-        consecutiveFailures, because each costs a caller its whole timeout.
+        """weft: the same for DEADLINE_EXCEEDED only, of calls to which the endpoint hasn't begun to respond. It is lower than
+        consecutiveFailures, because each timeout costs a caller its whole deadline.
 
         Default: 3.
         Source: Envoy's local origin failures.
-        Change: up, or to 0, when callers' deadlines are so short that they often pass.
+        Change: raise, or set to 0, when callers have deadlines so short that they often pass.
         """
 
     @_builtins.property
     def panic_threshold(self) -> _wrappers_pb2.UInt32Value:
-        """weft: when fewer than this percentage of the ready endpoints are left, all are used; explain() then says "panic". 0: only
-        when none is left.
+        """weft: when less than this percentage of READY endpoints isn't ejected, ejections are ignored, and explain() says
+        "panic". 0: only when all are ejected.
 
         Default: 50.
         Source: Envoy and Finagle.
-        Change: down, when few endpoints can carry the load.
+        Change: lower when few endpoints can carry the load.
         """
 
     def __init__(
@@ -831,16 +827,16 @@ class SuccessRateEjection(_message.Message):
 
         Default: 1900.
         Source: gRFC A50.
-        Change: up, to leave out fewer.
+        Change: raise to eject fewer.
         """
 
     @_builtins.property
     def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
-        """Of endpoints that would be left out, the percentage that is.
+        """The percentage of outliers that are ejected.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, to begin with care.
+        Change: lower to start cautiously.
         """
 
     @_builtins.property
@@ -849,16 +845,16 @@ class SuccessRateEjection(_message.Message):
 
         Default: 5.
         Source: gRFC A50.
-        Change: down, for small services.
+        Change: lower for small services.
         """
 
     @_builtins.property
     def request_volume(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls in an interval are enough.
+        """How many calls per interval are enough.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, when there are few calls.
+        Change: lower when there are few calls.
         """
 
     def __init__(
@@ -889,20 +885,20 @@ class FailurePercentageEjection(_message.Message):
     REQUEST_VOLUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def threshold(self) -> _wrappers_pb2.UInt32Value:
-        """More failures than this percentage of calls are too many.
+        """Endpoints that fail more than this percentage of calls are outliers.
 
         Default: 85.
         Source: gRFC A50.
-        Change: down, to leave out endpoints that fail now and then.
+        Change: lower to eject endpoints that fail occasionally.
         """
 
     @_builtins.property
     def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
-        """Of endpoints that would be left out, the percentage that is.
+        """The percentage of outliers that are ejected.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, to begin with care.
+        Change: lower to start cautiously.
         """
 
     @_builtins.property
@@ -911,16 +907,16 @@ class FailurePercentageEjection(_message.Message):
 
         Default: 5.
         Source: gRFC A50.
-        Change: down, for small services.
+        Change: lower for small services.
         """
 
     @_builtins.property
     def request_volume(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls in an interval are enough.
+        """How many calls per interval are enough.
 
         Default: 50.
         Source: gRFC A50.
-        Change: down, when there are few calls.
+        Change: lower when there are few calls.
         """
 
     def __init__(
@@ -941,8 +937,8 @@ Global___FailurePercentageEjection: _TypeAlias = FailurePercentageEjection  # no
 
 @_typing.final
 class SlowStart(_message.Message):
-    """Gives endpoints that have just become ready less to do at first: max(minWeightPercent, (age / window) ^ (1 /
-    aggression)) of their weight.
+    """Sends fewer calls to endpoints that have just become ready: max(minWeightPercent, (age / window) ^ (1 / aggression)) of
+    their weight.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -955,7 +951,7 @@ class SlowStart(_message.Message):
 
     Default: 1.
     Source: Envoy.
-    Change: seldom.
+    Change: rarely.
     """
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
@@ -963,7 +959,7 @@ class SlowStart(_message.Message):
 
         Default: required.
         Source: Envoy.
-        Change: to what a process takes to be warm.
+        Change: set it to the time that a process takes to warm up.
         """
 
     @_builtins.property
@@ -972,7 +968,7 @@ class SlowStart(_message.Message):
 
         Default: 10.
         Source: Envoy.
-        Change: down, when the first calls are the slowest.
+        Change: lower when the first calls are the slowest.
         """
 
     def __init__(
@@ -992,7 +988,7 @@ Global___SlowStart: _TypeAlias = SlowStart  # noqa: Y015
 
 @_typing.final
 class ZoneAwareness(_message.Message):
-    """Keeps calls in the client's own zone, else in its region, while most endpoints there can be called."""
+    """Keeps calls in the client's own zone, else in its region, while most endpoints there are available."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1000,20 +996,20 @@ class ZoneAwareness(_message.Message):
     MIN_ENDPOINTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def min_cluster_size(self) -> _wrappers_pb2.UInt32Value:
-        """With fewer endpoints in all, every zone is used.
+        """With fewer endpoints in all, all zones are used.
 
         Default: 6.
         Source: Envoy's min_cluster_size.
-        Change: down, for small services whose zones can each carry their own load.
+        Change: lower for small services in which each zone can carry its own load.
         """
 
     @_builtins.property
     def min_endpoints(self) -> _wrappers_pb2.UInt32Value:
-        """How many endpoints of the zone must be callable.
+        """How many endpoints in the zone must be available.
 
         Default: 2.
         Source: Envoy's force_local_zone, which has 1.
-        Change: up, when so few can't carry the zone's load.
+        Change: raise when so few can't carry the zone's load.
         """
 
     def __init__(
@@ -1032,9 +1028,9 @@ Global___ZoneAwareness: _TypeAlias = ZoneAwareness  # noqa: Y015
 
 @_typing.final
 class Overload(_message.Message):
-    """What a client refuses to send. Refusals are final, and explain() says why: UNAVAILABLE for what is outstanding,
-    RESOURCE_EXHAUSTED for the throttle. Calls whose metadata "weft-criticality" says SHEDDABLE or SHEDDABLE_PLUS are refused
-    first.
+    """Calls that a client refuses to send. They aren't retried, and explain() says why: UNAVAILABLE for maxOutstanding,
+    RESOURCE_EXHAUSTED for the throttle. Calls with SHEDDABLE or SHEDDABLE_PLUS in the metadata "weft-criticality" are
+    refused first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1043,29 +1039,29 @@ class Overload(_message.Message):
     ADAPTIVE_THROTTLE_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """Count what would be refused, and refuse nothing.
+    """Count refusals, but don't refuse.
 
     Default: false.
     Source: Finagle's dark mode.
-    Change: on, to see first what it would do.
+    Change: turn on to see first what it would do.
     """
     @_builtins.property
     def max_outstanding(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls may be in flight at once, those that wait for an endpoint or a retry among them; streams count while they
-        last. Sheddable calls may fill 80 or 90 % of it. 0: no limit.
+        """How many calls may be outstanding at once, including those that wait for an endpoint or a retry; streams count until
+        they end. SHEDDABLE calls may use 80 % of it, SHEDDABLE_PLUS calls 90 %. 0: no limit.
 
         Default: no limit, as in gRPC without xDS.
         Source: gRFC A32, whose default is 1024.
-        Change: to what a client can hold while a service is slow or away.
+        Change: set it to what a client can hold while a service is slow or unavailable.
         """
 
     @_builtins.property
     def adaptive_throttle(self) -> Global___AdaptiveThrottle:
-        """Refuse calls here while the service refuses them there, with UNAVAILABLE or RESOURCE_EXHAUSTED.
+        """Refuse calls in the client while the service refuses them with UNAVAILABLE or RESOURCE_EXHAUSTED.
 
         Default: off.
         Source: Google's SRE book, "Handling Overload".
-        Change: on, for services that are slower to refuse than to answer.
+        Change: turn on for services for which refusing calls is costly.
         """
 
     def __init__(
@@ -1085,7 +1081,7 @@ Global___Overload: _TypeAlias = Overload  # noqa: Y015
 
 @_typing.final
 class AdaptiveThrottle(_message.Message):
-    """Refuses with p = (requests - k × accepts) / (requests + 1), for each criticality by itself."""
+    """Refuses with p = (requests - k × accepts) / (requests + 1), separately for each criticality."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1094,30 +1090,30 @@ class AdaptiveThrottle(_message.Message):
     MAX_REFUSED_PERCENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def k(self) -> _wrappers_pb2.DoubleValue:
-        """Requests that are sent for each that the service accepts; 1 or more. CRITICAL_PLUS has twice as much, SHEDDABLE_PLUS
-        75 % and SHEDDABLE 60 %, but no less than 1.1.
+        """Requests to send for each one that the service accepts; 1 or more. CRITICAL_PLUS has twice as many, SHEDDABLE_PLUS
+        75 % and SHEDDABLE 60 %, but at least 1.1.
 
         Default: 2.
         Source: Google's SRE book.
-        Change: down, when refusing costs the service nearly as much as answering.
+        Change: lower when refusing a call costs the service nearly as much as serving it.
         """
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Over how long to count. More than calls take.
+        """The time window of the counts. It should be longer than calls take.
 
         Default: 120s.
         Source: Google's SRE book.
-        Change: shorter, to hold back and to come back sooner.
+        Change: lower to throttle and to recover sooner.
         """
 
     @_builtins.property
     def max_refused_percent(self) -> _wrappers_pb2.DoubleValue:
-        """The most that is refused, up to 99: the rest finds out that the service is back.
+        """The maximum percentage of refused calls, up to 99: the rest detects that the service has recovered.
 
         Default: 90.
         Source: Finagle; Envoy's admission control has 80.
-        Change: down, for clients with few calls.
+        Change: lower for clients with few calls.
         """
 
     def __init__(
@@ -1137,7 +1133,7 @@ Global___AdaptiveThrottle: _TypeAlias = AdaptiveThrottle  # noqa: Y015
 
 @_typing.final
 class MethodConfig(_message.Message):
-    """What holds for the calls of some methods."""
+    """The settings of some methods' calls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1150,67 +1146,67 @@ class MethodConfig(_message.Message):
     DEFAULT_TIMEOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def name(self) -> _containers.RepeatedCompositeFieldContainer[Global___Name]:
-        """Which methods. None: the entry holds for nothing. The empty name {} is every method.
+        """The methods. Without names the entry applies to nothing. The empty name {} means every method.
 
         Default: none.
         Source: gRPC's service config.
-        Change: always; an entry is for what it names.
+        Change: always set it.
         """
 
     @_builtins.property
     def wait_for_ready(self) -> _wrappers_pb2.BoolValue:
-        """Whether calls wait while no endpoint can take them, rather than fail at once. A call's own wait_for_ready wins.
+        """Whether calls wait while no endpoint is available, instead of failing at once. A call's own wait_for_ready wins.
 
         Default: false.
         Source: gRPC's service config.
-        Change: for work that may wait for a service to come back; give it a timeout.
+        Change: turn on for work that can wait until a service has recovered; set a timeout as well.
         """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins. As all timeouts and
-        backoffs here, 0.001s or more; "0s", here alone, is no limit, as in gRPC core.
+        """The longest that a call may take, including all attempts; a call's own timeout wins if it is shorter. Like all timeouts
+        and backoffs, 0.001s or more; "0s", only here, means no limit, as in gRPC core.
 
         Default: no limit.
         Source: gRPC's service config.
-        Change: to cap what callers may ask for.
+        Change: to cap callers' timeouts.
         """
 
     @_builtins.property
     def retry_policy(self) -> Global___RetryPolicy:
-        """When to try again after a failure. Excludes hedgingPolicy.
+        """When to retry a failed call. Not allowed together with hedgingPolicy.
 
         Default: three attempts on UNAVAILABLE, 25 ms to 250 ms apart, for methods whose descriptor says IDEMPOTENT or
-        NO_SIDE_EFFECTS; none for others.
+        NO_SIDE_EFFECTS; no retries for others.
         Source: gRFC A6; the defaults from A44.
-        Change: when a method that doesn't say so may be tried again, or on other codes.
+        Change: when other methods may be retried, or other status codes.
         """
 
     @_builtins.property
     def hedging_policy(self) -> Global___HedgingPolicy:
-        """When to send a second attempt beside a running one. Excludes retryPolicy.
+        """When to send another attempt while one is running. Not allowed together with retryPolicy.
 
         Default: never.
         Source: gRFC A6.
-        Change: for reads whose slowest answers hurt.
+        Change: for reads with a high tail latency.
         """
 
     @_builtins.property
     def attempt_timeout(self) -> _duration_pb2.Duration:
-        """weft: the longest that one attempt may take; the call may then be tried again, as its policy has it.
+        """weft: the longest that one attempt may take; then the call may be retried, as its policy allows.
 
-        Default: what is left of the call's deadline.
+        Default: until the call's deadline.
         Source: Envoy's per-try timeout.
-        Change: when an endpoint may hang and another would answer in time.
+        Change: when an endpoint may hang and another would respond in time.
         """
 
     @_builtins.property
     def default_timeout(self) -> _duration_pb2.Duration:
-        """weft: the timeout of calls that bring none of their own.
+        """weft: the timeout of calls without one.
 
         Default: no limit.
-        Source: Linkerd and Envoy give routes one.
-        Change: for callers that forget.
+        Source: Linkerd's and Envoy's route timeouts.
+        Change: for callers that set none.
         """
 
     def __init__(
@@ -1234,23 +1230,23 @@ Global___MethodConfig: _TypeAlias = MethodConfig  # noqa: Y015
 
 @_typing.final
 class Name(_message.Message):
-    """Names one method, all methods of a service, or all there are."""
+    """Names one method, all methods of a service, or all methods."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service's full name; empty: every service, and then method must be empty, too.
+    """The service's full name; empty: all services, and then method must be empty, too.
 
-    Default: every service.
+    Default: all services.
     Source: gRPC's service config.
-    Change: always.
+    Change: always set it.
     """
     method: _builtins.str
-    """The method's name; empty: every method of the service.
+    """The method's name; empty: all methods of the service.
 
-    Default: every method.
+    Default: all methods.
     Source: gRPC's service config.
     Change: when one method differs.
     """
@@ -1270,7 +1266,7 @@ Global___Name: _TypeAlias = Name  # noqa: Y015
 
 @_typing.final
 class RetryPolicy(_message.Message):
-    """When to try again after a failure."""
+    """When to retry a failed call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1281,14 +1277,14 @@ class RetryPolicy(_message.Message):
     RETRYABLE_STATUS_CODES_FIELD_NUMBER: _builtins.int
     PER_ATTEMPT_RECV_TIMEOUT_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+    """Attempts of a call, including the first: 2 or more; higher values than 5 mean 5.
 
     Default: required.
     Source: gRFC A6.
-    Change: up, when a replica is often gone and another would do; every attempt costs.
+    Change: raise when replicas often fail and another one would succeed; every attempt adds load.
     """
     backoff_multiplier: _builtins.float
-    """What each backoff is multiplied by to give the next.
+    """The factor from each backoff to the next.
 
     Default: required, above 0.
     Source: gRFC A6.
@@ -1300,7 +1296,7 @@ class RetryPolicy(_message.Message):
 
         Default: required, above 0.
         Source: gRFC A6.
-        Change: to about the time in which a failure passes.
+        Change: set it to about the time that failures last.
         """
 
     @_builtins.property
@@ -1309,27 +1305,27 @@ class RetryPolicy(_message.Message):
 
         Default: required, above 0.
         Source: gRFC A6.
-        Change: down, for callers with short deadlines.
+        Change: lower for callers with short deadlines.
         """
 
     @_builtins.property
     def retryable_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes a call is tried again: names in any case, or numbers.
+        """The status codes after which a call is retried: names in any case, or numbers.
 
-        Default: required, at least one; may be left out beside perAttemptRecvTimeout.
+        Default: required, at least one; optional with perAttemptRecvTimeout.
         Source: gRFC A6.
-        Change: to what the service promises to be safe to try again.
+        Change: set it to the codes that are safe to retry.
         """
 
     @_builtins.property
     def per_attempt_recv_timeout(self) -> _duration_pb2.Duration:
-        """The longest that one attempt may take to give its response; then the call is tried again, whatever the codes above.
-        As attemptTimeout, of which the shorter holds. A stream of responses must have begun by then, with its headers or a
-        response, and may last. gRPC core ignores this key unless an experiment is on, and lets the last attempt go on.
+        """The longest that one attempt may take to receive its response; then the call is retried, whatever the codes above.
+        The shorter of this and attemptTimeout applies. A stream of responses must have started by then, with its headers or a
+        response, and may go on. gRPC core ignores this key unless an experiment is on, and lets the last attempt go on.
 
-        Default: what is left of the call's deadline.
+        Default: until the call's deadline.
         Source: gRPC core's key.
-        Change: when an endpoint may hang and another would answer in time.
+        Change: when an endpoint may hang and another would respond in time.
         """
 
     def __init__(
@@ -1352,7 +1348,7 @@ Global___RetryPolicy: _TypeAlias = RetryPolicy  # noqa: Y015
 
 @_typing.final
 class HedgingPolicy(_message.Message):
-    """When to send a second attempt beside a running one."""
+    """When to send another attempt while one is running."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1361,19 +1357,19 @@ class HedgingPolicy(_message.Message):
     NON_FATAL_STATUS_CODES_FIELD_NUMBER: _builtins.int
     DELAY_PERCENTILE_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+    """Attempts of a call, including the first: 2 or more; higher values than 5 mean 5.
 
     Default: required.
     Source: gRFC A6.
-    Change: seldom; 2 does most of the good.
+    Change: rarely; 2 has most of the effect.
     """
     delay_percentile: _builtins.float
-    """weft: wait for this percentile of the method's own latencies, as learned, instead of hedgingDelay; until 100 have been
-    seen, hedgingDelay holds. Above 0, below 100.
+    """weft: use this percentile of the method's measured latencies as the delay; until 100 calls have been measured,
+    hedgingDelay is used. Above 0, below 100.
 
     Default: off.
     Source: Finagle's BackupRequestFilter.
-    Change: when the right delay isn't known, or moves; 95 adds up to 5 % of attempts.
+    Change: when the right delay is unknown or changes; 95 adds up to 5 % of attempts.
     """
     @_builtins.property
     def hedging_delay(self) -> _duration_pb2.Duration:
@@ -1381,17 +1377,17 @@ class HedgingPolicy(_message.Message):
 
         Default: 0s, all at once.
         Source: gRFC A6.
-        Change: to about the 95th percentile of the method's latency.
+        Change: set it to about the 95th percentile of the method's latency.
         """
 
     @_builtins.property
     def non_fatal_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes the next attempt is sent at once; any other failure ends the call. Names in any case, or
+        """The status codes after which the next attempt is sent at once; any other failure ends the call. Names in any case, or
         numbers.
 
         Default: none.
         Source: gRFC A6.
-        Change: to what another endpoint may do better at, UNAVAILABLE say.
+        Change: set it to codes with which another endpoint may succeed, such as UNAVAILABLE.
         """
 
     def __init__(
@@ -1419,18 +1415,18 @@ class RetryThrottling(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_RATIO_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The tokens at the start and at the most: above 0, up to 1000. Retries stop at half of them.
+    """The initial and maximum number of tokens: above 0, up to 1000. Retries stop at half of it.
 
     Default: required.
     Source: gRFC A6.
-    Change: up, to bear more failures in a row.
+    Change: raise to tolerate more consecutive failures.
     """
     token_ratio: _builtins.float
-    """What a success gives back, a failure costing 1; the first three decimals count.
+    """The tokens that a success adds; a failure takes 1. Only the first three decimals count.
 
     Default: required, at least 0.001.
     Source: gRFC A6.
-    Change: up, to retry at a higher share of failures.
+    Change: raise to keep retrying at a higher failure rate.
     """
     def __init__(
         self,
@@ -1448,18 +1444,18 @@ Global___RetryThrottling: _TypeAlias = RetryThrottling  # noqa: Y015
 
 @_typing.final
 class HealthCheckConfig(_message.Message):
-    """Which health an endpoint must report."""
+    """Health checking."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_NAME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def service_name(self) -> _wrappers_pb2.StringValue:
-        """The name to ask grpc.health.v1 for; empty asks for the server as a whole. A server without health counts as healthy.
+        """The service name for grpc.health.v1; empty means the whole server. A server without the health service is healthy.
 
-        Default: no check.
+        Default: no health checks.
         Source: gRFC A17.
-        Change: to the service's full name, which servers of the mesh report.
+        Change: set it to the service's full name, which servers of the mesh report.
         """
 
     def __init__(
@@ -1477,7 +1473,7 @@ Global___HealthCheckConfig: _TypeAlias = HealthCheckConfig  # noqa: Y015
 
 @_typing.final
 class RetryBudget(_message.Message):
-    """How many retries and hedges there may be beside the calls themselves."""
+    """How many retries and hedges may be sent in addition to calls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1485,20 +1481,20 @@ class RetryBudget(_message.Message):
     MIN_PER_SECOND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ratio(self) -> _wrappers_pb2.DoubleValue:
-        """Retries and hedges allowed as a share of calls.
+        """Retries and hedges as a share of calls.
 
         Default: 0.1.
         Source: Finagle's RetryBudget; Envoy's retry budget has 0.2.
-        Change: down, for servers that run near their limit.
+        Change: lower for servers that run near their limit.
         """
 
     @_builtins.property
     def min_per_second(self) -> _wrappers_pb2.DoubleValue:
-        """Retries and hedges allowed each second, whatever the traffic.
+        """Retries and hedges per second, in addition to that share.
 
         Default: 10.
         Source: Finagle's RetryBudget.
-        Change: down, when there are very many clients.
+        Change: lower when there are very many clients.
         """
 
     def __init__(
