@@ -90,7 +90,7 @@ class Ejections:
         self.reasons.pop(address, None)
 
     def reconnected(self, node: Node) -> None:
-        """A new connection may be a new process: it is probed at once, unless it has been ejected too often."""
+        """A new connection may be to a new process: the endpoint is probed at once, unless it was ejected too often."""
         if node.breaker.ejection_multiplier <= RECONNECT_MULTIPLIER_LIMIT:
             node.breaker.apply(Event.RECONNECTED)
 
