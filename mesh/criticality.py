@@ -34,5 +34,5 @@ def criticality_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> Critic
     """The criticality in a call's metadata."""
     for key, value in metadata or ():
         if key == CRITICALITY:
-            return criticality_of(str(value))
+            return BY_NAME.get(str(value), Criticality.CRITICAL)
     return Criticality.CRITICAL
