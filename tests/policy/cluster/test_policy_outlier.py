@@ -171,12 +171,12 @@ def test_an_endpoint_that_fails_five_times_in_a_row_is_left_out_and_keeps_its_co
 
 def test_the_pool_is_woken_when_there_is_something_to_eject_and_not_before() -> None:
     cluster = cluster_with()
-    alarms: list[str] = []
-    cluster.on_breaker_event = lambda: alarms.append("!")
+    events: list[str] = []
+    cluster.on_breaker_event = lambda: events.append("!")
     fails(cluster, "e0", times=4)
-    assert alarms == []
+    assert events == []
     fails(cluster, "e0", times=1)
-    assert alarms == ["!"]
+    assert events == ["!"]
 
 
 def test_an_ejection_lasts_its_time_longer_each_time_and_jittered() -> None:
