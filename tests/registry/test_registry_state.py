@@ -50,7 +50,7 @@ def test_what_was_saved_last_is_what_the_next_registry_begins_with(tmp_path: Pat
     state.save({USER: OTHER, "a.B": CONFIG})
     state.close()
     assert kept(folder) == {USER: OTHER, "a.B": CONFIG}
-    assert modes(folder) == {"state": "0o700", FILE: "0o600", files.LOCK: "0o600"}
+    assert modes(folder) == {"state": "0o700", FILE: "0o600", "lock": "0o600"}
     assert repr(state) == f"<State {folder / FILE}>"
 
 
