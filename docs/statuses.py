@@ -342,7 +342,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "DEADLINE_EXCEEDED",
-                "the deadline passed before the call could begin",
+                "the deadline passed before the handler started",
                 "The call waited in the queue to its deadline, or came too late.",
                 "Add replicas, or give the calls more time.",
             ),
@@ -383,7 +383,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "UNIMPLEMENTED",
-                "under interceptors each of these calls holds a thread; as many as may do",
+                "with interceptors on the server, each of these streams holds a thread; the limit is reached",
                 "A threaded server whose interceptors rebuild handlers has as many health watches and load reports as "
                 "it has threads for. Clients then treat it as healthy (A17).",
                 "See [instrumentation.md](instrumentation.md).",

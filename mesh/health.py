@@ -1,8 +1,8 @@
 """``grpc.health.v1`` for an asyncio server.
 
-grpcio's own servicer writes the responses of a watch, which interceptors that iterate over them can't stand around
-(OpenTelemetry's and Sentry's do). And it has nothing to end a watch with: one that a client keeps open would take up
-all of a drain's grace.
+grpcio's own servicer writes a watch's responses instead of yielding them, which breaks interceptors that iterate over
+responses (OpenTelemetry's and Sentry's). And it can't end a watch: one that a client keeps open would use up a drain's
+grace.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class AioHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
     def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services``, and of the server as a whole."""
+        """Set the status of ``services`` and of the server as a whole."""
         self._statuses.update(dict.fromkeys(("", *services), status))
         self._wake()
 
     def end_watches(self) -> None:
-        """End the watches that are open, and those to come."""
+        """End the open watches, and those that start later."""
         self._ended = True
         self._wake()
 

@@ -1,8 +1,7 @@
 """``grpc.health.v1`` for a threaded server; for asyncio see ``mesh/health.py``.
 
-grpcio's own servicer sends under a lock that its watches take when their clients leave, on the thread that would
-complete the sending: both then wait for ever. And it has nothing to end a watch with: one that a client keeps open
-would take up all of a drain's grace.
+grpcio's own servicer can deadlock: it sends while it holds a lock that a leaving client's watch takes, on the thread
+that would complete the send. And it can't end a watch: one that a client keeps open would use up a drain's grace.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh.health import SERVICE_UNKNOWN
-from mesh.server.thread_pool import responses
+from mesh.server.thread_pool import iterate_responses
 
 
 class _Watch:
-    """One client's watch. ``send`` blocks until the response has left."""
+    """One client's watch. ``send`` blocks until the response has been sent."""
 
     def __init__(self, service: str, send: Callable[[Any], object]) -> None:
         self.send = send
@@ -28,7 +27,7 @@ class _Watch:
         self._sent: Any = None
 
     def update(self, statuses: dict[str, Any]) -> None:
-        # Looked up under the lock: of two that update at once, the second sends what holds now.
+        # Looked up under the lock, so that the last of several concurrent updates sends the current status.
         with self._lock:
             status = statuses.get(self._service, SERVICE_UNKNOWN)
             if status != self._sent:
@@ -37,13 +36,13 @@ class _Watch:
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """For a ``grpc.Server``. Watches take no thread of its pool but where an interceptor stands around them: then as
-    many as ``held`` allows."""
+    """For a ``grpc.Server``. A watch holds a thread of its pool only if an interceptor wraps it; ``threads`` limits how
+    many do."""
 
-    def __init__(self, held: threading.Semaphore) -> None:
+    def __init__(self, threads: threading.Semaphore) -> None:
         self._statuses: dict[str, Any] = {}
         self._watches: set[_Watch] = set()
-        self._held = held
+        self._threads = threads
 
     def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         status = self._statuses.get(request.service)
@@ -54,7 +53,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     def Watch(self, request: Any, context: Any, send: Callable[[Any], object] | None = None) -> Any:  # noqa: N802
         if send is None:
-            return responses(self.Watch, self._held, request, context)
+            return iterate_responses(self.Watch, self._threads, request, context)
         watch = _Watch(request.service, send)
         self._watches.add(watch)
 
@@ -71,12 +70,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
     def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services``, and of the server as a whole."""
+        """Set the status of ``services`` and of the server as a whole."""
         self._statuses.update(dict.fromkeys(("", *services), status))
         for watch in tuple(self._watches):
             watch.update(self._statuses)
 
     def end_watches(self) -> None:
-        """End the watches that are open."""
+        """End the open watches."""
         for watch in tuple(self._watches):
             watch.send(None)
