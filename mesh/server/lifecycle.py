@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mesh import context as mesh_context
-from mesh import lines, variables
+from mesh import deprecation, lines, variables
 from mesh.health import NOT_SERVING, SERVING
 from mesh.listening import Listener
 from mesh.policy.server.reasons import Reason
@@ -73,6 +73,12 @@ class ServerBase(Generic[_S, _A, _R]):
         self._listener = Listener()
         self._server: _S | None = None
         self._registration: _Registered[_R] | None = None
+
+    @property
+    def gate(self) -> _A:
+        """Deprecated: use ``admission``."""
+        deprecation.warn("Server.gate", "Server.admission")
+        return self.admission
 
     def _assemble(self, server: Any, wrap: Callable[[Handler, str], Handler]) -> Readiness:
         """Add servicers, health and the rest to ``server``, and have it listen; it is not started yet."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 import grpc
 
-from mesh import lines
+from mesh import deprecation, lines
 from mesh.context import REFUSAL_REASON, Scope
 from mesh.criticality import Criticality
 from mesh.model import Metadatum
@@ -71,6 +71,12 @@ class ServerAdmission:
         self._pauses_enabled = self.policy.config.overload is Mode.ON
         self._pausing = False
         self._last_pause = 0.0
+
+    @property
+    def admission(self) -> Admission:
+        """Deprecated: use ``policy``."""
+        deprecation.warn(f"{type(self).__name__}.admission", f"{type(self).__name__}.policy")
+        return self.policy
 
     def refusal(
         self, reason: Reason, method: Method, waited: float, *, handler_started: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from mesh import context as mesh_context
+from mesh import deprecation
 from mesh.server.handlers.admission import EXEMPT, AioServerAdmission, ThreadServerAdmission
 from mesh.server.handlers.registrar import HandlerCache
 from mesh.server.handlers.scope import scope_from_metadata
@@ -21,7 +22,12 @@ class ServerInterceptor(grpc.ServerInterceptor):
     load reports; neither without it.
     """
 
-    def __init__(self, admission: ThreadServerAdmission | None = None) -> None:
+    def __init__(
+        self, admission: ThreadServerAdmission | None = None, *, gate: ThreadServerAdmission | None = None
+    ) -> None:
+        if gate is not None:
+            deprecation.warn("ServerInterceptor(gate=...)", "ServerInterceptor(admission=...)")
+            admission = gate
         self._admission = admission
         self._admitted = HandlerCache(lambda handler, method: wrap_sync(handler, method, admission))
         self._exempt = HandlerCache(wrap_sync)
@@ -42,7 +48,16 @@ class AioServerInterceptor(grpc.aio.ServerInterceptor):
     executor). ``admission``: overload protection and load reports; neither without it.
     """
 
-    def __init__(self, pool: Executor | None = None, admission: AioServerAdmission | None = None) -> None:
+    def __init__(
+        self,
+        pool: Executor | None = None,
+        admission: AioServerAdmission | None = None,
+        *,
+        gate: AioServerAdmission | None = None,
+    ) -> None:
+        if gate is not None:
+            deprecation.warn("AioServerInterceptor(gate=...)", "AioServerInterceptor(admission=...)")
+            admission = gate
         self._admission = admission
         self._admitted = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool, admission))
         self._exempt = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool))
