@@ -338,7 +338,7 @@ class TestRegistries:
             for beginning, field in (
                 ("<field>: must be a service's full name", {"service": "no name"}),
                 ("<field>: must be set", {"id": ""}),
-                ("<field>: must be an address that others can reach", {"address": "0.0.0.0:1"}),
+                ("<field>: must be an address that other hosts can reach, not", {"address": "0.0.0.0:1"}),
                 ("<field>: has a character", {"id": "\n"}),
                 ("<field>: must be from 1", {"weight": 10**6}),
                 ("<field>: is longer", {"id": "x" * 2000}),
