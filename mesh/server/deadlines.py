@@ -1,11 +1,11 @@
-"""Deprecated: see ``mesh.server.handlers.interceptors``."""
+"""Deprecated: see ``mesh.ServerInterceptor`` and ``mesh.aio.ServerInterceptor``."""
 
 from mesh.deprecation import moved
 
 __getattr__ = moved(
     __name__,
     {
-        "AioServerInterceptor": "mesh.server.handlers.interceptors.AioServerInterceptor",
-        "ServerInterceptor": "mesh.server.handlers.interceptors.ServerInterceptor",
+        "AioServerInterceptor": "mesh.aio.ServerInterceptor",
+        "ServerInterceptor": "mesh.ServerInterceptor",
     },
 )
