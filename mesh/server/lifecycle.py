@@ -1,6 +1,6 @@
 """What both servers share: how a server is put together, serves, registers and drains. ``sync`` and ``aio`` wait.
 
-The order of a drain stands here (``_drain_steps``), as does that of a start (``_assemble``).
+``_assemble`` has the order of a start, ``_drain_steps`` that of a drain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 
 from mesh import context as mesh_context
 from mesh import deprecation, lines, variables
-from mesh.health import NOT_SERVING, SERVING
+from mesh.health import NOT_SERVING, SERVING, HealthStatuses
 from mesh.listening import Listener
 from mesh.policy.server.reasons import Reason
 from mesh.server.handlers.admission import ServerAdmission
@@ -45,11 +45,6 @@ _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
 
 
-class _Health(Protocol):
-    def set(self, status: Any, services: Iterable[str]) -> None: ...
-    def end_watches(self) -> None: ...
-
-
 class _Registered(Protocol[_R_co]):
     def close(self, seconds: float) -> _R_co: ...
 
@@ -61,7 +56,7 @@ class ServerBase(Generic[_S, _A, _R]):
     KIND = "mesh"
 
     admission: _A
-    _health: _Health
+    _health: HealthStatuses
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
         variables.warn_once()

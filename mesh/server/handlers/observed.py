@@ -4,7 +4,6 @@ call's status is final."""
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -15,8 +14,8 @@ import grpc
 from mesh import context as mesh_context
 from mesh.context import REFUSAL_REASON, Scope
 from mesh.observe import ServerObserver
+from mesh.server.handlers.scope import LOG, Behavior
 
-Behavior = Callable[..., Any]
 Wrap = Callable[[Behavior], Behavior]
 
 
@@ -40,7 +39,7 @@ def observing(observer: ServerObserver, method: str) -> Wrap:
                 else:
                     observer.handled(method, code, time.monotonic() - started)
             except Exception as error:
-                logging.getLogger("mesh.server").error("the observer failed for %s", method, exc_info=error)
+                LOG.error("the observer failed for %s", method, exc_info=error)
 
     def wrap(behavior: Behavior) -> Behavior:
         async def aio(request: Any, context: Any) -> Any:
