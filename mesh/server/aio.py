@@ -39,7 +39,7 @@ class Server(ServerBase[grpc.aio.Server, AioServerAdmission, Coroutine[Any, Any,
     advertised one) are known once it has started. ``admission``: its load, and what it refused.
     """
 
-    KIND = "mesh.aio"
+    _KIND = "mesh.aio"
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None = None) -> None:
         super().__init__(servicers, settings)

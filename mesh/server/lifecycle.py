@@ -53,7 +53,7 @@ class ServerBase(Generic[_S, _A, _R]):
     """A server without the waiting. ``_S``: grpc's server. ``_A``: its admission. ``_R``: what a step of a drain
     returns: None, or a coroutine."""
 
-    KIND = "mesh"
+    _KIND = "mesh"
 
     admission: _A
     _health: HealthStatuses
@@ -132,7 +132,7 @@ class ServerBase(Generic[_S, _A, _R]):
 
     def __repr__(self) -> str:
         services = ", ".join(self.services) or "not started"
-        return f"<{self.KIND} Server {services} on {self.address or self.settings.listen}>"
+        return f"<{self._KIND} Server {services} on {self.address or self.settings.listen}>"
 
 
 def report_bad_start(error: Exception) -> int:

@@ -168,8 +168,8 @@ class Admission:
             self._dequeue(oldest)
             return (self._refuse(oldest, Reason.FULL),)
 
-    def dispatch(self, now: float, most: int | None = None) -> list[Ticket]:
-        """Resolve waiting calls: refuse those that are too late, and admit as many (at most ``most``) as there are
+    def dispatch(self, now: float, limit: int | None = None) -> list[Ticket]:
+        """Resolve waiting calls: refuse those that are too late, and admit as many (at most ``limit``) as there are
         permits.
 
         Call it when a permit is returned, and periodically while calls wait.
@@ -185,7 +185,7 @@ class Admission:
             for rank, bound in zip(Criticality, self._bounds, strict=True):
                 for method in self._queued:
                     self._refuse_late(method, rank, now, resolved)
-                while self.in_flight < bound and admitted != most:
+                while self.in_flight < bound and admitted != limit:
                     ticket = self._oldest(rank, permitted=True)
                     if ticket is None:
                         break

@@ -198,8 +198,8 @@ class ThreadServerAdmission(ServerAdmission):
 
     def dispatch(self) -> None:
         if not self._pausing:
-            most = max(0, self.HANDLERS_BETWEEN_PAUSES - self.policy.in_flight) if self._few_at_once else None
-            _wake(self.policy.dispatch(time.monotonic(), most))
+            limit = max(0, self.HANDLERS_BETWEEN_PAUSES - self.policy.in_flight) if self._few_at_once else None
+            _wake(self.policy.dispatch(time.monotonic(), limit))
         if self.policy.limit_changes:
             self._log_limit_changes()
 
