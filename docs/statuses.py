@@ -342,7 +342,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "DEADLINE_EXCEEDED",
-                "the deadline passed before the call could begin",
+                "the deadline passed before the handler started",
                 "The call waited in the queue to its deadline, or came too late.",
                 "Add replicas, or give the calls more time.",
             ),
@@ -383,7 +383,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "UNIMPLEMENTED",
-                "under interceptors each of these calls holds a thread; as many as may do",
+                "with interceptors on the server, each of these streams holds a thread; the limit is reached",
                 "A threaded server whose interceptors rebuild handlers has as many health watches and load reports as "
                 "it has threads for. Clients then treat it as healthy (A17).",
                 "See [instrumentation.md](instrumentation.md).",
@@ -411,7 +411,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "INVALID_ARGUMENT",
-                "<field>|: |must be an address that others can reach, not the wildcard that the server listens on",
+                "<field>|: |must be an address that other hosts can reach, not a wildcard",
                 "The address is `0.0.0.0` or `[::]`.",
                 "Set `MESH_ADVERTISE`.",
             ),
@@ -423,8 +423,8 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "INVALID_ARGUMENT",
-                "<field>|: |must be an address that other hosts can reach: a |<kind>| is accepted from the registry's "
-                "own host only, and |<peer>| is another; set MESH_ADVERTISE",
+                "<field>|: |must be an address that other hosts can reach: a |<kind>| is accepted only from the "
+                "registry's own host, and |<peer>| is another host; set MESH_ADVERTISE",
                 "A loopback address, a link-local address or a unix socket is registered from another host.",
                 "Set `MESH_ADVERTISE` to an address that clients can reach.",
             ),
@@ -526,7 +526,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "INTERNAL",
-                "the registry can't keep the config on disk (|<text>|); the one before still holds",
+                "the registry can't save the config (|<text>|); keeping the previous one",
                 "Writing into the state folder failed.",
                 "Look at the disk and the folder's permissions.",
             ),

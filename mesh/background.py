@@ -1,6 +1,6 @@
-"""The one daemon thread of the sync world: an event loop for discovery, states and timers, shared by all sync channels.
+"""The background thread of blocking channels: one event loop for the discovery, states and timers of all of them.
 
-It starts with the first call. A forked child has none of it and starts its own (``forking.py``).
+A daemon thread that starts with the first call. A forked child starts its own (``forking.py``).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _LOG = logging.getLogger("mesh.channel")
 NAME = "mesh-background"
 
 OLD_CORE = tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80)
-"""Before 1.80 core reads and writes only while a thread waits in it: where none does, nothing connects and no health is
-received. A channel with a subscriber has such a thread, and that serves all channels of the process."""
+"""Before 1.80 core does IO only while a thread waits in it: otherwise nothing connects, and no health updates arrive. A
+channel with a subscriber has such a thread, and one such channel serves the whole process."""
 
-_insecure_channel = grpc.insecure_channel  # a program may replace it by the mesh's own
+_insecure_channel = grpc.insecure_channel  # programs may replace it with the mesh's own
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-_waiting: grpc.Channel | None = None
+_io_channel: grpc.Channel | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The loop, started if it isn't running."""
-    global _loop, _waiting
+    """The loop; starts it if necessary."""
+    global _loop, _io_channel
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
             if OLD_CORE:
-                _waiting = _insecure_channel("ipv4:127.0.0.1:1")  # it never connects
-                _waiting.subscribe(lambda _: None)
-            _loop.set_exception_handler(_failed)
+                _io_channel = _insecure_channel("ipv4:127.0.0.1:1")  # never connects
+                _io_channel.subscribe(lambda _: None)
+            _loop.set_exception_handler(_log_exception)
             threading.Thread(target=_run, args=(_loop,), name=NAME, daemon=True).start()
         return _loop
 
@@ -51,38 +51,39 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     while True:
         try:
             loop.run_forever()
-        except BaseException:  # SystemExit, which asyncio lets through: every channel needs this thread
-            _LOG.exception("the background thread was interrupted, and goes on")
+        except BaseException:  # asyncio lets SystemExit through, but every channel needs this thread
+            _LOG.exception("the background thread was interrupted; continuing")
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> Future[None]:
-    """Run ``work`` on the loop; cancelling the future cancels it. It inherits no context: it outlives who starts it."""
+    """Run ``work`` on the loop; cancelling the future cancels it. It inherits no context, because it outlives its
+    caller."""
     future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop())
     future.add_done_callback(log_failure)
     return future
 
 
 def call(callback: Callable[[], object]) -> None:
-    """Call ``callback`` on the loop soon. It may block as briefly as arithmetic does."""
+    """Call ``callback`` on the loop soon. It must not block."""
     loop().call_soon_threadsafe(callback)
 
 
 def call_from_finalizer(callback: Callable[[], object]) -> None:
-    """As ``call``, but takes no lock: garbage is collected in any thread, which may hold any lock. Does nothing where
+    """As ``call``, but takes no lock: garbage collection runs in any thread, which may hold any lock. Does nothing if
     the loop was never started."""
     if _loop is not None:
         _loop.call_soon_threadsafe(callback)
 
 
-def _failed(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what a callback raised, and an exception that nobody took from its task."""
+def _log_exception(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log exceptions raised by callbacks, and those of tasks that nobody retrieved."""
     if OLD_CORE and isinstance(context.get("exception"), BlockingIOError):
-        return  # grpc.aio's, where several loops are in use; no call fails by it (grpc/grpc#42357)
+        return  # grpc.aio's, with several loops in use; no call fails because of it (grpc/grpc#42357)
     _LOG.error("%s: %r", context["message"], context.get("handle"), exc_info=context.get("exception"))
 
 
 class Timer:
-    """Calls ``callback`` on the loop in ``delay`` seconds, unless cancelled before. Safe from any thread."""
+    """Calls ``callback`` on the loop after ``delay`` seconds, unless cancelled. Thread-safe."""
 
     __slots__ = ("_callback", "_handle", "_loop")
 
@@ -110,36 +111,36 @@ class Timer:
             callback()
 
 
-def pause(works: Sequence[Callable[[], Coroutine[Any, Any, None]]], within: float) -> None:
-    """Run ``works`` on the loop, and wait for them for up to ``within`` seconds."""
+def pause(works: Sequence[Callable[[], Coroutine[Any, Any, None]]], timeout: float) -> None:
+    """Run ``works`` on the loop and wait for them, at most ``timeout`` seconds."""
     if _loop is not None and works and not _here():
         future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, _all(works), _loop)
         with contextlib.suppress(TimeoutError):
-            future.result(within)
+            future.result(timeout)
 
 
-def hold(within: float) -> Callable[[], object]:
-    """Have the loop's thread stand still, outside of gRPC, until what is returned is called. Waits for that for up to
-    ``within`` seconds."""
+def hold(timeout: float) -> Callable[[], object]:
+    """Block the loop's thread, outside of gRPC, until the returned function is called. Waits at most ``timeout``
+    seconds for that."""
     released = threading.Event()
     if _loop is not None and not _here():
-        held = threading.Event()
+        blocked = threading.Event()
 
-        def stand() -> None:
-            held.set()
+        def block() -> None:
+            blocked.set()
             released.wait()
 
-        _loop.call_soon_threadsafe(stand)
-        held.wait(within)
+        _loop.call_soon_threadsafe(block)
+        blocked.wait(timeout)
     return released.set
 
 
 def forked() -> object:
-    """In a forked child: forget the parent's loop, and return it. It must not be closed here: its selector is shared
-    with the parent's."""
+    """In a forked child: forget the parent's loop and return it. It must not be closed: the parent shares its
+    selector."""
     global _loop, _lock
-    left, _loop, _lock = _loop, None, threading.Lock()
-    return left
+    inherited, _loop, _lock = _loop, None, threading.Lock()
+    return inherited
 
 
 async def _all(works: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:

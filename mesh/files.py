@@ -1,5 +1,4 @@
-"""Files that outlive a process: a folder that one process has to itself, a file that is replaced as a whole, and one
-that is read with a limit."""
+"""Files that outlive a process: locking a folder, replacing a file atomically, reading one with a size limit."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import IO
 
 LOCK = "lock"
-"""The file in a folder that whoever uses the folder has locked. It holds the process's id."""
+"""The file in a folder that the process using the folder has locked. It contains the process's id."""
 
 
 class InUseError(Exception):
-    """Another process has the folder. ``holder``: its process id, as far as that can be read."""
+    """Another process uses the folder. ``holder``: its process id, if that can be read."""
 
     def __init__(self, folder: Path, holder: str) -> None:
         super().__init__(f"{folder} is in use by another process (pid {holder or 'unknown'})")
@@ -24,8 +23,8 @@ class InUseError(Exception):
 
 
 def lock(folder: Path) -> IO[str]:
-    """Have ``folder`` for this process alone, until the file that is returned is closed or the process ends, however it
-    does. The folder is made when it isn't there, for this user alone.
+    """Lock ``folder`` for this process, until the returned file is closed or the process ends in any way. Creates the
+    folder if necessary, accessible to this user only.
 
     Raises InUseError, or OSError.
     """
@@ -46,8 +45,8 @@ def lock(folder: Path) -> IO[str]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file such that, whenever the machine stops, it has its old content or its new one. It is for this user
-    alone. Raises OSError."""
+    """Replace a file atomically and durably: after a crash it has either its old or its new content. It is accessible
+    to this user only. Raises OSError."""
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(number, "wb") as file:
@@ -60,45 +59,45 @@ def replace(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(folder)  # makes the new name durable, too
     finally:
         os.close(folder)
 
 
 class RefusedError(OSError):
-    """A file or folder that is not used as it is; ``strerror`` says why and what to do."""
+    """A file or folder is not used because of its state; ``strerror`` says why and what to do."""
 
     def __init__(self, why: str) -> None:
         super().__init__(errno.EPERM, why)
 
 
-def read(path: Path, most: int, *, private: bool = False) -> tuple[bytes, float]:
-    """The content of a regular file of at most ``most`` bytes, and when it was last changed, in seconds since 1970.
-    With ``private``, the file must be this user's or root's, and nobody else's to write.
+def read(path: Path, max_bytes: int, *, private: bool = False) -> tuple[bytes, float]:
+    """The content of a regular file of at most ``max_bytes``, and its modification time in seconds since the epoch.
+    With ``private``, the file must belong to this user or root, and not be world-writable.
 
-    It does not wait: a FIFO without a writer would hold its reader forever. Raises RefusedError, or another OSError.
+    Never blocks, as a FIFO without a writer would. Raises RefusedError, or another OSError.
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        facts = os.fstat(number)
-        if not stat.S_ISREG(facts.st_mode):
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
             raise RefusedError("not a regular file")
         if private:
-            check_private(facts)
-        if facts.st_size > most:
-            raise RefusedError(f"{facts.st_size} bytes; the limit is {most}")
+            check_private(status)
+        if status.st_size > max_bytes:
+            raise RefusedError(f"{status.st_size} bytes; the limit is {max_bytes}")
         with open(number, "rb", closefd=False) as file:
-            data = file.read(most + 1)
-        if len(data) > most:  # it grows, or the system doesn't say how large it is
-            raise RefusedError(f"more than {most} bytes, which is the limit")
-        return data, facts.st_mtime
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:  # it grew, or the system doesn't report its size
+            raise RefusedError(f"more than {max_bytes} bytes, which is the limit")
+        return data, status.st_mtime
     finally:
         os.close(number)
 
 
-def check_private(facts: os.stat_result) -> None:
-    """Raise RefusedError unless a file or folder is this user's or root's, and not everybody's to write."""
-    if facts.st_uid not in (os.geteuid(), 0):
-        raise RefusedError(f"owned by user {facts.st_uid}; expected user {os.geteuid()}")
-    if facts.st_mode & stat.S_IWOTH:
-        raise RefusedError(f"writable by everybody (mode {stat.S_IMODE(facts.st_mode):04o}); run chmod o-w on it")
+def check_private(status: os.stat_result) -> None:
+    """Raise RefusedError unless a file or folder belongs to this user or root and is not world-writable."""
+    if status.st_uid not in (os.geteuid(), 0):
+        raise RefusedError(f"owned by user {status.st_uid}; expected user {os.geteuid()}")
+    if status.st_mode & stat.S_IWOTH:
+        raise RefusedError(f"writable by everybody (mode {stat.S_IMODE(status.st_mode):04o}); run chmod o-w on it")

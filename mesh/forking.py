@@ -1,11 +1,11 @@
 """Forked children: which channels work in them, and how. ``docs/forking.md`` is the contract.
 
-gRPC core's threads don't survive a fork. With core's fork support, core starts them anew in the child; without it, or
+gRPC core's threads don't survive a fork. With core's fork support, core restarts them in the child. Without it, or
 while grpc.aio is in use (its poller thread is always inside core, so core skips its fork handlers), a call in the child
-hangs for ever, crashes, or sends on the parent's connection. So a channel that can't work says so when it is used.
+hangs, crashes, or sends on the parent's connection. So a channel that can't work raises when it is used.
 
-Rule 1: nothing that the parent made of core is called or freed in the child.
-Rule 2: all of this costs a fork, and nothing a call.
+Rule 1: no core object of the parent is used or freed in the child.
+Rule 2: all of this costs time at a fork, and none per call.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from grpc._cython import cygrpc
 
 from mesh import background
 
-WITHIN = 1.0  # seconds that the background thread gets, to end the registry's watches and to leave gRPC, before a fork
-SETTLE = 0.2  # seconds that gRPC gets to end after its last channel was closed
+PAUSE_TIMEOUT = 1.0  # seconds that the background thread gets to end watches and leave gRPC before a fork
+SETTLE_TIMEOUT = 0.2  # seconds that gRPC gets to shut down after its last channel was closed
 
 generation = 0
-"""How many forks lie between this process and the one that was started."""
+"""The number of forks between the original process and this one."""
 
 _REMEDY = (
     "Create channels after the fork (with gunicorn: in post_fork, or at a worker's first request), or close every "
@@ -37,29 +37,29 @@ _REMEDY = (
 
 
 class Channel(Protocol):
-    """What a channel does about forks."""
+    """What this module needs of a channel."""
 
     blocking: bool
     closed: bool
 
     def forked(self) -> object:
-        """In the child: give up everything that is the parent's, and return it."""
+        """In the child: drop all objects of the parent, and return them."""
 
 
 class Pool(Protocol):
-    """What runs on the background loop, and stops for a fork."""
+    """Work on the background loop that pauses for a fork."""
 
     closed: bool
 
     def pause(self) -> Coroutine[Any, Any, None]:
-        """Leave gRPC's asyncio half before the fork."""
+        """Stop using grpc.aio before the fork."""
 
     def resume(self) -> object:
-        """Go on in the parent."""
+        """Continue in the parent."""
 
 
 class _State:
-    """What is known of this process's forks."""
+    """The state of this process's forks."""
 
     def __init__(self) -> None:
         self.channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use
@@ -68,8 +68,8 @@ class _State:
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()  # those that run on the background loop
         self.paused: list[Pool] = []
         self.release: Callable[[], object] = lambda: None
-        self.inherited: list[object] = []  # the parent's, kept for Rule 1
-        self.core = self.aio = False  # whether the parent used them at the fork
+        self.inherited: list[object] = []  # the parent's objects, kept because of Rule 1
+        self.core = self.aio = False  # whether the parent was using them at the fork
         self.refusal = self.aio_refusal = ""
 
 
@@ -77,7 +77,7 @@ _state = _State()
 
 
 def register(channel: Channel, pool: Pool | None = None) -> None:
-    """``channel`` is in use; with ``pool`` when that runs on the background loop."""
+    """``channel`` is in use; ``pool``: its pool, if that runs on the background loop."""
     _state.channels.add(channel)
     _state.registered = True
     if pool is not None:
@@ -85,20 +85,20 @@ def register(channel: Channel, pool: Pool | None = None) -> None:
 
 
 def check(*, aio: bool) -> None:
-    """Raises RuntimeError when no channel that needs core, or with ``aio`` grpc.aio, can work in this process."""
+    """Raise RuntimeError if core, or with ``aio`` grpc.aio, can't work in this process."""
     refusal = (_state.refusal or _state.aio_refusal) if aio else _state.refusal
     if refusal:
         raise RuntimeError(refusal)
 
 
 def inherited() -> RuntimeError:
-    """The error of an asyncio channel that the parent has used."""
+    """The error for an asyncio channel that was used in the parent."""
     return RuntimeError(_state.refusal or _state.aio_refusal or _refusal("this asyncio channel was", "asyncio channel"))
 
 
 def core_in_use() -> bool:
-    """Whether gRPC core runs in this process, whoever uses it. Its threads have names of their own; where the system
-    doesn't tell them: whether a channel of the mesh is in use."""
+    """Whether gRPC core runs in this process, whoever uses it. Recognized by its threads' names; if the system doesn't
+    provide those: whether a channel of the mesh is in use."""
     try:
         names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
     except OSError:
@@ -107,20 +107,20 @@ def core_in_use() -> bool:
 
 
 def aio_in_use() -> bool:
-    """Whether grpc.aio is in use in this process, by whomever: it has one thread then."""
+    """Whether grpc.aio is in use in this process, whoever uses it: then it has a thread."""
     return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
 
 
 def supported() -> bool:
-    """Whether core's fork support is on. It is by default from grpcio 1.82 on; before, core and its Python half differ
-    in what they take for the default."""
+    """Whether core's fork support is on. It is by default from grpcio 1.82 on; before that, core and its Python layer
+    disagree about the default."""
     if "GRPC_ENABLE_FORK_SUPPORT" in os.environ:
         return bool(cygrpc.is_fork_support_enabled())
     return _restores()
 
 
 def _restores() -> bool:
-    """Whether core keeps apart the connections of parent and child (grpc/grpc#41784)."""
+    """Whether core separates the connections of parent and child (grpc/grpc#41784)."""
     major, minor = grpc.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (1, 82)
 
@@ -132,17 +132,17 @@ def _refusal(what: str, remedy: str, *, setting: bool = False) -> str:
 
 
 def _before() -> None:
-    _state.forking.acquire()  # one thread at a time forks; released by both sides
+    _state.forking.acquire()  # one thread at a time forks; both sides release it
     _state.paused = [pool for pool in _state.pools if not pool.closed] if aio_in_use() else []
-    background.pause([pool.pause for pool in _state.paused], WITHIN)
+    background.pause([pool.pause for pool in _state.paused], PAUSE_TIMEOUT)
     if _state.registered:
         _settle()
-    _state.release = background.hold(WITHIN)
+    _state.release = background.hold(PAUSE_TIMEOUT)
     _state.core, _state.aio = core_in_use(), aio_in_use()
 
 
 def _settle() -> None:
-    """Wait for what closed channels leave: grpc.aio's thread, and core, end soon after the last of them is freed."""
+    """Wait until closed channels are gone: grpc.aio's thread and core shut down soon after the last one is freed."""
     still_open = [channel for channel in _state.channels if not channel.closed]
 
     def unsettled() -> bool:
@@ -152,7 +152,7 @@ def _settle() -> None:
 
     if unsettled():
         gc.collect()
-        end = time.monotonic() + SETTLE
+        end = time.monotonic() + SETTLE_TIMEOUT
         while unsettled() and time.monotonic() < end:
             time.sleep(0.001)
 

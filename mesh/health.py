@@ -1,8 +1,8 @@
-"""``grpc.health.v1`` for an asyncio server.
+"""``grpc.health.v1``: the statuses of services, and the servicer of an asyncio server.
 
-grpcio's own servicer writes the responses of a watch, which interceptors that iterate over them can't stand around
-(OpenTelemetry's and Sentry's do). And it has nothing to end a watch with: one that a client keeps open would take up
-all of a drain's grace.
+grpcio's own servicer writes a watch's responses instead of yielding them, which breaks interceptors that iterate over
+responses (OpenTelemetry's and Sentry's). And it can't end a watch: one that a client keeps open would use up a drain's
+grace.
 """
 
 from __future__ import annotations
@@ -19,11 +19,34 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class AioHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """For a ``grpc.aio.Server``."""
+class HealthStatuses(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """What both kinds of server share: the statuses of services, and of the server as a whole."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, Any] = {}
+
+    def set(self, status: Any, services: Iterable[str]) -> None:
+        """Set the status of ``services`` and of the server as a whole."""
+        self._statuses.update(dict.fromkeys(("", *services), status))
+        self._update_watches()
+
+    def end_watches(self) -> None:
+        """End the open watches."""
+        raise NotImplementedError
+
+    def _update_watches(self) -> None:
+        """Have the open watches send what has changed."""
+        raise NotImplementedError
+
+    def _watched(self, service: str) -> Any:
+        return self._statuses.get(service, SERVICE_UNKNOWN)
+
+
+class AioHealth(HealthStatuses):
+    """For a ``grpc.aio.Server``. Watches that start after ``end_watches`` end at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._changed = asyncio.Event()  # each change replaces it
         self._ended = False
 
@@ -36,7 +59,7 @@ class AioHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         sent = None
         while not self._ended:
             changed = self._changed
-            status = self._statuses.get(request.service, SERVICE_UNKNOWN)
+            status = self._watched(request.service)
             if status == sent:
                 await changed.wait()
             else:
@@ -44,16 +67,10 @@ class AioHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 yield health_pb2.HealthCheckResponse(status=status)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
-    def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services``, and of the server as a whole."""
-        self._statuses.update(dict.fromkeys(("", *services), status))
-        self._wake()
-
     def end_watches(self) -> None:
-        """End the watches that are open, and those to come."""
         self._ended = True
-        self._wake()
+        self._update_watches()
 
-    def _wake(self) -> None:
+    def _update_watches(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

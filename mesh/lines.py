@@ -1,7 +1,7 @@
-"""Log lines about what happens to a process: at most one a second of a kind, so that a flood of events is a few lines.
+"""Rate-limited logging: at most one line a second of each kind, so that a burst of events makes few lines.
 
-A line that comes too soon is held back; the latest of its kind is logged when its second is over, and says how many
-came before it. A thread that lives for that second does so.
+A line that comes too soon is held back. When the second is over, a short-lived thread logs the latest line of the kind,
+with the number of lines left out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import time
 from dataclasses import dataclass
 
 PERIOD = 1.0
-"""Between two lines of a kind. Seconds."""
+"""The time between two lines of a kind. Seconds."""
 
-
-To = tuple[logging.Logger, int]
+Destination = tuple[logging.Logger, int]
 """A logger and a level."""
 
 
@@ -25,20 +24,20 @@ To = tuple[logging.Logger, int]
 class _Kind:
     logged_at: float
     held: str = ""
-    to: To | None = None
+    to: Destination | None = None
     left_out: int = 0
 
 
 class Limit:
-    """Which lines may be logged at ``now`` (monotonic seconds). No IO; not thread-safe."""
+    """Which lines to log at ``now`` (monotonic seconds). No IO; not thread-safe."""
 
     def __init__(self, period: float = PERIOD) -> None:
         self._period = period
         self._kinds: dict[str, _Kind] = {}
         self.holding = False
 
-    def take(self, kind: str, now: float, to: To, text: str) -> str:
-        """The text to log now; empty when it is held back."""
+    def take(self, kind: str, now: float, to: Destination, text: str) -> str:
+        """The text to log now; empty if it is held back."""
         known = self._kinds.get(kind)
         if known is not None and now < known.logged_at + self._period:
             known.left_out += bool(known.held)
@@ -49,8 +48,8 @@ class Limit:
         self._kinds[kind] = _Kind(now)
         return _with(text, left_out)
 
-    def due(self, now: float) -> list[tuple[To, str]]:
-        """The lines that were held back for long enough."""
+    def due(self, now: float) -> list[tuple[Destination, str]]:
+        """The held-back lines whose time has come."""
         lines = []
         self.holding = False
         for kind, known in self._kinds.items():
@@ -69,7 +68,7 @@ def _with(text: str, left_out: int) -> str:
 
 
 _lock = threading.Lock()
-_flushing = False  # a thread is at it
+_flushing = False  # a thread is flushing
 _limit = Limit()
 
 
@@ -83,7 +82,7 @@ def warning(log: logging.Logger, kind: str, message: str, *arguments: object) ->
     _log((log, logging.WARNING), kind, message, *arguments)
 
 
-def _log(to: To, kind: str, message: str, *arguments: object) -> None:
+def _log(to: Destination, kind: str, message: str, *arguments: object) -> None:
     global _flushing
     log, level = to
     if log.isEnabledFor(level):
@@ -100,15 +99,15 @@ def _log(to: To, kind: str, message: str, *arguments: object) -> None:
 
 
 def _flush() -> None:
-    """Log the lines that are held back, each when its time has come, until there are none."""
+    """Log the held-back lines, each when its time has come, until there are none."""
     global _flushing
-    over = False
-    while not over:
+    done = False
+    while not done:
         time.sleep(PERIOD / 10)
         with _lock:
             lines = _limit.due(time.monotonic())
             _flushing = _limit.holding
-            over = not _flushing
+            done = not _flushing
         for (log, level), text in lines:
             log.log(level, "%s", text)
 

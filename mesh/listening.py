@@ -1,7 +1,7 @@
-"""Listening: what is in the way is found before core is asked, which says it only in lines of its own on stderr.
+"""Listening: checks that an address is free before core binds it, because core reports failures only on stderr.
 
-A unix socket is bound beside its path and then moved there. So a file that a killed server left is replaced, and the
-end of a server removes its own file and no other: core removes whatever is at the path that it bound.
+A unix socket is bound next to its path and then moved there. So the file of a killed server is replaced, and a server
+that stops removes only its own file: core removes whatever is at the path that it bound.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MAX_SOCKET_PATH = 107
 _numbers = itertools.count()
 
 
-def limit_streams(most: int) -> list[tuple[str, int]]:
-    """A server's options by which a connection has at most so many calls and streams at once.
+def limit_streams(limit: int) -> list[tuple[str, int]]:
+    """Server options that limit the calls and streams at once on a connection.
 
-    Core's overload protection also counts calls that have ended but are not yet freed, so it refuses calls
-    (REFUSED_STREAM) of a client that keeps to the limit. Without it such a client's calls wait, and core closes the
-    connection of a client that exceeds the limit.
+    Core's overload protection is turned off: it also counts calls that have ended but are not freed yet, so it refuses
+    calls (REFUSED_STREAM) of clients that respect the limit. Without it, such a client's calls wait, and core closes
+    the connection of a client that exceeds the limit.
     """
-    return [("grpc.max_concurrent_streams", most), ("grpc.http.overload_protection", 0)]
+    return [("grpc.max_concurrent_streams", limit), ("grpc.http.overload_protection", 0)]
 
 
 class Listener:
@@ -41,7 +41,7 @@ class Listener:
         self._file = _identity(path)
 
     def close(self) -> None:
-        """The server has stopped: remove its socket's file, unless another server has that path by now."""
+        """The server has stopped: remove its socket's file, unless another server has bound the path since."""
         if self._path is not None and self._file is not None and _identity(self._path) == self._file:
             self._path.unlink(missing_ok=True)
 
@@ -50,14 +50,14 @@ class Listener:
 
 
 def bind(server: Any, listen: str, *, share: bool = False) -> Listener:
-    """Have ``server`` listen on ``listen``; ``share``: others may, too (``grpc.so_reuseport``).
+    """Have ``server`` listen on ``listen``. ``share``: other servers may, too (``grpc.so_reuseport``).
 
-    Raises OSError, saying what is in the way.
+    Raises OSError with the reason if it can't.
     """
     try:
         if listen.startswith("unix:"):
             return _bind_file(server, Path(listen.removeprefix("unix:").removeprefix("//")))
-        _probe(listen, share)
+        check_free(listen, share)
         port = int(server.add_insecure_port(listen))
         return Listener(0 if is_local(listen) else port)
     except (OSError, RuntimeError, ValueError) as error:
@@ -67,11 +67,11 @@ def bind(server: Any, listen: str, *, share: bool = False) -> Listener:
 
 def _bind_file(server: Any, path: Path) -> Listener:
     if not os.access(path.parent, os.W_OK):
-        raise OSError(errno.EACCES, f"{path.parent} isn't a folder that can be written to")
+        raise OSError(errno.EACCES, f"{path.parent} is not a writable folder")
     if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
         raise OSError(errno.ENAMETOOLONG, f"the path has {size} bytes; a socket's has at most {MAX_SOCKET_PATH}")
     _refuse_to_replace(path)
-    # As short as can be, for the same reason.
+    # As short as possible, because of the same limit.
     beside = path.with_name(f".{os.getpid():x}.{next(_numbers):x}")
     server.add_insecure_port(f"unix:{beside}")
     beside.replace(path)
@@ -79,22 +79,22 @@ def _bind_file(server: Any, path: Path) -> Listener:
 
 
 def _refuse_to_replace(path: Path) -> None:
-    """Raise OSError when a server listens on ``path``, or something else is there."""
+    """Raise OSError if a server listens on ``path``, or it is not a socket."""
     try:
         if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OSError(errno.EEXIST, "there is something that is no socket")
+            raise OSError(errno.EEXIST, "the path exists and is not a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(str(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        return  # nobody listens: it was left by a server that was killed
+        return  # nobody listens: a killed server left it
     except BlockingIOError:
-        pass  # its queue is full
-    raise OSError(errno.EADDRINUSE, "another server listens on it")
+        pass  # its backlog is full
+    raise OSError(errno.EADDRINUSE, "another server is listening on it")
 
 
-def _probe(listen: str, share: bool) -> None:
-    """Raise OSError when ``listen`` is taken. (Core takes "localhost" when one of its addresses is free.)"""
+def check_free(listen: str, share: bool) -> None:
+    """Raise OSError if ``listen`` is in use. (Core binds "localhost" if only one of its addresses is free.)"""
     addresses: list[tuple[Any, ...]]
     if listen.startswith("unix-abstract:"):
         addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", "\0" + listen.removeprefix("unix-abstract:"))]
@@ -114,13 +114,13 @@ def _probe(listen: str, share: bool) -> None:
                 probe.bind(address)
         except OSError as error:
             refused.append(error)
-    # A name may have an address of a family that this host lacks: gRPC listens on the others, and so do we.
+    # A name may have addresses of a family that this host lacks: like gRPC, listen on the others.
     if refused and (len(refused) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in refused)):
         raise refused[0]
 
 
 def _identity(path: Path | None) -> tuple[int, int] | None:
-    """What tells a file from another that has its path."""
+    """Identifies a file, as opposed to its path."""
     try:
         status = path.stat() if path is not None else None
     except OSError:

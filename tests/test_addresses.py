@@ -13,7 +13,7 @@ from mesh.addresses import Address, check_target, is_local, parse
 from mesh.discovery.target import resolver_for
 from mesh.registry import checks
 from mesh.registry.__main__ import SettingError, check
-from mesh.server.listening import advertised
+from mesh.server.listening import advertised_address
 from mesh.server.settings import ServerSettings
 from weft.mesh.v1 import registry_pb2 as pb
 
@@ -39,7 +39,7 @@ def registration_violations(address: str) -> checks.Violations:
 
 def advertises(text: str) -> str:
     """What is registered for a server that is told to advertise this, as the registry takes it."""
-    address = advertised(ServerSettings.from_env({"MESH_LISTEN": "[::]:0", "MESH_ADVERTISE": text}), PORT)
+    address = advertised_address(ServerSettings.from_env({"MESH_LISTEN": "[::]:0", "MESH_ADVERTISE": text}), PORT)
     assert not registration_violations(address), address
     return address
 
@@ -170,17 +170,17 @@ def test_an_ipv6_address_with_a_port_but_without_brackets_is_answered_with_how_t
 
 @pytest.mark.parametrize("text", ["0.0.0.0:50051", "[::]:50051", "[0:0::0]:50051", "0.0.0.0", "::"])
 def test_a_wildcard_is_no_address_to_call(text: str) -> None:
-    with pytest.raises(ValueError, match="not the wildcard"):
+    with pytest.raises(ValueError, match="not a wildcard"):
         ServerSettings.from_env({"MESH_ADVERTISE": text})
-    with pytest.raises(ValueError, match=r"not the wildcard|missing port"):
+    with pytest.raises(ValueError, match=r"not a wildcard|missing port"):
         registers(text)
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "[0::0]:0"])
 def test_listening_on_all_interfaces_advertises_the_one_that_leads_to_the_registry(listen: str) -> None:
     settings = ServerSettings(listen=listen, registry="127.0.0.1:50050")
-    assert advertised(settings, PORT) == "127.0.0.1:4711"
-    assert advertised(ServerSettings(listen=listen, registry="[::1]:50050"), PORT) == "[::1]:4711"
+    assert advertised_address(settings, PORT) == "127.0.0.1:4711"
+    assert advertised_address(ServerSettings(listen=listen, registry="[::1]:50050"), PORT) == "[::1]:4711"
 
 
 @pytest.mark.parametrize("text", ["unix:/run/a.sock", "unix:a", "unix:///run/a.sock", "unix-abstract:a", "vsock:2:80"])

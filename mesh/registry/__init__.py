@@ -1,1 +1,1 @@
-"""The registry: which instances serve which service, kept in memory under leases, told to watchers."""
+"""The registry: which instances serve which service, kept in memory under leases and sent to watchers."""

@@ -1,4 +1,4 @@
-"""``python -m mesh.registry``: the registry as a process, with health and reflection."""
+"""``python -m mesh.registry``: the registry as a process, with health checking and reflection."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _log = logging.getLogger("mesh.registry")
 
 
 class SettingError(Exception):
-    """What was asked for can't be done; the text says what to change."""
+    """The registry can't start with its settings; the text says what to change."""
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a stop, 2 when the registry can't start."""
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a stop, 2 if the registry can't start."""
     parser = argparse.ArgumentParser(prog="python -m mesh.registry", description="The registry of the mesh.")
     parser.add_argument(
         "--listen",
@@ -39,7 +39,7 @@ def main() -> int:
         "--state",
         metavar="DIR",
         default=os.environ.get(VARIABLE) or "",
-        help=f"where service configs are kept across restarts; default: {VARIABLE}, or nowhere",
+        help=f"folder for service configs, to keep them across restarts; default: {VARIABLE}, or none",
     )
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -63,7 +63,7 @@ def check(listen: str) -> None:
 
 
 def restore(book: Book, folder: str) -> State | None:
-    """Have the book know the configs that are kept in ``folder``. Raises SettingError when it can't be used."""
+    """Load the configs in ``folder`` into the book. Raises SettingError if the folder can't be used."""
     if not folder:
         _log.info("service configs are kept in memory only: set %s=DIR to keep them across restarts", VARIABLE)
         return None
@@ -71,7 +71,7 @@ def restore(book: Book, folder: str) -> State | None:
         state = State(Path(folder))
         configs = state.load()
     except InUseError as error:
-        raise SettingError(f"{error}: a registry needs a folder of its own in {VARIABLE} or --state") from None
+        raise SettingError(f"{error}: give each registry its own folder in {VARIABLE} or --state") from None
     except OSError as error:
         raise SettingError(f"cannot use {folder} ({VARIABLE} or --state): {error.strerror}") from error
     for service, text in configs.items():
@@ -81,7 +81,7 @@ def restore(book: Book, folder: str) -> State | None:
 
 
 async def serve(listen: str, folder: str = "") -> None:
-    """Serve a new registry on ``listen`` until SIGTERM or SIGINT. It begins with the configs kept in ``folder``."""
+    """Serve a new registry on ``listen`` until SIGTERM or SIGINT. It starts with the configs in ``folder``."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

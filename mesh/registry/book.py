@@ -1,11 +1,11 @@
-"""The registry's book-keeping: instances under leases, services' configs, and a bounded log of what changed.
+"""The registry's data: instances under leases, services' configs, and a bounded log of changes.
 
-The law of this file: no clock, no IO; chance only in the ids of leases. ``now`` is monotonic seconds, the epoch is
-given, and every method decides and returns; who waits, wakes watchers and talks to the network is ``service.py``.
+Rule: no clock and no IO; randomness only in lease ids. ``now`` is monotonic seconds, the epoch is an argument, and each
+method decides and returns. ``service.py`` waits, wakes watchers and does the IO.
 
-Every change to what a watcher may see takes the next *revision*. A watcher that says which revision it has seen is told
-what changed since, as far as the log reaches back, and otherwise everything. So the book remembers nothing about any
-watcher, and one that is slow costs nothing.
+Each change that a watcher can see gets the next *revision*. A watcher that names the revision it has seen gets the
+changes since then if the log reaches back that far, and otherwise a snapshot. So the book keeps no state per watcher,
+and slow watchers cost nothing.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from mesh.registry.limits import (
 from weft.mesh.v1 import registry_pb2 as pb
 
 LOG_SIZE = 10_000
-"""Changes that the log remembers, over all services."""
+"""Changes that the log keeps, over all services."""
 
 LEASE_ID_BYTES = 16
-"""Random bytes in a lease's id. Who knows the id may end the lease or keep it alive, so it can't be guessed. Bytes."""
+"""Random bytes in a lease's id, so that it can't be guessed: whoever knows it can renew or end the lease. Bytes."""
 
-RENEWALS = 3
-"""Keep-alives that a client sends in a lease's time to live."""
+KEEP_ALIVES_PER_TTL = 3
+"""Keep-alives that a client sends in a lease's TTL."""
 
-_CONFIG = ""  # stands in the log for the service's config, where instances have their ids, which are never empty
+_CONFIG = ""  # the service's config in the log, where instances have their ids, which are never empty
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What changed in a service: instances that are new or different, and the ids of those that are gone.
+    """What changed in a service: new or changed instances, and the ids of removed ones.
 
-    ``config``: the service config's JSON when that changed, empty when it was taken back; else None. ``revision``: how
-    far it goes; there may be more after that.
+    ``config``: the service config's JSON if that changed, empty if it was removed; else None. ``revision``: the last
+    one included; there may be later ones.
     """
 
     upserted: tuple[pb.Instance, ...] = ()
@@ -63,14 +63,14 @@ class _Lease:
     size: int
     ttl: float
     expires_at: float
-    spared: bool = False  # has had its one period more since it was last renewed
+    extended: bool = False  # got its one extra period since it was last renewed
 
 
 @dataclass(slots=True)
 class _Service:
-    """``forgotten``: the log no longer tells of this service's changes up to this revision."""
+    """``log_start``: the log has no changes of this service up to this revision any more."""
 
-    forgotten: int
+    log_start: int
     config: str = ""
     size: int = 0  # of its instances, in bytes
     leases: dict[str, _Lease] = field(default_factory=dict)
@@ -79,11 +79,11 @@ class _Service:
 
 
 class Book:
-    """What the registry knows.
+    """The registry's state.
 
-    ``epoch`` names this life of the registry: two books never share one, as their revisions and leases can't be
-    compared. ``revision`` is where it begins. ``log_size`` is how many changes, over all services, are remembered for
-    watchers that come back. An instance given to the book must not be changed afterwards.
+    ``epoch`` identifies this run of the registry: no two books share one, as their revisions and leases can't be
+    compared. ``revision``: the first one. ``log_size``: how many changes, over all services, are kept for watchers that
+    reconnect. Instances must not be modified after they are passed in.
     """
 
     def __init__(self, epoch: str, revision: int = 0, log_size: int = LOG_SIZE) -> None:
@@ -95,17 +95,15 @@ class Book:
         self._size = 0  # of all instances, in bytes
         self._configs = 0  # how many services have one
         self._configs_size = 0  # in bytes
-        # One entry a lease, at the time when it was last looked at: a renewal doesn't touch the heap, and an entry that
-        # comes up for a lease renewed meanwhile goes back in at its new time. Entries of ended leases stay until they
-        # come up.
+        # A heap with one entry per lease. A renewal doesn't touch it: when the entry of a renewed lease comes up, it is
+        # pushed again with the new expiry. Entries of ended leases stay until they come up.
         self._queue: list[tuple[float, str]] = []
-        # The services of all logged changes in order, so that the oldest change of all is always the oldest of its
-        # service.
+        # The services of all logged changes, in order: its first entry is the service with the oldest change.
         self._log: deque[str] = deque()
-        self._forgotten = revision
+        self._log_start = revision
 
     def refusal(self, instance: pb.Instance) -> str:
-        """The limit that keeps an instance from being registered, with its value; empty when there is room."""
+        """The limit that prevents an instance from being registered, with its value; empty if none does."""
         service = self._services.get(instance.service)
         before = service.leases.get(instance.id) if service else None
         if before is None and len(self._leases) >= MAX_INSTANCES:
@@ -118,10 +116,10 @@ class Book:
         return ""
 
     def register(self, instance: pb.Instance, ttl: float, now: float) -> str:
-        """Make an instance known for ``ttl`` seconds and return its lease's id: a secret of who registered it.
+        """Register an instance for ``ttl`` seconds. Returns its lease's id, a secret of the caller's.
 
-        An id that its service already has is replaced, and so is its lease, which is unknown from here on. An instance
-        that is exactly as before is no change.
+        An instance with the same id in its service is replaced, and so is its lease, which becomes unknown. Registering
+        an identical instance is not a change.
         """
         service = self._service(instance.service)
         before = service.leases.get(instance.id)
@@ -134,11 +132,11 @@ class Book:
         service.leases[instance.id] = self._leases[lease.id] = lease
         self._enqueue(lease)
         if before is None or before.instance != instance:
-            self._record(instance.service, instance.id)
+            self._log_change(instance.service, instance.id)
         return lease.id
 
     def renew(self, lease_ids: list[str], now: float) -> list[str]:
-        """Begin the time to live of these leases anew, and return those that aren't known."""
+        """Restart the TTL of these leases. Returns those that are unknown."""
         unknown = []
         for lease_id in lease_ids:
             lease = self._leases.get(lease_id)
@@ -146,39 +144,39 @@ class Book:
                 unknown.append(lease_id)
             else:
                 lease.expires_at = now + lease.ttl
-                lease.spared = False
+                lease.extended = False
         return unknown
 
     def renew_all(self, now: float) -> None:
-        """Begin the time to live of every lease anew: the registry itself was away, and heard nobody."""
+        """Restart the TTL of all leases: the registry was suspended and read no keep-alives."""
         for lease in self._leases.values():
             lease.expires_at = now + lease.ttl
-            lease.spared = False
+            lease.extended = False
 
     def deregister(self, lease_id: str) -> pb.Instance | None:
-        """End a lease and return its instance; None when the lease isn't known."""
+        """End a lease. Returns its instance; None if the lease is unknown."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return None
         self._end(lease)
         return lease.instance
 
-    def expire(self, now: float, *, doubtful: bool = False) -> list[pb.Instance]:
-        """End the leases whose time is over and return their instances.
+    def expire(self, now: float, *, maybe_suspended: bool = False) -> list[pb.Instance]:
+        """End the leases that have expired. Returns their instances.
 
-        ``doubtful``: perhaps the registry itself did not run for a while, and their keep-alives wait to be read. Each
-        lease then stays for one period of them more, once until it is renewed.
+        ``maybe_suspended``: the registry may have been suspended, with keep-alives waiting to be read. Each lease then
+        gets the time of one more keep-alive, once until it is renewed.
 
-        O(k log n) for the k leases that expired, or were renewed and come up for the first time since.
+        O(k log n) for k leases that expired, or that were renewed and come up for the first time since.
         """
         ended = []
         while self._queue and self._queue[0][0] <= now:
             lease = self._leases.get(heapq.heappop(self._queue)[1])
             if lease is None:
                 continue
-            if doubtful and lease.expires_at <= now and not lease.spared:
-                lease.spared = True
-                lease.expires_at = now + lease.ttl / RENEWALS
+            if maybe_suspended and lease.expires_at <= now and not lease.extended:
+                lease.extended = True
+                lease.expires_at = now + lease.ttl / KEEP_ALIVES_PER_TTL
             if lease.expires_at > now:
                 heapq.heappush(self._queue, (lease.expires_at, lease.id))
             else:
@@ -187,30 +185,30 @@ class Book:
         return ended
 
     def next_expiry(self) -> float | None:
-        """When to call ``expire`` next: no lease ends before, though none need end then. None: nothing to wait for."""
+        """When to call ``expire`` next: no lease expires before that. None if there are no leases."""
         return self._queue[0][0] if self._queue else None
 
     def services(self) -> list[str]:
-        """The services that have an instance, by name."""
+        """The services that have instances, sorted by name."""
         return sorted(name for name, service in self._services.items() if service.leases)
 
     def find(self, service: str, instance_id: str) -> pb.Instance | None:
-        """The instance with this id, if it is known."""
+        """The instance with this id; None if there is none."""
         known = self._services.get(service)
         lease = known.leases.get(instance_id) if known else None
         return lease.instance if lease else None
 
     def snapshot(self, service: str) -> tuple[pb.Instance, ...]:
-        """All instances of a service, by id."""
+        """All instances of a service, sorted by id."""
         known = self._services.get(service)
         return tuple(known.leases[key].instance for key in known.ids) if known else ()
 
     def page(
         self, service: str, after: str, limit: float = math.inf, count: int | None = None
     ) -> tuple[tuple[pb.Instance, ...], bool]:
-        """The next instances of a service by id, those after ``after``, and whether there are more.
+        """The instances of a service with ids after ``after``, sorted by id, and whether there are more.
 
-        At most ``count``, and of ``limit`` bytes together, but for one that is larger alone.
+        At most ``count``, and at most ``limit`` bytes together, or a single instance that is larger.
         """
         known = self._services.get(service)
         if known is None:
@@ -226,7 +224,7 @@ class Book:
         return tuple(found), first + len(found) < len(known.ids)
 
     def config_refusal(self, service: str, config: str) -> str:
-        """The limit that keeps a config from being set, with its value; empty when there is room."""
+        """The limit that prevents a config from being set, with its value; empty if none does."""
         before = self.config(service)
         if config and not before and self._configs >= MAX_CONFIGS:
             return f"the registry has the configs of {MAX_CONFIGS} services, its limit"
@@ -235,39 +233,38 @@ class Book:
         return ""
 
     def configure(self, service: str, config: str) -> None:
-        """Set a service's config, as JSON that whoever calls has validated; empty to take it back."""
+        """Set a service's config, as JSON that the caller has validated; empty to remove it."""
         before = self.config(service)
         if config == before:
             return
         self._configs += bool(config) - bool(before)
         self._configs_size += len(config.encode()) - len(before.encode())
         self._service(service).config = config
-        self._record(service, _CONFIG)
+        self._log_change(service, _CONFIG)
 
     def config(self, service: str) -> str:
-        """The config that is set for a service; empty when there is none."""
+        """A service's config; empty if there is none."""
         known = self._services.get(service)
         return known.config if known else ""
 
     def configs(self) -> dict[str, str]:
-        """The services' configs, of those that have one."""
+        """The configs of the services that have one."""
         return {name: service.config for name, service in self._services.items() if service.config}
 
     def changes(self, service: str, since: int, limit: float = math.inf) -> Delta | None:
-        """What changed in a service after revision ``since``, each instance once, as it is now.
+        """What changed in a service after revision ``since``: each instance once, in its current state.
 
-        As much as fits in ``limit`` bytes, but for one change that is larger alone: the delta's revision says how far
-        that goes. None when the log doesn't reach back so far, or when the book never was at that revision: take a
-        snapshot.
+        As much as fits in ``limit`` bytes, or a single change that is larger: see the delta's revision. None if the log
+        doesn't reach back that far, or the book has never had that revision: use a snapshot.
         """
         if since > self.revision:
             return None
         known = self._services.get(service)
-        if since < (known.forgotten if known else self._forgotten):
+        if since < (known.log_start if known else self._log_start):
             return None
         if known is None:
             return Delta(revision=self.revision)
-        latest: dict[str, int] = {}  # the latest change of each first, and the oldest last
+        latest: dict[str, int] = {}  # each key's latest change, newest first
         for revision, key in reversed(known.log):
             if revision <= since:
                 break
@@ -301,13 +298,13 @@ class Book:
     def _service(self, name: str) -> _Service:
         service = self._services.get(name)
         if service is None:
-            # It may have been here before and have left the log since.
-            service = self._services[name] = _Service(self._forgotten)
+            # It may have existed before, with changes that have left the log.
+            service = self._services[name] = _Service(self._log_start)
         return service
 
     def _enqueue(self, lease: _Lease) -> None:
         heapq.heappush(self._queue, (lease.expires_at, lease.id))
-        # Ids that are registered over and over with long leases must not pile up what has ended.
+        # Bounded also if the same ids are registered over and over with long leases.
         if len(self._queue) > 2 * len(self._leases) + 64:
             self._queue = [(lease.expires_at, lease.id) for lease in self._leases.values()]
             heapq.heapify(self._queue)
@@ -318,20 +315,20 @@ class Book:
         del service.leases[lease.instance.id]
         del service.ids[bisect_left(service.ids, lease.instance.id)]
         self._grow(service, -lease.size)
-        self._record(lease.instance.service, lease.instance.id)
+        self._log_change(lease.instance.service, lease.instance.id)
 
     def _grow(self, service: _Service, size: int) -> None:
         service.size += size
         self._size += size
 
-    def _record(self, service_name: str, instance_id: str) -> None:
+    def _log_change(self, service_name: str, instance_id: str) -> None:
         self.revision += 1
         self._services[service_name].log.append((self.revision, instance_id))
         self._log.append(service_name)
         if len(self._log) > self._log_size:
             oldest = self._log.popleft()
             service = self._services[oldest]
-            self._forgotten, _ = service.log.popleft()
-            service.forgotten = self._forgotten
+            self._log_start, _ = service.log.popleft()
+            service.log_start = self._log_start
             if not (service.log or service.leases or service.config):
                 del self._services[oldest]

@@ -1,6 +1,6 @@
-"""What may be registered: every field of a request, checked against the limits that are named here.
+"""Validates what is registered: each field of a request.
 
-Pure but for one question to the operating system: whether an address is this host's.
+Pure, except for asking the operating system whether an address is this host's.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ _IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 _FULL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
-def instance(told: pb.Instance, peer: str) -> Violations:
+def instance(given: pb.Instance, peer: str) -> Violations:
     """What is wrong with an instance that ``peer``, as gRPC names it, registers."""
-    violations = service("instance.service", told.service)
-    if not told.id:
+    violations = service("instance.service", given.service)
+    if not given.id:
         violations.append(("instance.id", "must be set"))
-    violations += _address("instance.address", told.address, peer)
-    # These go to logs and screens, where a line break or an escape sequence would pass for something else.
+    violations += _address("instance.address", given.address, peer)
+    # These appear in logs and on screens, where line breaks and escape sequences could fake other output.
     names = {
-        "instance.id": told.id,
-        "instance.locality.region": told.locality.region,
-        "instance.locality.zone": told.locality.zone,
-        "instance.locality.sub_zone": told.locality.sub_zone,
+        "instance.id": given.id,
+        "instance.locality.region": given.locality.region,
+        "instance.locality.zone": given.locality.zone,
+        "instance.locality.sub_zone": given.locality.sub_zone,
     }
     violations += [
         (path, "has a character that can't be printed") for path, text in names.items() if not text.isprintable()
     ]
-    if told.weight > MAX_WEIGHT:
+    if given.weight > MAX_WEIGHT:
         violations.append(("instance.weight", f"must be from 1 to {MAX_WEIGHT}, or 0 for 1"))
-    if len(told.metadata) > MAX_METADATA:
+    if len(given.metadata) > MAX_METADATA:
         violations.append(("instance.metadata", f"has more than {MAX_METADATA} labels"))
     texts = {
         **names,
-        "instance.address": told.address,
-        "instance.metadata": max((text for label in told.metadata.items() for text in label), key=len, default=""),
+        "instance.address": given.address,
+        "instance.metadata": max((text for label in given.metadata.items() for text in label), key=len, default=""),
     }
     violations += [(path, f"is longer than {MAX_TEXT}") for path, text in texts.items() if len(text) > MAX_TEXT]
-    if not violations and (size := told.ByteSize()) > MAX_INSTANCE_BYTES:
+    if not violations and (size := given.ByteSize()) > MAX_INSTANCE_BYTES:
         violations.append(("instance", f"has {size} bytes; the limit is {MAX_INSTANCE_BYTES}"))
     return violations
 
 
 def service(path: str, name: str) -> Violations:
-    """What is wrong with a service's name in the field ``path``."""
+    """What is wrong with a service's name, which is in the field ``path``."""
     if len(name) > MAX_TEXT or not _FULL_NAME.fullmatch(name):
         return [(path, 'must be a service\'s full name, such as "weft.user.v1.UserService"')]
     return []
 
 
 def service_config(name: str, text: str) -> tuple[Violations, tuple[str, ...]]:
-    """What is wrong with the config that is set for a service, and what is unknown in it, and so ignored."""
+    """What is wrong with a service's config, and what in it is unknown and so ignored."""
     violations = service("service", name)
     if not text:
         return violations, ()
@@ -92,7 +92,7 @@ def _address(path: str, address: str, peer: str) -> Violations:
         name = host.rstrip(".").lower()
         kind = "loopback address" if name == "localhost" or name.endswith(".localhost") else ""
     elif ip.is_unspecified:
-        return [(path, "must be an address that others can reach, not the wildcard that the server listens on")]
+        return [(path, "must be an address that other hosts can reach, not a wildcard")]
     elif ip.is_multicast or ip == ipaddress.IPv4Address("255.255.255.255"):
         return [(path, "must be the address of one host, not of many")]
     else:
@@ -104,8 +104,8 @@ def _address(path: str, address: str, peer: str) -> Violations:
 
 def _only_here(kind: str, peer: str) -> str:
     return (
-        f"must be an address that other hosts can reach: a {kind} is accepted from the registry's own host only, and "
-        f"{peer} is another; set MESH_ADVERTISE"
+        f"must be an address that other hosts can reach: a {kind} is accepted only from the registry's own host, and "
+        f"{peer} is another host; set MESH_ADVERTISE"
     )
 
 
@@ -120,7 +120,7 @@ def on_this_host(peer: str) -> bool:
         return False
     if ip.is_loopback:
         return True
-    # A host may call itself by any of its addresses; only its own can be bound.
+    # The peer may use any of its host's addresses; only this host's can be bound.
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -131,7 +131,7 @@ def on_this_host(peer: str) -> bool:
 
 
 def _ip(host: str) -> _IP | None:
-    """The IP address that a host is, in any of the forms that resolvers read (``127.1``, ``0x7f000001``)."""
+    """``host`` as an IP address, in any form that resolvers accept (``127.1``, ``0x7f000001``); None for a name."""
     try:
         ip: _IP = ipaddress.ip_address(host)
     except ValueError:

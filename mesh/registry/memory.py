@@ -1,4 +1,4 @@
-"""What is freed, given back to the system."""
+"""Returning free memory to the system."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 
 
 def trim() -> None:
-    """Have glibc return free memory: by itself it keeps what lies below anything in use, however much that is.
+    """Have glibc return free memory to the system: on its own it keeps all that lies below any memory in use.
 
-    Does nothing with another C library. It takes milliseconds, so it is for rare occasions.
+    Does nothing with other C libraries. Takes milliseconds: call it rarely.
     """
     if _trim is not None:
         _trim(0)

@@ -1,5 +1,4 @@
-"""A registry behind a server of its own, on the running event loop: what ``python -m mesh.registry`` runs, and
-``mesh.testing`` in the process of a test."""
+"""A registry with its server, on the running event loop: what ``python -m mesh.registry`` and ``mesh.testing`` run."""
 
 from __future__ import annotations
 
@@ -19,18 +18,18 @@ from mesh.registry.state import State
 from weft.mesh.v1 import registry_pb2_grpc
 
 GRACE = 2.0
-"""How long calls may take to end after SIGTERM. Seconds; all streams are ended at once, so only unary calls need it."""
+"""How long unary calls may take to end after SIGTERM; streams are ended at once. Seconds."""
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     *limit_streams(MAX_STREAMS),
     ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT * 1000)),
-    # A port in use is an error, and not a port shared with another registry.
+    # A port in use is an error: two registries must not share one.
     ("grpc.so_reuseport", 0),
-    # Watchers send keepalive pings to find out that their registry is gone; core's own limit would cut them off.
+    # Watchers send keepalive pings to detect a dead registry; with core's default limit they would be disconnected.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    # And the registry lets go of watchers whose host is gone. All three are needed.
+    # And the registry detects watchers whose host is gone. All three are needed.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
@@ -38,7 +37,7 @@ OPTIONS = [
 
 
 class RegistryServer:
-    """A new registry, with health. ``book``: what it knows; ``address``: where it listens, once it is started."""
+    """A new registry, with health checking. ``book``: its state; ``address``: where it listens, once started."""
 
     def __init__(self) -> None:
         self.book = Book(epoch=uuid.uuid4().hex)
@@ -51,7 +50,7 @@ class RegistryServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def add_reflection(self) -> None:
-        """Describe the services, where grpcio-reflection is installed."""
+        """Serve reflection, if grpcio-reflection is installed."""
         try:
             from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
         except ImportError:  # pragma: no cover - reflection is an extra
@@ -59,10 +58,10 @@ class RegistryServer:
         reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
     async def start(self, listen: str, restore: Callable[[Book], State | None] = lambda _: None) -> None:
-        """Serve on ``listen``. ``restore`` fills the book, and returns where service configs are kept, if anywhere; it
-        is called after the address is bound: a registry that finds another one there leaves its files alone.
+        """Serve on ``listen``. ``restore`` fills the book and returns where service configs are kept, or None. It is
+        called once the address is bound: a registry whose address is in use must not touch the other one's files.
 
-        Raises OSError when it can't listen there.
+        Raises OSError if it can't listen.
         """
         self._listener = bind(self._server, listen)
         self._service.state = restore(self.book)

@@ -1,6 +1,6 @@
-"""What a registry keeps across its restarts: the service configs, in a folder of its own.
+"""What a registry keeps across restarts: the service configs, in its own folder.
 
-Instances aren't kept: they register again within seconds, and what is kept of them would be out of date.
+Instances aren't kept: they register again within seconds, and a stored list would be out of date.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from mesh import files
 from mesh.config.parse import parse
 
 VARIABLE = "MESH_REGISTRY_STATE"
-"""The environment variable that names the folder. Without it configs are kept in memory."""
+"""The environment variable with the folder. Without it configs are kept in memory only."""
 
 FILE = "configs.json"
 
 MAX_FILE = 64 * 1024 * 1024
-"""The file in which a registry keeps service configs. Bytes."""
+"""The largest file with a registry's service configs. Bytes."""
 
 _log = logging.getLogger(__name__)
 
 
 class State:
-    """The folder, which is this process's alone from now on.
+    """The folder, locked for this process.
 
-    Raises files.InUseError when another registry has it, or OSError; also when the folder, or the file in it, belongs
-    to another user or is everybody's to write: what it says decides where calls go.
+    Raises files.InUseError if another registry uses it, or OSError; also if the folder or its file belongs to another
+    user or is world-writable: its content decides where calls go.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,21 +42,21 @@ class State:
             raise
 
     def load(self) -> dict[str, str]:
-        """The services' configs that are valid. What can't be understood is kept aside, and an ERROR says where.
+        """The services' valid configs. A file that can't be parsed is moved aside, and an ERROR says where.
 
-        Raises OSError when it can't be read.
+        Raises OSError if the file can't be read.
         """
         try:
             data, _ = files.read(self._path, MAX_FILE, private=True)
         except FileNotFoundError:
             return {}
         try:
-            told = json.loads(data)["configs"]
-            if not isinstance(told, dict):
-                raise TypeError("configs is no object")
+            configs = json.loads(data)["configs"]
+            if not isinstance(configs, dict):
+                raise TypeError("configs is not an object")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.error(
-                "%s can't be used (%s: %s); starting without service configs. The file is kept as %s: mend it and put "
+                "%s is corrupt (%s: %s); starting without service configs. The file was saved as %s: repair it and put "
                 "it back, or set the configs again",
                 self._path,
                 type(error).__name__,
@@ -65,11 +65,11 @@ class State:
             )
             self._path.unlink()
             return {}
-        refused = {service: why for service, text in told.items() if (why := _violation(service, text))}
-        valid = {service: text for service, text in told.items() if service not in refused}
+        refused = {service: why for service, text in configs.items() if (why := _violation(service, text))}
+        valid = {service: text for service, text in configs.items() if service not in refused}
         if refused:
             _log.error(
-                "%s: not restored: %s. The file is kept as %s; set these configs again",
+                "%s: not restored: %s. The file was saved as %s; set these configs again",
                 self._path,
                 "; ".join(f"the config of {service!r}: {why}" for service, why in refused.items()),
                 self._set_aside(data),
@@ -84,11 +84,11 @@ class State:
         return aside
 
     def save(self, configs: Mapping[str, str]) -> None:
-        """Replace what is kept. On disk when this returns. Raises OSError."""
+        """Replace the saved configs. They are on disk when this returns. Raises OSError."""
         files.replace(self._path, json.dumps({"version": 1, "configs": dict(configs)}, indent=1).encode())
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         self._lock.close()
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ def _violation(service: str, text: object) -> str:
     if not service:
         return "it names no service"
     if not isinstance(text, str):
-        return "it is no text"
+        return "it is not a string"
     try:
         parse(text)
     except ValueError as error:

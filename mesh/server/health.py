@@ -1,49 +1,48 @@
 """``grpc.health.v1`` for a threaded server; for asyncio see ``mesh/health.py``.
 
-grpcio's own servicer sends under a lock that its watches take when their clients leave, on the thread that would
-complete the sending: both then wait for ever. And it has nothing to end a watch with: one that a client keeps open
-would take up all of a drain's grace.
+grpcio's own servicer can deadlock: it sends while it holds a lock that a leaving client's watch takes, on the thread
+that would complete the send. And it can't end a watch: one that a client keeps open would use up a drain's grace.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
-from mesh.health import SERVICE_UNKNOWN
-from mesh.server.thread_pool import responses
+from mesh.health import HealthStatuses
+from mesh.server.thread_pool import iterate_responses
 
 
 class _Watch:
-    """One client's watch. ``send`` blocks until the response has left."""
+    """One client's watch. ``send`` blocks until the response has been sent."""
 
-    def __init__(self, service: str, send: Callable[[Any], object]) -> None:
+    def __init__(self, status: Callable[[], Any], send: Callable[[Any], object]) -> None:
         self.send = send
-        self._service = service
+        self._status = status
         self._lock = threading.Lock()
         self._sent: Any = None
 
-    def update(self, statuses: dict[str, Any]) -> None:
-        # Looked up under the lock: of two that update at once, the second sends what holds now.
+    def update(self) -> None:
+        # Looked up under the lock, so that the last of several concurrent updates sends the current status.
         with self._lock:
-            status = statuses.get(self._service, SERVICE_UNKNOWN)
+            status = self._status()
             if status != self._sent:
                 self._sent = status
                 self.send(health_pb2.HealthCheckResponse(status=status))
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """For a ``grpc.Server``. Watches take no thread of its pool but where an interceptor stands around them: then as
-    many as ``held`` allows."""
+class Health(HealthStatuses):
+    """For a ``grpc.Server``. A watch holds a thread of its pool only if an interceptor wraps it; ``threads`` limits how
+    many do."""
 
-    def __init__(self, held: threading.Semaphore) -> None:
-        self._statuses: dict[str, Any] = {}
+    def __init__(self, threads: threading.Semaphore) -> None:
+        super().__init__()
         self._watches: set[_Watch] = set()
-        self._held = held
+        self._threads = threads
 
     def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         status = self._statuses.get(request.service)
@@ -54,8 +53,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     def Watch(self, request: Any, context: Any, send: Callable[[Any], object] | None = None) -> Any:  # noqa: N802
         if send is None:
-            return responses(self.Watch, self._held, request, context)
-        watch = _Watch(request.service, send)
+            return iterate_responses(self.Watch, self._threads, request, context)
+        watch = _Watch(lambda: self._watched(request.service), send)
         self._watches.add(watch)
 
         def end() -> None:
@@ -63,20 +62,17 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             watch.send(None)
 
         if context.add_callback(end):
-            watch.update(self._statuses)
+            watch.update()
         else:
             end()
         return None
 
     Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
-    def set(self, status: Any, services: Iterable[str]) -> None:
-        """Set the status of ``services``, and of the server as a whole."""
-        self._statuses.update(dict.fromkeys(("", *services), status))
-        for watch in tuple(self._watches):
-            watch.update(self._statuses)
-
     def end_watches(self) -> None:
-        """End the watches that are open."""
         for watch in tuple(self._watches):
             watch.send(None)
+
+    def _update_watches(self) -> None:
+        for watch in tuple(self._watches):
+            watch.update()

@@ -1,9 +1,9 @@
-"""What a server tells of its load: ORCA's report, in the trailers of each answer and as a service.
+"""Load reports: ORCA's, in the trailers of responses and from ORCA's out-of-band service.
 
-The report (``xds.data.orca.v3.OrcaLoadReport``) goes out as ``endpoint-load-metrics-bin``, which gRPC clients in other
-languages read (gRFC A51), and in the same bytes as ``weft-load-bin``, because gRPC's core keeps the former from Python
-clients. It is made anew every 100 ms at most, and when calls come fast only every fourth answer carries it. Clients
-that read no trailers of ours ask ORCA's out-of-band service.
+The report (``xds.data.orca.v3.OrcaLoadReport``) is sent as ``endpoint-load-metrics-bin``, which gRPC clients in other
+languages read (gRFC A51), and again as ``weft-load-bin``, because gRPC's core hides the former from Python clients. It
+is updated every 100 ms at most, and at high rates only every fourth response carries it. Clients that don't read
+trailers use the out-of-band service.
 """
 
 from __future__ import annotations
@@ -20,93 +20,95 @@ import grpc
 from mesh.model import Metadatum
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.policy.server.admission import Admission
-from mesh.server.thread_pool import responses
+from mesh.server.thread_pool import iterate_responses
 from mesh.wire import ORCA_LOAD_REPORT, WEFT_LOAD_REPORT
 
-PERIOD = 0.1
-"""Seconds that a report is good for."""
+REPORT_PERIOD = 0.1
+"""Seconds for which a report is reused."""
 
-LEAST_INTERVAL = 0.1
-"""Seconds between two reports of the out-of-band service, however few are asked for; ORCA's default is a minute."""
+MIN_INTERVAL = 0.1
+"""The shortest interval between two reports of the out-of-band service. ORCA's default is a minute. Seconds."""
 
 MAX_INTERVAL = 3600.0
-"""Seconds between two reports of the out-of-band service, at most."""
+"""The longest interval between two reports of the out-of-band service. Seconds."""
 
 SMOOTHING = 0.3
-"""The share of a new period in what is reported."""
+"""The weight of a new period in the reported averages."""
 
-FAST, SPARSE = 200.0, 4
-"""Beyond so many calls a second one answer in so many carries the report: enough for every client, at less cost."""
+HIGH_RATE, SAMPLE_EVERY = 200.0, 4
+"""Above the first (calls a second), one response in the second carries the report: enough for each client, and
+cheaper."""
 
 
-class Load:
-    """The load of this process, as ORCA tells it.
+class LoadReporter:
+    """Measures the load of this process for ORCA's reports.
 
-    ``cpu_utilization``: its CPU, of one core, which is what Python can use. ``application_utilization``: calls in
-    flight and waiting, of the limit on them. ``rps_fractional`` and ``eps``: calls that ended, and that failed, a
-    second. All are averages over about half a second.
+    ``cpu_utilization``: its CPU time as a share of one core, which is what Python can use. ``application_utilization``:
+    calls in flight and waiting as a share of their limit, or the former if that is higher. ``rps_fractional`` and
+    ``eps``: calls completed and failed a second. All are averages over about half a second.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._report = OrcaLoadReport()
         self._trailers: tuple[Metadatum, ...] = ()
-        self._due = 0.0
-        self._fast = False
-        self._answers = 0
+        self._update_at = 0.0
+        self._high_rate = False
+        self._responses = 0
         self._cpu = time.process_time()
-        self._stamp = time.monotonic()
-        self._ended = self._failed = 0
+        self._updated_at = time.monotonic()
+        self._completed = self._failures = 0
 
     def trailers(self, now: float) -> tuple[Metadatum, ...]:
-        """The trailers for an answer that goes out at ``now``; empty for most when calls come fast."""
-        if now >= self._due:
-            self._measure(now)
-        self._answers += 1
-        return () if self._fast and self._answers % SPARSE else self._trailers
+        """The trailers for a response sent at ``now``; empty for most at high rates."""
+        if now >= self._update_at:
+            self._update(now)
+        self._responses += 1
+        return () if self._high_rate and self._responses % SAMPLE_EVERY else self._trailers
 
     def report(self) -> Any:
-        """The report itself."""
+        """The report."""
         now = time.monotonic()
-        if now >= self._due:
-            self._measure(now)
+        if now >= self._update_at:
+            self._update(now)
         return self._report
 
-    def _measure(self, now: float) -> None:
-        self._due = now + PERIOD  # first: threads that come here together need not all measure
-        span = now - self._stamp
+    def _update(self, now: float) -> None:
+        self._update_at = now + REPORT_PERIOD  # first, so that other threads don't measure, too
+        span = now - self._updated_at
         if span > 0:
-            cpu, ended, failed = time.process_time(), self._admission.ended, self._admission.failed
+            cpu = time.process_time()
+            completed, failures = self._admission.completed, self._admission.failures
             used = (cpu - self._cpu) / span
-            # After a quiet time the past says nothing.
+            # After an idle period, older averages don't matter.
             weight = max(SMOOTHING, min(1.0, span))
             for field, value in (
                 ("cpu_utilization", used),
-                ("rps_fractional", (ended - self._ended) / span),
-                ("eps", (failed - self._failed) / span),
-                # Permits alone say little where there is no limit: then the process is as busy as its CPU.
+                ("rps_fractional", (completed - self._completed) / span),
+                ("eps", (failures - self._failures) / span),
+                # Without a low limit, permits say little: then the process is as busy as its CPU.
                 ("application_utilization", max(used, self._admission.utilization)),
             ):
                 before = getattr(self._report, field)
                 setattr(self._report, field, round(before + (value - before) * weight, 4))
-            self._fast = self._report.rps_fractional > FAST
-            self._cpu, self._ended, self._failed, self._stamp = cpu, ended, failed, now
-        # Its bytes are never empty: a trailer that is, is none.
+            self._high_rate = self._report.rps_fractional > HIGH_RATE
+            self._cpu, self._completed, self._failures, self._updated_at = cpu, completed, failures, now
+        # Never empty: an empty trailer is not sent.
         report = self._report.SerializeToString() or b"\x09" + bytes(8)
         self._trailers = tuple((key, report) for key in (ORCA_LOAD_REPORT, WEFT_LOAD_REPORT))
 
 
 def _interval(request: Any) -> float:
-    interval = request.report_interval  # may be out of a Duration's range: it is whatever the client sent
-    return min(max(LEAST_INTERVAL, (interval.seconds + interval.nanos / 1e9) or 60.0), MAX_INTERVAL)
+    interval = request.report_interval  # may be outside a Duration's range: clients may send anything
+    return min(max(MIN_INTERVAL, (interval.seconds + interval.nanos / 1e9) or 60.0), MAX_INTERVAL)
 
 
-def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:
+def add_to_server(reporter: LoadReporter, server: Any, ended: asyncio.Event) -> None:
     """Serve ORCA's out-of-band reports on a ``grpc.aio.Server`` until ``ended``: a drain must not wait for them."""
 
     async def stream(request: Any, _: Any) -> AsyncIterator[Any]:
         while not ended.is_set():
-            yield load.report()
+            yield reporter.report()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_interval(request)):
                     await ended.wait()
@@ -114,17 +116,17 @@ def add_to_server(load: Load, server: Any, ended: asyncio.Event) -> None:
     _add(stream, server)
 
 
-def add_to_threaded_server(load: Load, server: Any, held: threading.Semaphore) -> None:
-    """Serve ORCA's out-of-band reports on a ``grpc.Server``: between reports a client takes none of its threads.
-    ``held``: how many may take one where an interceptor stands around them."""
+def add_to_threaded_server(reporter: LoadReporter, server: Any, threads: threading.Semaphore) -> None:
+    """Serve ORCA's out-of-band reports on a ``grpc.Server``. Between reports a stream holds no thread, unless an
+    interceptor wraps it; ``threads`` limits how many do."""
 
     def stream(request: Any, context: Any, send: Callable[[Any], object] | None = None) -> Any:
         if send is None:
-            return responses(stream, held, request, context)
+            return iterate_responses(stream, threads, request, context)
         over = threading.Event()
 
         def report() -> None:
-            send(load.report())
+            send(reporter.report())
             if not over.is_set():
                 timer = threading.Timer(_interval(request), report)
                 timer.name, timer.daemon = "mesh-orca", True

@@ -1,7 +1,7 @@
-"""What a served process is told: where it listens, who it says it is, how long things may take.
+"""The settings of a server: where it listens, how it is registered, timeouts and limits.
 
-Every setting has a default that is safe, and a ``MESH_*`` variable; a wrong value is refused with the variable's name
-and what it takes.
+Each setting has a safe default and a ``MESH_*`` variable. An invalid value is rejected with the variable's name and
+what it accepts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mesh.listening import limit_streams
 from mesh.model import MAX_WEIGHT
 from mesh.observe import ServerObserver
 from mesh.policy.server.admission import AdmissionConfig, Mode
-from mesh.server.thread_pool import SPARE
+from mesh.server.thread_pool import SPARE_THREADS
 
 Option = tuple[str, str | int]
 
 LONGEST_NUMBER = 40
-"""Characters of a variable that is a number."""
+"""The longest value of a variable that is a number. Characters."""
 
 
-class _RefusedError(Exception):
-    """What a value should have been."""
+class _ExpectedError(Exception):
+    """A value is invalid; the text says what is expected."""
 
 
 def _text(value: str) -> str:
@@ -38,7 +38,7 @@ def _address(value: str) -> str:
         try:
             parse(value, min_port=0)
         except ValueError as error:
-            raise _RefusedError(f"{FORMS}: {error}") from None
+            raise _ExpectedError(f"{FORMS}: {error}") from None
     return value
 
 
@@ -47,10 +47,10 @@ def _advertised(value: str) -> str:
         try:
             address = parse(value, port=0, min_port=0)
         except ValueError as error:
-            accepted = "host:port, or a host alone (the port is then the one listened on), or unix:path"
-            raise _RefusedError(f"{accepted}: {error}") from None
+            accepted = "host:port, or a host alone (with the port that the server listens on), or unix:path"
+            raise _ExpectedError(f"{accepted}: {error}") from None
         if address.is_wildcard:
-            raise _RefusedError("an address that clients can call, not the wildcard that the server listens on")
+            raise _ExpectedError("an address that clients can connect to, not a wildcard")
     return value
 
 
@@ -58,20 +58,20 @@ def _registry(value: str) -> str:
     try:
         check_target(value)
     except ValueError as error:
-        raise _RefusedError(f"host:port, or another target that gRPC takes: {error}") from None
+        raise _ExpectedError(f"host:port, or another target that gRPC accepts: {error}") from None
     return value
 
 
 def _number(parse: Callable[[str], Any], low: float, high: float, accepted: str) -> Callable[[str], Any]:
     def parsed(value: str) -> Any:
         if len(value) > LONGEST_NUMBER:
-            raise _RefusedError(accepted)
+            raise _ExpectedError(accepted)
         try:
             number = parse(value)
         except ValueError:
-            raise _RefusedError(accepted) from None
-        if not low <= number <= high:  # NaN is refused here, too
-            raise _RefusedError(accepted)
+            raise _ExpectedError(accepted) from None
+        if not low <= number <= high:  # rejects NaN, too
+            raise _ExpectedError(accepted)
         return number
 
     return parsed
@@ -95,14 +95,14 @@ def _switch(value: str) -> bool:
             return True
         case "0" | "false" | "no" | "off":
             return False
-    raise _RefusedError("1, true, yes, on, or 0, false, no, off")
+    raise _ExpectedError("1, true, yes, on, or 0, false, no, off")
 
 
 def _mode(value: str) -> Mode:
     try:
         return Mode(value.strip().lower())
     except ValueError:
-        raise _RefusedError("on, dry-run or off") from None
+        raise _ExpectedError("on, dry-run or off") from None
 
 
 def _labels(value: str) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _labels(value: str) -> dict[str, str]:
     for label in filter(None, (part.strip() for part in value.split(","))):
         key, equals, text = label.partition("=")
         if not (key and equals):
-            raise _RefusedError("comma-separated key=value pairs")
+            raise _ExpectedError("comma-separated key=value pairs")
         labels[key.strip()] = text.strip()
     return labels
 
@@ -121,43 +121,43 @@ def _setting(default: Any, variable: str, parse: Callable[[str], Any]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """How ``mesh.serve`` and ``mesh.aio.serve`` serve. Times are in seconds, sizes in bytes.
+    """Settings of ``mesh.serve`` and ``mesh.aio.serve``. Times are in seconds, sizes in bytes.
 
-    ``listen``: where to listen; port 0 takes a free one.
-    ``advertise``: the address that clients are given; empty for the one listened on, or, when that is all interfaces,
-    the address of the one that leads to the registry. A host alone gets the port listened on.
-    ``registry``: where to register; empty registers nowhere.
-    ``instance_id``: this replica's name in its services; empty for the address advertised, so that a replica which was
-    killed and started again replaces itself.
+    ``listen``: where to listen; port 0 picks a free one.
+    ``advertise``: the address that clients get. By default the one in ``listen`` or, if that is a wildcard, the address
+    of the interface that leads to the registry. A host alone gets the port of ``listen``.
+    ``registry``: where to register; empty to not register.
+    ``instance_id``: this replica's id in its services. By default the advertised address, so that a replica that was
+    killed and restarted replaces itself.
     ``region``, ``zone``, ``sub_zone``: where it runs. ``weight``: its share of the load. ``metadata``: its labels.
-    ``lease_ttl``: how long the registry keeps it without a sign of life.
-    ``drain_wait``: how long, after NOT_SERVING and deregistering, clients get to notice before new calls are refused.
-    ``deregister_timeout``: how long deregistering may take before the drain goes on without it.
+    ``lease_ttl``: how long the registry keeps it without a keep-alive.
+    ``drain_wait``: how long clients get to notice that the server is NOT_SERVING and deregistered, before it refuses
+    new calls. ``deregister_timeout``: how long a drain waits for the deregistration.
     ``grace``: how long calls in flight may take to finish. ``stream_grace``: how long streams may; those still open
-    then end with UNAVAILABLE, for their clients to resume elsewhere.
-    ``ready``: called, when the server listens, until it returns true: whether what the server depends on is there.
-    Until then it is NOT_SERVING, unregistered, and refuses calls. It may be async.
-    ``reflection``: whether the server describes its services (needs grpcio-reflection). ``channelz``: whether it tells
-    of its connections and calls, where grpcio-channelz is installed.
-    ``overload``: whether a method's concurrency is limited while its calls miss their deadlines because of load, and
-    calls are refused while others are lost in the queue: on, only counted (dry-run), or off. ``late``: the same for
-    calls in the queue with less time left than their method takes. ``overload_after``: for how long calls must miss
+    then end with UNAVAILABLE, for their clients to resume on another endpoint.
+    ``ready``: a hook, async or not, that is called until it returns true, which says that the server's dependencies are
+    available. Until then the server is NOT_SERVING, not registered, and refuses calls.
+    ``reflection``: whether to serve reflection (needs grpcio-reflection). ``channelz``: whether to serve channelz, if
+    grpcio-channelz is installed.
+    ``overload``: whether to limit a method's concurrency while its calls miss their deadlines because of load, and to
+    refuse calls early while others miss their deadlines in the queue: on, only counted (dry-run), or off. ``late``: the
+    same for queued calls with less time left than their method takes. ``overload_after``: for how long calls must miss
     their deadlines before that (less for calls that take less).
-    ``min_concurrency``: the lowest limit that a method gets. ``max_concurrency``: handlers at work at once, of all
-    methods, whether limited or not (a threaded server has as many as ``max_workers``). ``queue_size``: calls that may
-    wait. ``max_streams``: streams open at once, of all clients.
-    ``load_reports``: whether answers carry the load, for clients that balance by it.
+    ``min_concurrency``: the lowest limit that a method gets. ``max_concurrency``: handlers that may run at once, of all
+    methods, limited or not (on a threaded server at most ``max_workers``). ``queue_size``: calls that may wait.
+    ``max_streams``: streams open at once, of all clients.
+    ``load_reports``: whether responses carry the load, for clients that balance by it.
     ``max_receive_bytes``, ``max_send_bytes``: the largest messages; -1 for no limit. ``max_metadata_bytes``: the
     largest metadata.
     ``max_connection_streams``: calls and streams at once on one connection; further ones wait in the client.
-    ``connection_age``: how long a connection is used for new calls, give or take a tenth, so that clients which live
-    long find new replicas; 0 for as long as it lasts. ``connection_age_grace``: how long its calls may go on then.
-    ``keepalive_time``, ``keepalive_timeout``: how often a quiet connection is pinged, and how long the answer may take,
-    before its client counts as vanished.
-    ``min_ping_interval``: clients that ping more often are told to go away.
+    ``connection_age``: how long a connection takes new calls (±10 %), so that long-lived clients find new replicas; 0
+    for no limit. ``connection_age_grace``: how long its calls may go on after that.
+    ``keepalive_time``, ``keepalive_timeout``: how often an idle connection is pinged, and how long the response may
+    take before the client counts as gone.
+    ``min_ping_interval``: connections of clients that ping more often are closed.
     ``max_workers``: threads for handlers that aren't async.
-    ``observer``: told of each call of the servicers that was handled or refused.
-    ``interceptors``, ``options``: further ones for the ``grpc.Server``; options win over what the settings above make.
+    ``observer``: gets each call of the servicers, whether handled or refused.
+    ``interceptors``, ``options``: passed to the ``grpc.Server``; options override those made from other settings.
     """
 
     listen: str = _setting("127.0.0.1:50051", "MESH_LISTEN", _address)
@@ -202,40 +202,40 @@ class ServerSettings:
     options: Sequence[Option] = ()
 
     def __post_init__(self) -> None:
-        for name in ("interceptors", "options"):  # may be iterators, and each server reads them
+        for name in ("interceptors", "options"):  # may be iterators, which could be read only once
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServerSettings:
-        """The settings that ``environ`` (the process's environment, without one) asks for; the rest, and those whose
-        variable is empty, have their defaults.
+        """Settings from the ``MESH_*`` variables in ``environ``, by default the process's environment. Variables that
+        are empty or not set leave the default.
 
-        Raises ValueError, naming the variable, its value and what it takes.
+        Raises ValueError with the variable, its value and what it accepts.
         """
         if environ is None:
             environ = os.environ
-        told: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for setting in dataclasses.fields(cls):
             variable = setting.metadata.get("variable", "")
             value = environ.get(variable)
             if not value:
                 continue
             try:
-                told[setting.name] = setting.metadata["parse"](value)
-            except _RefusedError as accepted:
-                raise ValueError(f"{variable}={_short(value)!r}: expected {accepted}") from None
-        return cls(**told)
+                values[setting.name] = setting.metadata["parse"](value)
+            except _ExpectedError as expected:
+                raise ValueError(f"{variable}={_short(value)!r}: expected {expected}") from None
+        return cls(**values)
 
     def admission(self, threads: int | None = None) -> AdmissionConfig:
-        """What the gate before the handlers is told; ``threads``: how many of them there are for handlers."""
-        most, streams = self.max_concurrency, self.max_streams
+        """The settings of admission control. ``threads``: how many there are for handlers, on a threaded server."""
+        concurrency, streams = self.max_concurrency, self.max_streams
         if threads is not None:
             # A stream holds a thread for as long as it lasts.
-            most, streams = min(most, threads), min(streams, SPARE // 2)
+            concurrency, streams = min(concurrency, threads), min(streams, SPARE_THREADS // 2)
         return AdmissionConfig(
-            least=self.min_concurrency,
-            most=most,
-            after=self.overload_after,
+            min_concurrency=self.min_concurrency,
+            max_concurrency=concurrency,
+            overload_after=self.overload_after,
             queue_size=self.queue_size,
             max_streams=streams,
             overload=self.overload,
@@ -245,32 +245,32 @@ class ServerSettings:
     def server_options(self) -> list[Option]:
         """The options of the ``grpc.Server``."""
         age = [
-            # Core spreads it by a tenth up and down.
+            # Core adds jitter of ±10 %.
             ("grpc.max_connection_age_ms", round(self.connection_age * 1000)),
             ("grpc.max_connection_age_grace_ms", round(self.connection_age_grace * 1000)),
         ]
         timeout = round(self.keepalive_timeout * 1000)
         ours: list[Option] = [
-            # Without it two processes may share a port, and each gets half of the other's calls.
+            # Otherwise two processes could share a port, and each would get half of the calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self.max_receive_bytes),
             ("grpc.max_send_message_length", self.max_send_bytes),
-            # Soft and hard alike: between the two core refuses by chance.
+            # Soft and hard limits are equal: between them core refuses at random.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
             *limit_streams(self.max_connection_streams),
-            # Beyond 1,000 calls that nobody has accepted yet core cancels others by chance, which their clients can't
-            # tell from a cancel of their own: let them come to where they are refused for a reason.
+            # With more than 1,000 calls not accepted yet, core cancels some at random, which clients can't tell from
+            # their own cancellation. Let all calls reach admission control, which gives a reason.
             ("grpc.server.max_pending_requests", 50_000),
             ("grpc.server.max_pending_requests_hard_limit", 50_000),
             *(age if self.connection_age else ()),
-            # All three are needed: with the first two alone a black hole goes unnoticed for three quarters of a minute.
+            # All three are needed: with only two, it takes 45 s to detect that packets are dropped.
             ("grpc.keepalive_time_ms", round(self.keepalive_time * 1000)),
             ("grpc.keepalive_timeout_ms", timeout),
             ("grpc.http2.ping_timeout_ms", timeout),
-            # Clients watch their connections in the same way, also while they have no call.
+            # Clients send keepalive pings, too, even without calls.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", round(self.min_ping_interval * 1000)),
         ]
-        # Each name once: of two with one name core takes the first.
+        # Each name once: of two options with one name core uses the first.
         return list({**dict(ours), **dict(self.options)}.items())

@@ -1,4 +1,4 @@
-"""Threads for handlers: the pool that runs them, and handlers that aren't async on an aio server."""
+"""The pool of threads that run handlers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 import grpc
 
-SPARE = 256
-"""Threads beyond those for handlers at work: for calls that wait, for their request or their turn, and for streams."""
+SPARE_THREADS = 256
+"""Threads beyond those for running handlers: for calls that wait for their request or a permit, and for streams."""
 
-STALL = 0.5
-"""Seconds that a call may wait for its request when others wait for its thread."""
+STALL_TIMEOUT = 0.5
+"""Seconds that a call may wait for its request while others wait for its thread."""
 
-LOOK = 0.1
-"""Seconds between two looks for calls that stall, while work waits."""
+STALL_CHECK_PERIOD = 0.1
+"""Seconds between two checks for stalled calls, while work waits."""
 
 
 class _Work:
-    """What a thread is given. ``begun``: a call's request is here, and its handler was called."""
+    """A piece of work. ``handler_started``: the call's request has arrived, and its handler was called."""
 
-    __slots__ = ("args", "begun", "fn", "future", "kwargs", "since")
+    __slots__ = ("args", "fn", "future", "handler_started", "kwargs", "since")
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.future: Future[Any] = Future()
@@ -34,7 +34,7 @@ class _Work:
         self.args = args
         self.kwargs = kwargs
         self.since = math.inf
-        self.begun = False
+        self.handler_started = False
 
     def perform(self) -> None:
         if self.future.set_running_or_notify_cancel():
@@ -44,60 +44,62 @@ class _Work:
                 self.future.set_exception(error)
 
     def evict(self) -> None:
-        """Cancel the call that this is of: it is gone as if its client had cancelled it."""
-        # grpc waits for a unary call's request on the handler's thread, for as long as its client likes, and hands out
-        # nothing to end that with but this, private: a test pins it.
+        """Cancel the call that this belongs to, as if its client had."""
+        # grpc waits for a unary call's request on the handler's thread, for as long as its client likes. Only this
+        # private attribute can end that: a test holds it in place.
         for argument in self.args:
             call = getattr(argument, "call", None)
             if call is not None:
                 call.cancel()
 
 
-_running = threading.local()
+_thread = threading.local()
 
 
-def begun() -> None:
-    """The handler that this thread is for was called."""
-    work = getattr(_running, "work", None)
+def mark_handler_started() -> None:
+    """The call that this thread runs has reached its handler."""
+    work = getattr(_thread, "work", None)
     if work is not None:
-        work.begun = True
+        work.handler_started = True
 
 
-def responses(stream: Callable[..., object], held: threading.Semaphore, request: Any, context: Any) -> Iterator[Any]:
-    """The responses of a handler of the callback kind (``experimental_non_blocking``), for callers that iterate.
+def iterate_responses(
+    stream: Callable[..., object], threads: threading.Semaphore, request: Any, context: Any
+) -> Iterator[Any]:
+    """The responses of a callback handler (``experimental_non_blocking``), for callers that iterate.
 
-    An interceptor that rebuilds a handler drops the attribute that marks this kind; each call then holds a thread.
-    ``held`` limits how many may. Beyond it the call gets UNIMPLEMENTED: the client then treats the server as healthy
-    (gRFC A17), and doesn't ask for its load again.
+    An interceptor that rebuilds a handler drops the attribute that marks it as a callback handler; each call then holds
+    a thread. ``threads`` limits how many may. Calls beyond that get UNIMPLEMENTED: the client then treats the server as
+    healthy (gRFC A17), and doesn't ask for its load again.
     """
-    if not held.acquire(blocking=False):
-        details = "under interceptors each of these calls holds a thread; as many as may do"
+    if not threads.acquire(blocking=False):
+        details = "with interceptors on the server, each of these streams holds a thread; the limit is reached"
         context.abort(grpc.StatusCode.UNIMPLEMENTED, details)
-    begun()
+    mark_handler_started()
     try:
         sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stream(request, context, sent.put)
         yield from iter(sent.get, None)
     finally:
-        held.release()
+        threads.release()
 
 
 class ThreadPool(Executor):
-    """Up to ``max_workers`` threads, started as they are needed, that never keep the process from ending.
+    """Up to ``max_workers`` threads, started as needed, that never keep the process from exiting.
 
-    The standard pool's are joined at exit, so that one handler that hangs would turn a finished drain into a process
-    that has to be killed. And when all threads of this one are taken, calls that stall (their clients never send the
-    request) make room for those that come, so that they can't hold a server up.
+    The standard pool joins its threads at exit, so after a drain one handler that hangs would keep the process alive
+    until it is killed. And when all threads of this pool are taken, stalled calls (whose clients never send the
+    request) are cancelled to make room, so that they can't block a server.
     """
 
     def __init__(self, max_workers: int, name: str = "mesh-handler") -> None:
         self._max_workers = max_workers
-        self._at_work: set[_Work] = set()
+        self._running: set[_Work] = set()
         self._making_room = False
         self._newest_first = False
         self._name = name
         self._work: deque[_Work] = deque()
-        # One for each that was put into the deque, True; False ends a thread.
+        # True for each piece of work in the deque; False ends a thread.
         self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Semaphore(0)
@@ -124,13 +126,13 @@ class ThreadPool(Executor):
         return work.future
 
     def _make_room(self) -> None:
-        """Evict calls that stall, for as long as others wait for their threads."""
+        """Cancel stalled calls for as long as others wait for their threads."""
         pause = threading.Event()
         while self._work and not self._closed:
-            pause.wait(LOOK)
+            pause.wait(STALL_CHECK_PERIOD)
             now = time.monotonic()
-            for work in tuple(self._at_work):
-                if not work.begun and now - work.since > STALL:
+            for work in tuple(self._running):
+                if not work.handler_started and now - work.since > STALL_TIMEOUT:
                     self._newest_first = True
                     work.evict()
         self._making_room = self._newest_first = False
@@ -138,16 +140,16 @@ class ThreadPool(Executor):
     def _run(self) -> None:
         while self._tokens.get():
             try:
-                # Those that stall are many then, and old.
+                # Many old calls are stalled then.
                 work = self._work.pop() if self._newest_first else self._work.popleft()
             except IndexError:  # cancelled
                 continue
             work.since = time.monotonic()
-            _running.work = work
-            self._at_work.add(work)
+            _thread.work = work
+            self._running.add(work)
             work.perform()
-            self._at_work.discard(work)
-            del work, _running.work  # or a handler's request lives until the next one comes
+            self._running.discard(work)
+            del work, _thread.work  # or a request would be kept until the thread gets other work
             self._idle.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

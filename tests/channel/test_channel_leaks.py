@@ -18,7 +18,7 @@ import mesh
 import mesh.aio
 from mesh import background
 from mesh.channel.subchannel import Method
-from mesh.server.handlers.interceptors import Wrapped
+from mesh.server.handlers.registrar import HandlerCache
 from tests.channel.suite import BOTH, REQUESTS, RESPONSES, UNARY, Server
 from tests.processes import eventually
 
@@ -163,11 +163,11 @@ def test_blocking_channels_that_were_dropped_leave_no_descriptor_and_no_thread(s
 
 
 def test_a_server_keeps_no_more_wrapped_handlers_than_it_has_methods() -> None:
-    wrapped = Wrapped(lambda handler, _: handler)
+    cache = HandlerCache(lambda handler, _: handler)
     handlers: list[Any] = [grpc.unary_unary_rpc_method_handler(_echo(number)) for number in range(1001)]
     for number, handler in enumerate(handlers):
-        assert wrapped(f"/any.Any{number}/Method", handler) is handler
-    assert len(wrapped._known) == 1000
+        assert cache(f"/any.Any{number}/Method", handler) is handler
+    assert len(cache._known) == 1000
 
 
 def _echo(number: int) -> Callable[[bytes, Any], bytes]:

@@ -174,8 +174,8 @@ def test_what_is_given_at_registration(page: Path) -> None:
 def test_what_can_be_seen_of_a_server(page: Path) -> None:
     server = Server([], ServerSettings())
     for name in quoted(page):
-        if re.fullmatch(r"(server|gate)(\.[a-z_]+)+(\(.*\))?", name):
-            found: object = server if name.startswith("server") else server.gate
+        if re.fullmatch(r"(server|admission)(\.[a-z_]+)+(\(.*\))?", name):
+            found: object = server if name.startswith("server") else server.admission
             for attribute in name.partition("(")[0].split(".")[1:]:
                 assert hasattr(found, attribute), name
                 found = getattr(found, attribute)

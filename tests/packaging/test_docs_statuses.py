@@ -306,10 +306,10 @@ class TestServers:
             request = health_pb2.HealthCheckRequest()
             eventually(lambda: health.Check(request, timeout=WITHIN).status == health_pb2.HealthCheckResponse.SERVING)
             opened = stream(b"", timeout=WITHIN)
-            eventually(lambda: server.gate.admission.streams == 1)
+            eventually(lambda: server.admission.policy.streams == 1)
             fails_as("too many streams", lambda: next(stream(b"", timeout=WITHIN)))
             running = unary.future(b"", timeout=WITHIN)
-            eventually(lambda: server.gate.admission.in_flight == 1)
+            eventually(lambda: server.admission.policy.in_flight == 1)
             fails_as("overloaded: the queue is full", lambda: unary(b"", timeout=WITHIN))
             go.set()
             assert list(opened) == [b""]
@@ -338,7 +338,7 @@ class TestRegistries:
             for beginning, field in (
                 ("<field>: must be a service's full name", {"service": "no name"}),
                 ("<field>: must be set", {"id": ""}),
-                ("<field>: must be an address that others can reach", {"address": "0.0.0.0:1"}),
+                ("<field>: must be an address that other hosts can reach, not", {"address": "0.0.0.0:1"}),
                 ("<field>: has a character", {"id": "\n"}),
                 ("<field>: must be from 1", {"weight": 10**6}),
                 ("<field>: is longer", {"id": "x" * 2000}),

@@ -15,13 +15,14 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from mesh.criticality import Criticality
-from mesh.policy.server.admission import Admission, AdmissionConfig, Method, Ticket
+from mesh.policy.server.admission import Admission, AdmissionConfig
 from mesh.policy.server.limiter import Ending
+from mesh.policy.server.queue import Method, Ticket
 
 CRITICAL = Criticality.CRITICAL
 
 SWEEP = 0.05
-"""Seconds between two looks at a queue that nothing moves, as in both gates."""
+"""Seconds between two checks of the queue while no call ends, as in ``ServerAdmission``."""
 
 
 class Pool:

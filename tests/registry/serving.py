@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from mesh.registry.book import LOG_SIZE, Book
-from mesh.registry.limits import STALLED
+from mesh.registry.limits import SEND_TIMEOUT
 from mesh.registry.server import OPTIONS
 from mesh.registry.service import RegistryService
 from weft.mesh.v1 import registry_pb2 as pb
@@ -45,10 +45,12 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(port: int = 0, log_size: int = LOG_SIZE, stalled: float = STALLED) -> AsyncIterator[Serving]:
+async def serving(
+    port: int = 0, log_size: int = LOG_SIZE, send_timeout: float = SEND_TIMEOUT
+) -> AsyncIterator[Serving]:
     """A new registry, empty, with an epoch of its own. It ends all streams and stops at the end."""
     book = Book(f"epoch-{next(_epochs)}", log_size=log_size)
-    service = RegistryService(book, stalled)
+    service = RegistryService(book, send_timeout)
     server = grpc.aio.server(options=OPTIONS)
     pb_grpc.add_RegistryServicer_to_server(service, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")

@@ -41,7 +41,7 @@ def violations(address: str, peer: str) -> dict[str, str]:
 def test_an_address_that_means_another_host_on_each_is_refused_from_other_hosts(address: str, peer: str) -> None:
     found = violations(address, peer)
     assert list(found) == ["instance.address"]
-    assert "accepted from the registry's own host only" in found["instance.address"]
+    assert "accepted only from the registry's own host" in found["instance.address"]
     assert "set MESH_ADVERTISE" in found["instance.address"]
 
 

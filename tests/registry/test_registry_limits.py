@@ -188,19 +188,19 @@ async def test_the_parts_of_a_snapshot_are_made_once_for_all_watchers_until_the_
     staying = registry.stub.Watch(pb.WatchRequest(service=USER))
     first = await staying.read()
     await watched(registry)
-    parts = dict(registry.service._parts[USER])
+    parts = dict(registry.service._snapshots.parts[USER])
     assert len(parts) > 3
     await watched(registry)
-    again = registry.service._parts[USER]
+    again = registry.service._snapshots.parts[USER]
     assert all(again[key] is part for key, part in parts.items())
     assert len(again) == len(parts)
 
     await registry.register(instance("0"))
-    assert not registry.service._parts
+    assert not registry.service._snapshots.parts
     assert isinstance(first, pb.WatchResponse)
     staying.cancel()
     await eventually(lambda: not registry.service._watchers)
-    assert not registry.service._parts, "nobody watches"
+    assert not registry.service._snapshots.parts, "nobody watches"
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ async def test_what_changes_between_the_parts_of_a_snapshot_is_told_after_them(r
 
 @pytest.mark.slow
 async def test_a_watcher_that_does_not_read_is_dropped_and_says_why() -> None:
-    async with serving(stalled=0.1) as registry:
+    async with serving(send_timeout=0.1) as registry:
         for n in range(40):
             await registry.register(instance(f"{n}", **{f"{n:03}": "x" * 1000 for n in range(10)}))
         # A window that doesn't grow with what the network could carry, so that it is soon full.
@@ -237,7 +237,7 @@ async def test_a_watcher_that_does_not_read_is_dropped_and_says_why() -> None:
             call = pb_grpc.RegistryStub(channel).Watch(pb.WatchRequest(service=USER), timeout=BOUND)
             await eventually(lambda: USER in registry.service._watchers)
             await eventually(lambda: not registry.service._watchers and not registry.service._streams)
-            assert not registry.service._parts
+            assert not registry.service._snapshots.parts
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 [step async for step in call]
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -21,25 +21,25 @@ TTL = 3.0
 INSTANCES = 12
 
 
-def test_a_doubtful_lease_gets_one_keep_alive_period_more_and_no_second_one() -> None:
+def test_after_a_suspension_a_lease_gets_the_time_of_one_more_keep_alive_but_not_twice() -> None:
     book = Book("e")
     kept = book.register(instance("kept"), TTL, now=0.0)
     book.register(instance("dead"), TTL, now=0.0)
-    assert book.expire(3.1, doubtful=True) == []
+    assert book.expire(3.1, maybe_suspended=True) == []
     assert book.expire(4.0) == []
     book.renew([kept], 4.05)
-    assert book.expire(4.11, doubtful=True) == [instance("dead")]
+    assert book.expire(4.11, maybe_suspended=True) == [instance("dead")]
     # What was renewed may be doubted anew.
-    assert book.expire(7.1, doubtful=True) == []
-    assert book.expire(8.2, doubtful=True) == [instance("kept")]
+    assert book.expire(7.1, maybe_suspended=True) == []
+    assert book.expire(8.2, maybe_suspended=True) == [instance("kept")]
 
 
 def test_when_everybody_begins_anew_so_do_those_that_were_doubted() -> None:
     book = Book("e")
     book.register(instance("a"), TTL, now=0.0)
-    assert book.expire(3.0, doubtful=True) == []
+    assert book.expire(3.0, maybe_suspended=True) == []
     book.renew_all(3.5)
-    assert book.expire(6.6, doubtful=True) == []
+    assert book.expire(6.6, maybe_suspended=True) == []
     assert book.expire(7.7) == [instance("a")]
 
 

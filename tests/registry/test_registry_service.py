@@ -227,7 +227,7 @@ ADDRESS = 'must be "host:port", "[ipv6]:port" or "unix:path": '
 PORT = "the port must be a number from 1 to 65535"
 BRACKETS = "an IPv6 address with a port is written [::1]:50051"
 SERVICE = 'must be a service\'s full name, such as "weft.user.v1.UserService"'
-WILDCARD = "must be an address that others can reach, not the wildcard that the server listens on"
+WILDCARD = "must be an address that other hosts can reach, not a wildcard"
 
 
 @pytest.mark.parametrize(

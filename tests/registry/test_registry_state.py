@@ -90,7 +90,7 @@ def test_a_corrupt_file_is_set_aside_and_named(text: bytes, tmp_path: Path, capl
     ("service", "config", "why"),
     [
         ("", "{}", "it names no service"),
-        ("a.B", 3, "it is no text"),
+        ("a.B", 3, "it is not a string"),
         ("a.B", '{"methodConfig": 3}', "service config: methodConfig: expected a list, got 3"),
         ("a.B", '{"methodConfig": [{"name": [{}], "timeout": "-1s"}]}', "service config: methodConfig[0].timeout: "),
     ],
@@ -183,7 +183,7 @@ async def test_a_config_that_cannot_be_kept_is_refused_and_the_one_before_holds(
             )
         assert raised.value.code() is grpc.StatusCode.INTERNAL
         assert raised.value.details() == (
-            "the registry can't keep the config on disk (No such file or directory); the one before still holds"
+            "the registry can't save the config (No such file or directory); keeping the previous one"
         )
         assert registry.book.config(USER) == CONFIG
         registry.service.state.close()

@@ -21,7 +21,7 @@ import mesh.server.sync
 from mesh.observe import ServerObserver
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
 from mesh.server.settings import ServerSettings
-from mesh.server.thread_pool import SPARE
+from mesh.server.thread_pool import SPARE_THREADS
 from tests.instrumentation.calls import aio_calls, sync_calls
 from tests.instrumentation.echo import add_aio, add_sync
 from tests.processes import eventually
@@ -192,7 +192,7 @@ async def test_handlers_of_all_kinds_work_under_interceptors_on_the_loop(wrap: W
             with pytest.raises(grpc.aio.AioRpcError, match="once"):
                 await flaky(b"hello", timeout=BOUND)
             seen = await aio_calls(channel, no_explanation)
-        assert server.gate.admission.in_flight == 0
+        assert server.admission.policy.in_flight == 0
     assert seen["threaded"] == "hello hello"
     assert seen["both"] == "a b"
     assert seen["absent responses"] == "NOT_FOUND nothing more; 1 attempt"
@@ -271,7 +271,7 @@ def test_watches_that_hold_threads_leave_enough_of_them_for_calls() -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="test.Echo")
-        watches = [health.Watch(request, timeout=BOUND) for _ in range(SPARE // 2)]
+        watches = [health.Watch(request, timeout=BOUND) for _ in range(SPARE_THREADS // 2)]
         for watch in watches:
             next(watch)
         with pytest.raises(grpc.RpcError) as raised:
@@ -345,4 +345,4 @@ async def test_a_stream_that_is_sending_ends_with_the_drain() -> None:
         reading = asyncio.create_task(read_on())
         await server.drain()
         assert await reading is grpc.StatusCode.UNAVAILABLE
-    assert server.gate.admission.in_flight == 0
+    assert server.admission.policy.in_flight == 0

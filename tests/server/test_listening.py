@@ -125,7 +125,7 @@ def test_a_unix_socket_on_which_a_server_listens_is_refused(kind: Any, form: str
     first = kind(told(listen))
     try:
         assert first.port == 0
-        with pytest.raises(OSError, match="another server listens on it"):
+        with pytest.raises(OSError, match="another server is listening on it"):
             kind(told(listen))
         assert rests(listen)
         assert [file.name for file in tmp_path.iterdir()] == ["socket"]
@@ -165,7 +165,7 @@ def test_a_drain_leaves_the_file_of_another_server(kind: Any, tmp_path: Path) ->
 def test_a_file_that_is_no_socket_is_left_alone(kind: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
-    with pytest.raises(OSError, match="there is something that is no socket"):
+    with pytest.raises(OSError, match="the path exists and is not a socket"):
         kind(told(f"unix:{file}"))
     assert file.read_text() == "precious"
 
@@ -226,12 +226,12 @@ def test_a_socket_whose_queue_is_full_has_a_server(tmp_path: Path) -> None:
             client = waiting.enter_context(socket.socket(socket.AF_UNIX))
             client.setblocking(False)
             client.connect_ex(str(tmp_path / "socket"))
-        with pytest.raises(OSError, match="another server listens on it"):
+        with pytest.raises(OSError, match="another server is listening on it"):
             bind(None, f"unix:{tmp_path}/socket")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=f"{tmp_path}/none isn't a folder that can be written to"):
+    with pytest.raises(OSError, match=f"{tmp_path}/none is not a writable folder"):
         bind(None, f"unix:{tmp_path}/none/socket")
 
 

@@ -14,7 +14,7 @@ import pytest
 import mesh.server.aio
 import mesh.server.sync
 from mesh.observe import ServerObserver
-from mesh.policy.server.admission import Reason
+from mesh.policy.server.reasons import Reason
 from mesh.server.settings import ServerSettings
 
 NAME = "test.Observed"
@@ -202,14 +202,14 @@ async def test_a_caller_that_is_gone_is_told_of_as_cancelled_or_as_late(serve: S
     assert observer.ended[1] in (("Unary", CANCELLED), ("Unary", LATE))
 
 
-async def test_what_the_gate_refuses_is_told_of_as_refused_and_not_as_handled(serve: Serve) -> None:
+async def test_a_refused_call_is_told_of_as_refused_and_not_as_handled(serve: Serve) -> None:
     observer = Telling()
     async with serve(observer) as client:
-        client.server.gate.admission.close(Reason.STARTING)
+        client.server.admission.policy.close(Reason.STARTING)
         await client.fails(client.unary(b"fine", timeout=BOUND))
         with pytest.raises(grpc.aio.AioRpcError):
             [message async for message in client.stream(b"fine", timeout=BOUND)]
-        client.server.gate.admission.open()
+        client.server.admission.policy.open()
         assert await client.unary(b"fine", timeout=BOUND) == b"done"
         await until(lambda: observer.ended and len(observer.refusals) == 2)
     assert observer.refusals == [("Unary", "starting"), ("Stream", "starting")]
@@ -239,9 +239,9 @@ async def test_an_observer_that_raises_is_logged_and_harms_nobody(
         assert await client.unary(b"fine", timeout=BOUND) == b"done"
         assert await client.fails(client.unary(b"abort", timeout=BOUND)) is grpc.StatusCode.NOT_FOUND
         assert [message async for message in client.stream(b"fine", timeout=BOUND)] == [b"one", b"done"]
-        client.server.gate.admission.close(Reason.STARTING)
+        client.server.admission.policy.close(Reason.STARTING)
         assert await client.fails(client.unary(b"fine", timeout=BOUND)) is grpc.StatusCode.UNAVAILABLE
-        client.server.gate.admission.open()
+        client.server.admission.policy.open()
         assert await client.unary(b"fine", timeout=BOUND) == b"done"
     told = [record for record in caplog.records if "the observer failed" in record.message]
     assert len(told) == 5

@@ -19,8 +19,9 @@ import mesh.server.aio
 import mesh.server.sync
 from mesh.criticality import Criticality
 from mesh.orca import SERVICE, OrcaLoadReport, OrcaLoadReportRequest
-from mesh.policy.server.admission import AdmissionConfig, Mode, Reason
-from mesh.server.handlers.gate import AioGate, Gate, ThreadGate
+from mesh.policy.server.admission import AdmissionConfig, Mode
+from mesh.policy.server.reasons import Reason
+from mesh.server.handlers.admission import AioServerAdmission, ServerAdmission, ThreadServerAdmission
 from mesh.server.handlers.interceptors import AioServerInterceptor, ServerInterceptor
 from mesh.server.settings import ServerSettings
 from mesh.server.thread_pool import ThreadPool
@@ -87,14 +88,14 @@ class Work:
 
 
 class Client:
-    """Calls that service; also knows its server and gate."""
+    """Calls that service; also knows its server and what that admits."""
 
     def __init__(self, channel: grpc.aio.Channel, server: Any, work: Work) -> None:
         self.channel = channel
         self.server = server
         self.work = work
-        self.gate = server.gate
-        self.admission = server.gate.admission
+        self.load_reporter = server.admission.load_reporter
+        self.admission = server.admission.policy
         self.hold: Any = channel.unary_unary(f"/{NAME}/Hold")
         self.echo: Any = channel.unary_unary(f"/{NAME}/Echo")
         self.stream: Any = channel.unary_stream(f"/{NAME}/Stream")
@@ -315,9 +316,11 @@ class TestRequests:
         pool = ThreadPool(4)
         server: Any
         if world == "aio":
-            server = grpc.aio.server(handlers=[generic], interceptors=[AioServerInterceptor(pool, AioGate())])
+            server = grpc.aio.server(
+                handlers=[generic], interceptors=[AioServerInterceptor(pool, AioServerAdmission())]
+            )
         else:
-            server = grpc.server(pool, handlers=[generic], interceptors=[ServerInterceptor(ThreadGate())])  # type: ignore[arg-type]
+            server = grpc.server(pool, handlers=[generic], interceptors=[ServerInterceptor(ThreadServerAdmission())])  # type: ignore[arg-type]
         port = server.add_insecure_port("127.0.0.1:0")
         starting = server.start()
         if starting is not None:
@@ -362,7 +365,7 @@ def test_calls_that_never_send_their_request_make_room_for_those_that_do() -> No
             yield from ()
 
         stalling = [stalls.future(nothing()) for _ in range(2)]
-        eventually(lambda: len(pool._at_work) == 2, BOUND)
+        eventually(lambda: len(pool._running) == 2, BOUND)
         assert sends(b"here", timeout=BOUND) == b"here"
         assert any(call.code() is grpc.StatusCode.CANCELLED for call in stalling)
         never.set()
@@ -381,7 +384,7 @@ class TestLoad:
             assert 0 <= report.application_utilization <= 1
             await client.holding(2)
             _, _, trailers = await refused(client.echo(b"", timeout=BOUND))
-            await client.until(lambda: client.gate.load.report().application_utilization > 0.5)
+            await client.until(lambda: client.load_reporter.report().application_utilization > 0.5)
             assert OrcaLoadReport.FromString(trailers["weft-load-bin"]).eps == 0.0
 
     async def test_or_not(self, serve: Serve) -> None:
@@ -423,9 +426,10 @@ class TestLoad:
         assert (ORCA_LOAD_REPORT, WEFT_LOAD_REPORT) == ("endpoint-load-metrics-bin", "weft-load-bin")
 
     def test_a_server_that_idles_still_has_a_report_to_send(self) -> None:
-        gate = ThreadGate()
-        assert all(value for _, value in gate.load.trailers(gate.load._stamp))
-        assert repr(gate) == "<ThreadGate <Admission 0/10000 in flight, 0 waiting>>"
+        admission = ThreadServerAdmission()
+        reporter = admission.load_reporter
+        assert all(value for _, value in reporter.trailers(reporter._updated_at))
+        assert repr(admission) == "<ThreadServerAdmission <Admission 0/10000 in flight, 0 waiting>>"
 
 
 class TestReadiness:
@@ -479,26 +483,28 @@ class TestDrain:
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-def test_a_gate_s_numbers_come_from_the_settings(threaded: bool) -> None:
+def test_the_limits_of_admission_control_come_from_the_settings(threaded: bool) -> None:
     settings = ServerSettings(
         min_concurrency=5, max_concurrency=50, overload_after=2.0, max_streams=500, queue_size=7, late=Mode.DRY_RUN
     )
     config = settings.admission(32 if threaded else None)
     assert config == AdmissionConfig(
-        least=5,
-        most=32 if threaded else 50,
-        after=2.0,
+        min_concurrency=5,
+        max_concurrency=32 if threaded else 50,
+        overload_after=2.0,
         max_streams=128 if threaded else 500,
         queue_size=7,
         late=Mode.DRY_RUN,
     )
 
 
-@pytest.mark.parametrize("kind", [ThreadGate, AioGate])
-def test_a_refusal_names_the_limit_that_the_method_has_and_how_long_the_call_waited(kind: type[Gate]) -> None:
-    gate = kind(AdmissionConfig())
-    method = gate.admission.method("GetUser")
+@pytest.mark.parametrize("kind", [ThreadServerAdmission, AioServerAdmission])
+def test_a_refusal_names_the_limit_that_the_method_has_and_how_long_the_call_waited(
+    kind: type[ServerAdmission],
+) -> None:
+    admission = kind(AdmissionConfig())
+    method = admission.policy.method("GetUser")
     method.limited, method.limiter.limit = True, 20
-    code, details, _ = gate.refusal(Reason.DELAY, method, 0.25)
+    code, details, _ = admission.refusal(Reason.DELAY, method, 0.25)
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details == "overloaded: GetUser is limited to 20 at a time and the call waited for 250 ms"

@@ -230,13 +230,13 @@ class TestLeases:
         leases.granted(two, "l2", 10)
         assert (leases.missing(), leases.held()) == ([], ["l1", "l2"])
         assert repr(leases) == "<Leases 2/2 held, ttl=10s>"
-        leases.lost(["l1", "somebody's"])
+        leases.forget(["l1", "somebody's"])
         assert (leases.missing(), leases.held()) == ([one], ["l2"])
 
     def test_they_are_renewed_before_a_third_of_the_time_that_was_granted(self) -> None:
         leases = Leases([an_instance("one")], ttl=30)
         leases.granted(an_instance("one"), "l", 6)
-        delays = [leases.renew_in(random.Random(seed)) for seed in range(100)]
+        delays = [leases.keep_alive_in(random.Random(seed)) for seed in range(100)]
         assert max(delays) <= 2.0
         assert min(delays) >= 1.6
         assert len(set(delays)) > 90  # not in step with other replicas

@@ -45,7 +45,7 @@ async def test_it_says_where_and_as_whom_it_registered_and_when_the_registry_is_
     await registry.go()
     await logged(caplog, f"registration at {registry.address} failed; retrying: UNAVAILABLE: ")
     await registry.come()
-    await logged(caplog, f"registry {registry.address} answers again")
+    await logged(caplog, f"registry {registry.address} is reachable again")
     await logged(
         caplog, f"registry {registry.address} restarted, or another process uses the instance id me; registering again"
     )
@@ -60,7 +60,7 @@ async def test_a_registry_that_is_away_is_named_once_while_it_is_away(
     registration = Registration(registry.address, [an_instance("test.A")], 3)
     registration.start()
     await logged(caplog, f"registration at {registry.address} failed; retrying: ")
-    assert not any("answers again" in message for message in caplog.messages)
+    assert not any("is reachable again" in message for message in caplog.messages)
     await registry.come()
     await logged(caplog, f"registered at {registry.address} as me: test.A")
     await registration.close(1)

@@ -3,7 +3,7 @@
 import pytest
 
 from mesh.server.lifecycle import instances
-from mesh.server.listening import advertised
+from mesh.server.listening import advertised_address
 from mesh.server.settings import ServerSettings
 
 
@@ -120,7 +120,7 @@ class TestAdvertised:
     )
     def test_clients_are_given_an_address_that_they_can_call(self, listen: str, advertise: str, address: str) -> None:
         settings = ServerSettings(listen=listen, advertise=advertise, registry="127.0.0.1:50050")
-        assert advertised(settings, 4711) == address
+        assert advertised_address(settings, 4711) == address
 
     def test_an_instance_without_an_id_is_known_by_its_address(self) -> None:
         # So one that was killed and started again there replaces itself.

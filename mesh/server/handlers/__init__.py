@@ -1,1 +1,1 @@
-"""What stands around a server's handlers."""
+"""What wraps a server's handlers."""

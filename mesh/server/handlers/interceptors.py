@@ -1,86 +1,71 @@
-"""Interceptors that give the handlers of a server of one's own what ``mesh.serve`` gives its own."""
+"""Interceptors that give the handlers of your own server what ``mesh.serve`` gives its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
 import grpc
 
 from mesh import context as mesh_context
-from mesh.observe import ServerObserver
-from mesh.server.handlers.gate import UNGATED, AioGate, ThreadGate
-from mesh.server.handlers.scope import Handler, arriving
-from mesh.server.handlers.wrap import observe, wrap_aio, wrap_sync
-
-METHODS = 1000
-"""Methods whose wrapped handlers are kept; past it the first is forgotten, and wrapped again when it is called."""
-
-
-class Wrapped:
-    """Handlers by method, each wrapped when first seen: one for a method at most, however handlers come and go.
-    ``observer`` is told of their calls."""
-
-    __slots__ = ("_known", "_observer", "_wrap")
-
-    def __init__(self, wrap: Callable[[Handler, str], Handler], observer: ServerObserver | None = None) -> None:
-        self._wrap = wrap
-        self._observer = observer
-        self._known: dict[str, tuple[Handler, Handler]] = {}
-
-    def __call__(self, method: str, handler: Handler) -> Handler:
-        known = self._known.get(method)
-        if known is None or known[0] is not handler:
-            if handler is None:
-                return None
-            wrapped = self._wrap(handler, method)
-            if self._observer is not None:
-                wrapped = observe(wrapped, method, self._observer)
-            if method not in self._known and len(self._known) >= METHODS:  # a generic handler takes whatever is called
-                oldest, *_ = tuple(self._known)
-                self._known.pop(oldest, None)
-            known = self._known[method] = (handler, wrapped)
-        return known[1]
+from mesh import deprecation
+from mesh.server.handlers.admission import EXEMPT, AioServerAdmission, ThreadServerAdmission
+from mesh.server.handlers.registrar import HandlerCache
+from mesh.server.handlers.scope import scope_from_metadata
+from mesh.server.handlers.wrap import wrap_aio, wrap_sync
 
 
 class ServerInterceptor(grpc.ServerInterceptor):
-    """What ``mesh.serve`` puts around handlers, for a ``grpc.Server`` of one's own.
+    """What ``mesh.serve`` does for handlers, for a ``grpc.Server`` of your own.
 
-    Put it first, so that it stands around the other interceptors' handlers, too. ``gate``: overload protection and load
-    reports; none without one.
+    Put it first, so that it wraps the handlers of the other interceptors, too. ``admission``: overload protection and
+    load reports; neither without it.
     """
 
-    def __init__(self, gate: ThreadGate | None = None) -> None:
-        self._gate = gate
-        self._gated = Wrapped(lambda handler, method: wrap_sync(handler, method, gate))
-        self._ungated = Wrapped(wrap_sync)
+    def __init__(
+        self, admission: ThreadServerAdmission | None = None, *, gate: ThreadServerAdmission | None = None
+    ) -> None:
+        if gate is not None:
+            deprecation.warn("ServerInterceptor(gate=...)", "ServerInterceptor(admission=...)")
+            admission = gate
+        self._admission = admission
+        self._admitted = HandlerCache(lambda handler, method: wrap_sync(handler, method, admission))
+        self._exempt = HandlerCache(wrap_sync)
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
-        mesh_context.enter(arriving(handler_call_details.invocation_metadata))
-        if self._gate is not None:
-            self._gate.arrivals += 1
-        wrapped = self._ungated if method.startswith(UNGATED) else self._gated
-        return wrapped(method, continuation(handler_call_details))
+        mesh_context.enter(scope_from_metadata(handler_call_details.invocation_metadata))
+        if self._admission is not None:
+            self._admission.arrivals += 1
+        handlers = self._exempt if method.startswith(EXEMPT) else self._admitted
+        return handlers(method, continuation(handler_call_details))
 
 
 class AioServerInterceptor(grpc.aio.ServerInterceptor):
-    """What ``mesh.aio.serve`` puts around handlers, for a ``grpc.aio.Server`` of one's own.
+    """What ``mesh.aio.serve`` does for handlers, for a ``grpc.aio.Server`` of your own.
 
-    ``pool`` runs the handlers that aren't async (the server's ``migration_thread_pool``; None for the loop's own
-    executor). ``gate``: overload protection and load reports; none without one.
+    ``pool`` runs the handlers that aren't async (the server's ``migration_thread_pool``; None for the loop's default
+    executor). ``admission``: overload protection and load reports; neither without it.
     """
 
-    def __init__(self, pool: Executor | None = None, gate: AioGate | None = None) -> None:
-        self._gate = gate
-        self._gated = Wrapped(lambda handler, method: wrap_aio(handler, method, pool, gate))
-        self._ungated = Wrapped(lambda handler, method: wrap_aio(handler, method, pool))
+    def __init__(
+        self,
+        pool: Executor | None = None,
+        admission: AioServerAdmission | None = None,
+        *,
+        gate: AioServerAdmission | None = None,
+    ) -> None:
+        if gate is not None:
+            deprecation.warn("AioServerInterceptor(gate=...)", "AioServerInterceptor(admission=...)")
+            admission = gate
+        self._admission = admission
+        self._admitted = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool, admission))
+        self._exempt = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool))
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
-        mesh_context.enter(arriving(handler_call_details.invocation_metadata))
-        if self._gate is not None:
-            self._gate.arrivals += 1
-        wrapped = self._ungated if method.startswith(UNGATED) else self._gated
-        return wrapped(method, await continuation(handler_call_details))
+        mesh_context.enter(scope_from_metadata(handler_call_details.invocation_metadata))
+        if self._admission is not None:
+            self._admission.arrivals += 1
+        handlers = self._exempt if method.startswith(EXEMPT) else self._admitted
+        return handlers(method, await continuation(handler_call_details))

@@ -1,10 +1,9 @@
-"""Handlers whose calls a ``mesh.observe.ServerObserver`` is told of, around all else that stands around them: how a
-call ends is settled by then."""
+"""Handlers that report their calls to a ``mesh.observe.ServerObserver``. This is the outermost wrapper: inside it a
+call's status is final."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -15,32 +14,32 @@ import grpc
 from mesh import context as mesh_context
 from mesh.context import REFUSAL_REASON, Scope
 from mesh.observe import ServerObserver
+from mesh.server.handlers.scope import LOG, Behavior
 
-Behavior = Callable[..., Any]
 Wrap = Callable[[Behavior], Behavior]
 
 
 def observing(observer: ServerObserver, method: str) -> Wrap:
-    """What wraps the handler of ``method``, so that ``observer`` is told of its calls. The handler's kind is kept."""
+    """A wrapper for the handler of ``method`` that reports its calls to ``observer``. It keeps the handler's kind."""
 
     @contextmanager
     def observed(context: Any) -> Iterator[None]:
         started = time.monotonic()
         REFUSAL_REASON.set("")
         scope = mesh_context.inbound()  # now: a generator may be closed in another context
-        failed = True
+        raised = True
         try:
             yield
-            failed = False
+            raised = False
         finally:
-            reason, code = REFUSAL_REASON.get(), _code(context, scope, failed)
+            reason, code = REFUSAL_REASON.get(), _code(context, scope, raised)
             try:
                 if reason:
                     observer.refused(method, reason)
                 else:
                     observer.handled(method, code, time.monotonic() - started)
             except Exception as error:
-                logging.getLogger("mesh.server").error("the observer failed, for %s", method, exc_info=error)
+                LOG.error("the observer failed for %s", method, exc_info=error)
 
     def wrap(behavior: Behavior) -> Behavior:
         async def aio(request: Any, context: Any) -> Any:
@@ -70,14 +69,14 @@ def observing(observer: ServerObserver, method: str) -> Wrap:
     return wrap
 
 
-def _code(context: Any, scope: Scope | None, failed: bool) -> int:
-    """The status that a call of ``scope`` ends with; ``failed``: its handler raised."""
+def _code(context: Any, scope: Scope | None, raised: bool) -> int:
+    """The status of a call of ``scope``. ``raised``: its handler raised."""
     is_aio = isinstance(context, grpc.aio.ServicerContext) or not hasattr(context, "is_active")
-    gone = context.cancelled() if is_aio else not context.is_active()
+    cancelled = context.cancelled() if is_aio else not context.is_active()
     code = context.code()
     number = int(code.value[0] if isinstance(code, grpc.StatusCode) else code or 0)
-    # Whatever else was raised has been aborted with a status: without one, the client is gone.
-    if gone or (failed and number == 0):
+    # Errors of handlers have become a status by now; if one raised and there is none, the client has gone.
+    if cancelled or (raised and number == 0):
         late = scope is not None and scope.deadline is not None and time.monotonic() >= scope.deadline
         return int((grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).value[0])
     return number

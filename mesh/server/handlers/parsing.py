@@ -1,7 +1,7 @@
-"""Requests whose bytes don't parse: the caller's fault, so INVALID_ARGUMENT, where grpc says INTERNAL or UNKNOWN.
+"""Requests that can't be parsed end with INVALID_ARGUMENT: the caller is at fault, but grpc says INTERNAL or UNKNOWN.
 
-grpc parses a request before its handler is called, outside of anything that could answer for it. So the parser is
-wrapped: it gives what went wrong in the request's place, and whoever reads the request then refuses it.
+grpc parses a request before it calls the handler, where nothing can set a status. So the parser is wrapped: it returns
+a sentinel instead of a request, and whoever receives that refuses the call.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from typing import Any
 
 import grpc
 
+from mesh.server.handlers.scope import Behavior, named_after
+
+Parse = Callable[[bytes], Any]
+
 DETAILS = "the request's bytes are not a message of the method's request type"
 
 
 class UnparsableError(ValueError):
-    """A request's bytes don't parse."""
+    """A request's bytes can't be parsed."""
 
     def __init__(self) -> None:
         super().__init__(DETAILS)
 
 
 _UNPARSABLE = UnparsableError()
-"""What a parser gives for bytes that don't parse. One for all: it says nothing of them."""
+"""What a parser returns for bytes that it can't parse. One for all: it says nothing about them."""
 
 
-def kept(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """``parse``, which for bytes that don't parse returns an ``UnparsableError`` in the message's place."""
+def parse_or_sentinel(parse: Parse) -> Parse:
+    """``parse``, but returning a sentinel for bytes that it can't parse."""
 
     def parsed(request: bytes) -> Any:
         try:
@@ -37,8 +41,8 @@ def kept(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parsed
 
 
-def raised(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """``parse``, which for bytes that don't parse raises an ``UnparsableError``."""
+def parse_or_raise(parse: Parse) -> Parse:
+    """``parse``, but raising ``UnparsableError`` for bytes that it can't parse."""
 
     def parsed(request: bytes) -> Any:
         try:
@@ -49,20 +53,32 @@ def raised(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parsed
 
 
-def aio_parsed(behavior: Callable[..., Any]) -> Callable[..., Any]:
-    """An async handler of one request, which ``kept`` has parsed."""
+def aio_parsed(behavior: Behavior) -> Behavior:
+    """A handler of an aio server with one request, which ``parse_or_sentinel`` has parsed."""
 
     def handle(request: Any, context: Any) -> Any:
         if request is _UNPARSABLE:
             raise UnparsableError
         return behavior(request, context)
 
-    handle.__qualname__ = getattr(behavior, "__qualname__", handle.__qualname__)
-    return handle
+    return named_after(behavior, handle)
+
+
+def sync_parsed(behavior: Behavior, *, request_streaming: bool) -> Behavior:
+    """A handler of a threaded server, whose requests ``parse_or_sentinel`` has parsed."""
+
+    def handle(request: Any, context: Any) -> Any:
+        if request_streaming:
+            request = _Requests(request, context)
+        elif request is _UNPARSABLE:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, DETAILS)
+        return behavior(request, context)
+
+    return named_after(behavior, handle)
 
 
 class _Requests:
-    """A stream's requests, which ``kept`` has parsed; the call ends at one that doesn't parse."""
+    """A stream's requests, which ``parse_or_sentinel`` has parsed; the call ends at one that can't be parsed."""
 
     def __init__(self, requests: Any, context: grpc.ServicerContext) -> None:
         self._requests = requests
@@ -81,17 +97,3 @@ class _Requests:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._requests, name)
-
-
-def sync_parsed(behavior: Callable[..., Any], *, request_streaming: bool) -> Callable[..., Any]:
-    """A handler of a threaded server, whose requests ``kept`` has parsed."""
-
-    def handle(request: Any, context: Any) -> Any:
-        if request_streaming:
-            request = _Requests(request, context)
-        elif request is _UNPARSABLE:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, DETAILS)
-        return behavior(request, context)
-
-    handle.__qualname__ = getattr(behavior, "__qualname__", handle.__qualname__)
-    return handle

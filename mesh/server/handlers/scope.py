@@ -1,4 +1,4 @@
-"""The scope of an inbound call, and what goes out with its status."""
+"""The scope of an inbound call, and what is sent with its status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -14,33 +14,30 @@ from mesh import context as mesh_context
 from mesh.context import Scope
 from mesh.criticality import BY_NAME, CRITICALITY
 from mesh.model import Metadatum
-from mesh.server.handlers.gate import Gate
+from mesh.server.handlers.admission import ServerAdmission
 from mesh.wire import HEDGED_ATTEMPTS, PREVIOUS_ATTEMPTS, PUSHBACK
 
 LOG = logging.getLogger("mesh.server")
 
 Handler = Any  # an RpcMethodHandler; grpc's is generic over messages that nothing here looks at
 Behavior = Callable[..., Any]
-
-_DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
-
-
-_ATTEMPTS = (PREVIOUS_ATTEMPTS, HEDGED_ATTEMPTS)
-
+_B = TypeVar("_B", bound=Behavior)
 
 MAX_DIGITS = 9
 """Digits of an attempt's number in metadata."""
 
+_DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
+_ATTEMPT_KEYS = (PREVIOUS_ATTEMPTS, HEDGED_ATTEMPTS)
 
-# grpc says about 9.2e18 s, or None, for "no deadline" (docs/correctness.md, P1).
+# grpc reports about 9.2e18 s, or None, for "no deadline" (docs/correctness.md, P1).
 _NO_DEADLINE = 3e9
 
 
-def arriving(metadata: Iterable[Metadatum]) -> Scope:
-    """The scope of an inbound call that has just been seen; it gets its deadline when its handler begins."""
+def scope_from_metadata(metadata: Iterable[Metadatum]) -> Scope:
+    """The scope of an inbound call that has just arrived. It gets its deadline when its handler starts."""
     is_retry, criticality = False, ""
     for key, value in metadata:
-        if key in _ATTEMPTS:
+        if key in _ATTEMPT_KEYS:
             is_retry = _is_number(value) and int(value) > 0
         elif key == CRITICALITY and value in BY_NAME:
             criticality = str(value)
@@ -53,10 +50,10 @@ def _is_number(value: str | bytes) -> bool:
 
 
 def start_scope(context: Any) -> Scope:
-    """The scope, entered, of the inbound call that ``context`` (of any of grpc's kinds) stands for."""
+    """The scope, entered, of the inbound call that ``context`` (of any of grpc's kinds) belongs to."""
     scope = mesh_context.inbound()
-    if scope is None or scope.handler_started:  # its arrival wasn't seen here
-        scope = arriving(context.invocation_metadata())
+    if scope is None or scope.handler_started:  # nothing here saw it arrive
+        scope = scope_from_metadata(context.invocation_metadata())
         mesh_context.enter(scope)
     scope.handler_started = True
     left = context.time_remaining()
@@ -66,20 +63,29 @@ def start_scope(context: Any) -> Scope:
 
 
 def trailers_for(
-    own: Iterable[Metadatum] | None, failed: bool, scope: Scope, gate: Gate | None
+    own: Iterable[Metadatum] | None, failed: bool, scope: Scope, admission: ServerAdmission | None
 ) -> tuple[Metadatum, ...]:
-    """What goes out with a status: the handler's own trailers, and beside them "don't retry" after retries in vain
-    (the handler's own word on that stands), and the load."""
+    """The trailers of a call: the handler's own, the load, and "don't retry" if the call ``failed`` after a call made
+    for it used up its retries (unless the handler set a pushback itself)."""
     trailers = tuple(own or ())
     if failed and scope.exhausted and not any(key == PUSHBACK for key, _ in trailers):
         trailers = (*trailers, _DO_NOT_RETRY)
-    if gate is not None and gate.reports is not None:
-        trailers += gate.reports.trailers(time.monotonic())
+    if admission is not None and admission.sends_load:
+        trailers += admission.load_reporter.trailers(time.monotonic())
     return trailers
 
 
+def set_trailers(context: Any, scope: Scope, admission: ServerAdmission | None) -> None:
+    """Set the trailers of a call whose handler returned."""
+    if scope.exhausted or admission is not None:
+        trailers = trailers_for(context.trailing_metadata(), has_failed(context), scope, admission)
+        if trailers:
+            context.set_trailing_metadata(trailers)
+
+
 def status_for(behavior: Behavior, error: Exception, context: Any) -> tuple[grpc.StatusCode, str]:
-    """The status that an exception ends a call with: a code that the handler had set stands; it is logged."""
+    """The status of a call whose handler raised ``error``, which is logged: INTERNAL, unless the handler has set a
+    code."""
     name = os.urandom(8).hex()
     LOG.error("internal error, id %s, in %s", name, getattr(behavior, "__qualname__", behavior), exc_info=error)
     code, details = context.code(), context.details()
@@ -91,24 +97,31 @@ def status_for(behavior: Behavior, error: Exception, context: Any) -> tuple[grpc
 
 
 def has_failed(context: Any) -> bool:
+    """Whether the call has a status other than OK."""
     code = context.code()
     return code is not None and code is not grpc.StatusCode.OK
 
 
+def named_after(behavior: Behavior, wrapper: _B) -> _B:
+    """``wrapper`` with the name of ``behavior``, which logs and tracebacks show."""
+    wrapper.__qualname__ = getattr(behavior, "__qualname__", wrapper.__qualname__)
+    return wrapper
+
+
 class AioContext:
-    """A handler's context on an aio server: grpc's own, whose ``abort`` adds the chain stop and the load."""
+    """A handler's context on an aio server: grpc's own, but ``abort`` adds the trailers of ``trailers_for``."""
 
-    __slots__ = ("_context", "_gate", "_scope")
+    __slots__ = ("_admission", "_context", "_scope")
 
-    def __init__(self, context: Any, scope: Scope, gate: Gate | None) -> None:
+    def __init__(self, context: Any, scope: Scope, admission: ServerAdmission | None) -> None:
         self._context = context
         self._scope = scope
-        self._gate = gate
+        self._admission = admission
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    # Beside what differs, only what streams call for each message.
+    # These two aren't left to __getattr__ because streams call them for each message.
     def read(self) -> Awaitable[Any]:
         return self._context.read()  # type: ignore[no-any-return]
 
@@ -118,9 +131,9 @@ class AioContext:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[Metadatum, ...] = ()
     ) -> None:
-        if self._scope.exhausted or self._gate is not None:
+        if self._scope.exhausted or self._admission is not None:
             own = trailing_metadata or self._context.trailing_metadata()
-            trailing_metadata = trailers_for(own, True, self._scope, self._gate)
+            trailing_metadata = trailers_for(own, True, self._scope, self._admission)
         await self._context.abort(code, details, trailing_metadata)
 
     async def abort_with_status(self, status: Any) -> None:

@@ -1,4 +1,4 @@
-"""Handlers that aren't async, on an aio server: each runs in a thread."""
+"""Handlers on an aio server that aren't async: each runs in a thread."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 
 import grpc
 
+from mesh.server.handlers.scope import Behavior, named_after
+
 
 class _ThreadContext:
-    """The context of a handler that runs in a thread of an aio server: as a threaded server's, over the loop's."""
+    """A threaded server's context for a handler that runs in a thread of an aio server; calls go to the loop."""
 
-    __slots__ = ("_context", "_loop", "over")
+    __slots__ = ("_context", "_loop", "ended")
 
     def __init__(self, context: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._context = context
         self._loop = loop
-        self.over = False
-        """The call has ended, or was cancelled; grpc says neither here. Set on the loop."""
+        self.ended = False
+        """The call has ended or was cancelled; grpc.aio reports neither here. Set on the loop."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -36,7 +38,7 @@ class _ThreadContext:
         asyncio.run_coroutine_threadsafe(self._context.send_initial_metadata(metadata), self._loop).result()
 
     def is_active(self) -> bool:
-        return not (self.over or self._context.done() or self._context.cancelled())
+        return not (self.ended or self._context.done() or self._context.cancelled())
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         if not self.is_active():
@@ -45,14 +47,14 @@ class _ThreadContext:
         return True
 
     def _add(self, callback: Callable[[], None]) -> None:
-        if self.over:  # since then: grpc calls no callback that comes later
+        if self.ended:  # since then; grpc.aio calls no callback that is added later
             callback()
         else:
             self._context.add_done_callback(lambda _: callback())
 
 
 def _in_thread(requests: AsyncIterable[Any], loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
-    # Begun when the handler begins to read: a generator that is made and never read warns.
+    # Runs when the handler first reads: an async generator that is never read warns.
     messages = aiter(requests)
 
     async def receive() -> Any:
@@ -63,16 +65,15 @@ def _in_thread(requests: AsyncIterable[Any], loop: asyncio.AbstractEventLoop) ->
 
 
 def async_behavior(
-    behavior: Callable[..., Any], pool: Executor | None, *, request_streaming: bool, response_streaming: bool
-) -> Callable[..., Any]:
-    """A handler that isn't async as one that is. It runs in ``pool``, each step of its responses too, in the call's
-    context.
+    behavior: Behavior, pool: Executor | None, *, request_streaming: bool, response_streaming: bool
+) -> Behavior:
+    """An async handler that runs one that isn't in ``pool``, in the call's context. So does each step of its responses.
 
-    grpc runs such handlers on an aio server as well, but outside of the call's context, and it doesn't let them know
-    when the call is cancelled.
+    grpc.aio runs such handlers, too, but outside of the call's context, and doesn't tell them when the call is
+    cancelled.
     """
 
-    def entered(request: Any, context: Any) -> tuple[Callable[..., Awaitable[Any]], Any, _ThreadContext]:
+    def in_context(request: Any, context: Any) -> tuple[Callable[..., Awaitable[Any]], Any, _ThreadContext]:
         loop = asyncio.get_running_loop()
         enter = copy_context().run
 
@@ -82,22 +83,20 @@ def async_behavior(
         return run, _in_thread(request, loop) if request_streaming else request, _ThreadContext(context, loop)
 
     async def handle(request: Any, context: Any) -> Any:
-        run, request, threaded = entered(request, context)
+        run, request, threaded = in_context(request, context)
         try:
             return await run(behavior, request, threaded)
         finally:
-            threaded.over = True
+            threaded.ended = True
 
     async def handle_responses(request: Any, context: Any) -> AsyncIterator[Any]:
-        run, request, threaded = entered(request, context)
+        run, request, threaded = in_context(request, context)
         end = object()
         try:
             responses: Iterator[Any] = iter(await run(behavior, request, threaded))
             while (response := await run(next, responses, end)) is not end:
                 yield response
         finally:
-            threaded.over = True
+            threaded.ended = True
 
-    chosen = handle_responses if response_streaming else handle
-    chosen.__qualname__ = getattr(behavior, "__qualname__", chosen.__qualname__)
-    return chosen
+    return named_after(behavior, handle_responses if response_streaming else handle)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from mesh.policy.server.admission import Mode, Reason
+from mesh.policy.server.admission import Mode
 from mesh.policy.server.limiter import Ending, Limiter, is_out_of_time
+from mesh.policy.server.reasons import Reason
 from tests.policy.simulated import Behavior, Call, Cpu, Pool, Server, calls, waits, works
 
 WINDOW = 0.1  # seconds; a look at each window's end
@@ -81,7 +82,7 @@ class TestHealthy:
         assert (set(dead), set(ended)) == ({False}, {True})
 
     def test_threads_are_a_queue_to_the_deadline(self) -> None:
-        server = Server(threaded=True, most=8)
+        server = Server(threaded=True, max_concurrency=8)
         server.serve("m", waits(0.3))
         ended = server.closed_loop("m", 200, 1, 5.0)
         server.run(10.0)
@@ -106,8 +107,8 @@ def computes(server: Server) -> Behavior:
     return works(Cpu(server), 0.01)
 
 
-THREADS = {"threaded": True, "most": 32}
-ONE_AT_A_TIME = {"most": 1}  # as handlers that hold an event loop
+THREADS = {"threaded": True, "max_concurrency": 32}
+ONE_AT_A_TIME = {"max_concurrency": 1}  # as handlers that hold an event loop
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ class TestOverload:
             server.run(tenth / 10)
             limited.append(server.methods["m"].limiter.limited)
         assert 0 < sum(limited) < 450
-        assert server.methods["m"].limiter._pause > 8.0
+        assert server.methods["m"].limiter._cooldown > 8.0
 
 
 def overloaded(make: Any, capacity: int, factor: float, timeout: float, **config: Any) -> tuple[float, Server]:
@@ -275,13 +276,13 @@ class TestEndings:
 
 def test_looks_are_a_window_apart_and_need_samples_or_time() -> None:
     limiter = learned()
-    assert limiter._count == SAMPLES - 1  # the first call ever ends the first window
+    assert limiter._succeeded == SAMPLES - 1  # the first call ever ends the first window
     limiter.sample(2 * FAST, math.inf, Ending.OK, WINDOW)
-    assert limiter._count == 0
+    assert limiter._succeeded == 0
     limiter.sample(2 * FAST, math.inf, Ending.OK, 1.5 * WINDOW)
-    assert limiter._count == 1
+    assert limiter._succeeded == 1
     limiter.sample(2 * FAST, math.inf, Ending.OK, WINDOW + 1.0)
-    assert limiter._count == 0
+    assert limiter._succeeded == 0
 
 
 @pytest.mark.parametrize(("least", "most"), [(10, 8), (10, 100)])
