@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mesh.aio
-from services.database import Database
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.migrations import migrate
 from services.order.domain import Item, Money, Order
 from services.order.messages import event_message
 from services.order.store import VERSIONS, OrderStore

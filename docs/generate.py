@@ -193,7 +193,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.registry.book", "LOG_SIZE", "changes", "Who is further behind gets a new snapshot."),
     ),
     "The shop": (
-        Limit("services.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
+        Limit("services.common.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
         Limit("services.user.domain", "LONGEST_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
         Limit("services.events", "MAX_ATTEMPTS", "attempts", "The event goes to the dead letters."),
     ),

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from services.errors import ExhaustedError, UnavailableError
+from services.common.errors import ExhaustedError, UnavailableError
 
 log = structlog.stdlib.get_logger()
 

@@ -63,7 +63,7 @@ PUBLISH_TIMEOUT = 2.0
 
 ACK_WAIT = 10.0
 """Seconds after which the broker takes a consumer for dead and hands its event to another. Longer than a handler runs:
-a unit of work may wait ``services.database.BUSY_TIMEOUT`` for its lock."""
+a unit of work may wait ``services.common.database.BUSY_TIMEOUT`` for its lock."""
 
 WORKERS = 8
 """Events that are acted on at a time, under one ``consume``."""

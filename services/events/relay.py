@@ -22,10 +22,10 @@ from types import TracebackType
 import sqlalchemy as sa
 import structlog
 
-from services.database import Database
-from services.errors import RefusedError
+from services.common.database import Database
+from services.common.errors import RefusedError
 from services.events import MAX_ATTRIBUTE, MAX_REASON, BusAwayError, Event, Publisher
-from services.outbox import Lease, Outbox, Row
+from services.events.outbox import Lease, Outbox, Row
 
 log = structlog.stdlib.get_logger()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydantic
 
-from services.settings import Settings
+from services.common.settings import Settings
 
 
 class EventSettings(Settings):

@@ -5,14 +5,14 @@ import sys
 
 import mesh.aio
 from mesh.server.settings import ServerSettings
-from services import process
-from services.database import Database
+from services.common import process
+from services.common.database import Database
 from services.events.nats import NatsBus
 from services.events.settings import EventSettings
 from services.notification.consumer import NAME, TYPES, OrderEvents
 from services.notification.servicer import NotificationServicer
 from services.notification.store import VERSIONS, NotificationStore
-from services.rpc import readable
+from services.common.rpc import readable
 from weft.notification.v1 import notification_pb2_grpc
 
 

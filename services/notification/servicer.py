@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
-from services import paging
+from services.common import paging
 from services.notification.domain import Notification
 from services.notification.store import NotificationStore
-from services.rpc import answered, answered_stream, timestamp
+from services.common.rpc import answered, answered_stream, timestamp
 from weft.notification.v1 import notification_pb2 as pb
 from weft.notification.v1 import notification_pb2_grpc
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from services import paging
-from services.database import SEQUENCE, Database, UtcDateTime
+from services.common import paging
+from services.common.database import SEQUENCE, Database, UtcDateTime
 from services.notification.domain import Kind, Notification
-from services.paging import Page, Tokens
+from services.common.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""

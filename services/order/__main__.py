@@ -6,14 +6,14 @@ import uuid
 
 import mesh.aio
 from mesh.server.settings import ServerSettings
-from services import process
-from services.database import Database
+from services.common import process
+from services.common.database import Database
 from services.events.nats import NatsBus
 from services.events.relay import Relay
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import VERSIONS, OrderStore, outbox
-from services.rpc import readable
+from services.common.rpc import readable
 from weft.order.v1 import order_pb2_grpc
 from weft.user.v1 import user_pb2_grpc
 

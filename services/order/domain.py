@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.errors import FailedPreconditionError, InvalidFieldError, NotFoundError
-from services.idempotency import Content, fingerprint
+from services.common.errors import FailedPreconditionError, InvalidFieldError, NotFoundError
+from services.common.idempotency import Content, fingerprint
 
 NANOS = 10**9
 """Billionths in a unit of money."""

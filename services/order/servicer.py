@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import grpc
 import structlog
 
-from services import paging
-from services.errors import RefusedError, UnavailableError
+from services.common import paging
+from services.common.errors import RefusedError, UnavailableError
 from services.order.domain import Order, State, UserDeletedError, UserNotFoundError
 from services.order.messages import items, order_message
 from services.order.settings import OrderSettings
 from services.order.store import Listing, OrderStore
 from services.order.watch import Watches
-from services.rpc import Context, answered, answered_stream, trace
+from services.common.rpc import Context, answered, answered_stream, trace
 from weft.order.v1 import order_pb2 as pb
 from weft.order.v1 import order_pb2_grpc
 from weft.user.v1 import user_pb2

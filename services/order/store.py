@@ -12,13 +12,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters, paging
-from services.database import SEQUENCE, Database, UtcDateTime
-from services.idempotency import Requests
+from services.common import filters, paging
+from services.common.database import SEQUENCE, Database, UtcDateTime
+from services.common.idempotency import Requests
 from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
 from services.order.messages import event_message
-from services.outbox import Outbox
-from services.paging import Page, Tokens
+from services.events.outbox import Outbox
+from services.common.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""

@@ -4,10 +4,10 @@ import sys
 
 import mesh.aio
 from mesh.server.settings import ServerSettings
-from services import process
-from services.database import Database
-from services.rpc import readable
-from services.settings import Settings
+from services.common import process
+from services.common.database import Database
+from services.common.rpc import readable
+from services.common.settings import Settings
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2
 from services.user.store import VERSIONS, UserStore

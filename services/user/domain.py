@@ -7,8 +7,8 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
-from services.errors import AlreadyExistsError, FailedPreconditionError, InvalidFieldError, NotFoundError
-from services.idempotency import fingerprint
+from services.common.errors import AlreadyExistsError, FailedPreconditionError, InvalidFieldError, NotFoundError
+from services.common.idempotency import fingerprint
 
 LONGEST_NAME = 100
 """Characters of a whole name, at the most."""

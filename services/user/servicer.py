@@ -7,8 +7,8 @@ import datetime as dt
 import uuid
 from collections.abc import Callable
 
-from services import paging
-from services.rpc import Context, answered, masked, timestamp
+from services.common import paging
+from services.common.rpc import Context, answered, masked, timestamp
 from services.user.domain import Name, User
 from services.user.store import Listing, UserStore
 from weft.user.v1 import user_pb2 as pb

@@ -9,11 +9,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters, paging
-from services.database import SEQUENCE, TEXT, Database, UtcDateTime
-from services.errors import EtagMismatchError
-from services.idempotency import Requests
-from services.paging import Page, Position, Tokens
+from services.common import filters, paging
+from services.common.database import SEQUENCE, TEXT, Database, UtcDateTime
+from services.common.errors import EtagMismatchError
+from services.common.idempotency import Requests
+from services.common.paging import Page, Position, Tokens
 from services.user.domain import EmailTakenError, Name, User, UserNotFoundError, email_key
 
 VERSIONS = Path(__file__).parent / "versions"

@@ -201,7 +201,7 @@ def test_a_signal_drains_all_and_exits_0(spawn: Spawn, tmp_path: Path, number: s
     assert len(pids) == 5
     assert mesh.process.end(number, within=40) == 0
     assert all(gone(pid) for pid in pids.values())
-    assert "killed" not in mesh.process.said
+    assert "Killing" not in mesh.process.said
 
 
 def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_terminal_ends_make_run_mesh_with_0(tmp_path: Path) -> None:
                 terminal.stdin.write(b"\x03")
                 terminal.stdin.flush()
     assert terminal.returncode == 0, said.decode()
-    assert b"\r\nDraining (Ctrl-C again kills)\r\nAll ended\r\n" in said, "on a line below the ^C"
+    assert b"\r\nDraining; press Ctrl-C again to kill\r\nAll processes stopped\r\n" in said, "on a line below the ^C"
 
 
 def test_a_signal_while_it_starts_ends_it_too(spawn: Spawn, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
         process = spawn.python("-m", "services", "--port", str(mesh_port), "--data", tmp_path / "data")
         assert process.wait() == 2
     assert process.said.count("\n") == 1
-    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use; with other ports: " in process.said
+    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use; to use other ports: " in process.said
     assert process.said.endswith(f"make run-mesh DATA={tmp_path / 'data'} PORT={_another(mesh_port)}\n")
 
 
@@ -251,7 +251,7 @@ def test_a_folder_in_use_is_one_line_that_names_another_and_exit_code_2(spawn: S
     data = tmp_path / "data"
     mesh = Mesh(spawn, data, users=1, orders=1, notifications=1)
     mesh.process.wait_for("Starting")
-    in_use = f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}); to run beside it: make run-mesh "
+    in_use = f"run-mesh: {data} is in use by another mesh (pid {mesh.process.pid}); to run a second one: make run-mesh "
     port = free_ports(32)[0]
     second = spawn.python("-m", "services", "--port", str(port), "--data", data)
     assert second.wait() == 2
@@ -311,7 +311,7 @@ def test_a_replica_that_was_ready_is_started_again_at_once_however_often_it_is_k
         killed = time.clock_gettime(time.CLOCK_BOOTTIME)
         os.kill(pid, signal.SIGKILL)
         said = mesh.process.wait_until(
-            lambda number=number: re.findall(r"user-1 is back \(pid (\d+)\)", mesh.process.said)[number - 1 :],  # type: ignore[misc]
+            lambda number=number: re.findall(r"user-1 is ready again \(pid (\d+)\)", mesh.process.said)[number - 1 :],  # type: ignore[misc]
             within=30,
         )
         pid = int(said[0])
@@ -338,7 +338,7 @@ def test_a_replica_that_fails_at_its_start_is_started_again_ever_later(spawn: Sp
         mesh.process.wait_for(f"user-1 {when}" if "now" in when else when, within=30)
     database.rmdir()
     (mesh.data / "aside.db").rename(database)
-    mesh.process.wait_for("user-1 is back", within=30)
+    mesh.process.wait_for("user-1 is ready again", within=30)
     assert mesh.process.end(signal.SIGINT, within=40) == 0
 
 

@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from services.database import BUSY_TIMEOUT, Database
-from services.migrations import migrate
+from services.common.database import BUSY_TIMEOUT, Database
+from services.common.migrations import migrate
 
 if TYPE_CHECKING:
     from tests.services.postgresql import PostgreSQL

@@ -7,7 +7,7 @@ import uuid
 
 import sqlalchemy as sa
 
-from services.database import Database
+from services.common.database import Database
 
 TIME = dt.datetime(2025, 12, 31, 12, tzinfo=dt.UTC)
 

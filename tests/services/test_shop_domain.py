@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services import paging
-from services.errors import InvalidFieldError
-from services.idempotency import fingerprint
+from services.common import paging
+from services.common.errors import InvalidFieldError
+from services.common.idempotency import fingerprint
 from services.order.domain import Item, Order
 from services.user.domain import Name, User, email_key
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services import events
-from services.errors import UnavailableError
+from services.common.errors import UnavailableError
 from services.events import Bus, BusAwayError, Event, RejectedError
 from services.events.memory import MemoryBus
 from services.events.nats import NatsBus, from_headers, to_headers

@@ -15,11 +15,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from google.protobuf.wrappers_pb2 import Int64Value
 
-from services.database import Database
+from services.common.database import Database
 from services.events import BusAwayError, Event
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.outbox import Outbox
+from services.events.outbox import Outbox
 from tests.services.conftest import Open
 from tests.services.test_shop_events import until
 
@@ -35,7 +35,7 @@ def versions(tmp_path: Path) -> Path:
     folder = tmp_path / "versions"
     folder.mkdir()
     (folder / "v0001.py").write_text(
-        "from services import outbox\nrevision, down_revision = '1', None\n"
+        "from services.events import outbox\nrevision, down_revision = '1', None\n"
         "def upgrade():\n    outbox.create_tables()\n    outbox.add_set_aside()\n"
     )
     return folder

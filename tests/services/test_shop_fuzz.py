@@ -21,7 +21,7 @@ from services.order import store as order_store
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.rpc import readable
+from services.common.rpc import readable
 from services.user import store as user_store
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2

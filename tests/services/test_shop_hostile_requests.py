@@ -24,8 +24,8 @@ from services.notification.servicer import NotificationServicer
 from services.notification.store import NotificationStore
 from services.order import store as order_store
 from services.order.store import OrderStore
-from services.paging import InvalidTokenError
-from services.rpc import readable
+from services.common.paging import InvalidTokenError
+from services.common.rpc import readable
 from services.user import store as user_store
 from services.user.store import UserStore
 from tests.services.calling import NOBODY, failure, violations

@@ -16,8 +16,8 @@ from alembic.runtime.migration import MigrationContext
 
 from mesh.server.aio import Server
 from mesh.server.settings import ServerSettings
-from services.database import Database
-from services.errors import UnavailableError
+from services.common.database import Database
+from services.common.errors import UnavailableError
 from services.events import Event
 from services.events.memory import MemoryBus
 from services.notification import store as notification_store

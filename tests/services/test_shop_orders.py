@@ -22,7 +22,7 @@ from services.order.domain import NANOS, Item, Money, Order, State, WrongStateEr
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.rpc import readable
+from services.common.rpc import readable
 from tests.services.calling import NOBODY, failure, reason, violations
 from tests.services.conftest import Open, serving
 from weft.order.v1 import events_pb2, order_pb2, order_pb2_grpc

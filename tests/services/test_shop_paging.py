@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from services.database import Database
-from services.paging import Position
+from services.common.database import Database
+from services.common.paging import Position
 from services.user import store as user_store
 from services.user.store import Listing, UserStore
 from tests.services.conftest import Open

@@ -155,7 +155,7 @@ def test_it_serves_keeps_its_users_and_drains_on_sigterm(
     assert "ann@example.com" not in service.said
     lines = [json.loads(line) for line in service.said.splitlines()]
     assert {line["service"] for line in lines} == {"user"}
-    assert [line["event"] for line in lines if line["logger"] == "services.process"] == ["starting", "stopped"]
+    assert [line["event"] for line in lines if line["logger"] == "services.common.process"] == ["starting", "stopped"]
     assert [line["database"] for line in lines if "database" in line] == [str(tmp_path / "data" / "user.db")]
 
     again = spawn.python("-m", "services.user", environment=environment)

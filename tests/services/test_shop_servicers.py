@@ -17,8 +17,8 @@ import grpc.aio
 import pytest
 import structlog
 
-from services import logs
-from services.database import Database
+from services.common import logs
+from services.common.database import Database
 from services.order import store as order_store
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings

@@ -24,9 +24,9 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from services.database import Database
-from services.errors import ExhaustedError, RequestIdReusedError, UnavailableError
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.errors import ExhaustedError, RequestIdReusedError, UnavailableError
+from services.common.migrations import migrate
 from services.order import store as order_store
 from services.order.domain import Item, Order, OrderNotFoundError
 from services.order.store import Listing, OrderStore
@@ -151,8 +151,8 @@ async def test_replicas_racing_with_the_same_request_make_one_order(open_databas
 
 RACER = """
 import asyncio, datetime as dt, sys, uuid
-from services.database import Database
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.migrations import migrate
 from services.order.domain import Item, Order
 from services.order.store import VERSIONS, OrderStore
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from services.database import Database
+from services.common.database import Database
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.migrations import migrate
+from services.common.migrations import migrate
 from services.notification import store as notification_store
 from services.notification.store import NotificationStore
 from services.order import store as order_store
 from services.order.domain import Item, Money, Order, State
 from services.order.store import OrderStore
-from services.paging import Page
+from services.common.paging import Page
 from services.user import store as user_store
 from services.user.domain import Name, User
 from services.user.store import Listing, UserStore
@@ -127,10 +127,10 @@ async def test_notifications_of_the_old_release_get_a_key_for_their_tokens(old: 
 
 START = """
 import sys
-from services.database import Database
+from services.common.database import Database
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.migrations import migrate
+from services.common.migrations import migrate
 from services.notification import store as notification_store
 from services.notification.store import NotificationStore
 from services import {service}

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from mesh.testing import FakeClock
-from services.rpc import readable
+from services.common.rpc import readable
 from services.user import store as user_store
 from services.user.domain import Name
 from services.user.servicer import UserServicer

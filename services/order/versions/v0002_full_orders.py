@@ -6,7 +6,7 @@ A replica of 0001 writes and reads on as it did: what it takes is PENDING, has n
 import sqlalchemy as sa
 from alembic import op
 
-from services import outbox
+from services.events import outbox
 
 revision = "0002"
 down_revision = "0001"

@@ -3,7 +3,8 @@
 A replica of 0002 relays on as it did: it doesn't count its attempts, and sets nothing aside.
 """
 
-from services import outbox, paging
+from services.common import paging
+from services.events import outbox
 
 revision = "0003"
 down_revision = "0002"

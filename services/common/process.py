@@ -14,10 +14,10 @@ import sqlalchemy as sa
 import structlog
 
 from mesh.server.settings import ServerSettings
-from services import logs, settings
-from services.database import Database
-from services.errors import RefusedError
-from services.migrations import migrate
+from services.common import logs, settings
+from services.common.database import Database
+from services.common.errors import RefusedError
+from services.common.migrations import migrate
 
 log = structlog.stdlib.get_logger()
 

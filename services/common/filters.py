@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
-from services.database import UtcDateTime
-from services.errors import InvalidFieldError
-from services.paging import InvalidTokenError, Position
+from services.common.database import UtcDateTime
+from services.common.errors import InvalidFieldError
+from services.common.paging import InvalidTokenError, Position
 
 Condition = sa.ColumnElement[bool]
 Comparison = Callable[[str, str], Condition]

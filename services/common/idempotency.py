@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from services.database import UtcDateTime
-from services.errors import RequestIdReusedError
+from services.common.database import UtcDateTime
+from services.common.errors import RequestIdReusedError
 
 Content = str | int | Sequence["Content"]
 

@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from services.errors import (
+from services.common.errors import (
     AbortedError,
     AlreadyExistsError,
     ExhaustedError,
@@ -132,7 +132,7 @@ def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Un
 
 
 def answered(method: Method) -> Method:
-    """A unary method of a servicer, which may count on a valid request and raise what ``services.errors`` holds.
+    """A unary method of a servicer, which may count on a valid request and raise what ``services.common.errors`` holds.
 
     A request that breaks its contract (protovalidate) is answered with INVALID_ARGUMENT and a google.rpc.BadRequest:
     each violation with its field, its description and, as its reason, the id of the rule. A ``RefusedError`` is

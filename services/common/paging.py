@@ -19,8 +19,8 @@ from typing import Generic
 import sqlalchemy as sa
 from typing_extensions import TypeVar
 
-from services.database import Database
-from services.errors import InvalidFieldError
+from services.common.database import Database
+from services.common.errors import InvalidFieldError
 
 Position = tuple[int | str, ...]
 """Where a row stands in a list: its sequence number alone, or after values that may be shared."""

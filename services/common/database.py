@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 
-from services.errors import ExhaustedError, RefusedError, UnavailableError
+from services.common.errors import ExhaustedError, RefusedError, UnavailableError
 
 Result = TypeVar("Result")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 import structlog
 
-from services.database import Database
+from services.common.database import Database
 
 log = structlog.stdlib.get_logger()
 

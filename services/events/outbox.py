@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from google.protobuf.message import Message
 
-from services.database import SEQUENCE, UtcDateTime
+from services.common.database import SEQUENCE, UtcDateTime
 from services.events import Event
 
 _NOBODY = ""

@@ -1,4 +1,4 @@
-"""Why a service refuses a request: what its domain and its store raise. ``services.rpc`` answers the caller with it.
+"""Why a service refuses a request: what its domain and its store raise. ``services.common.rpc`` answers the caller with it.
 
 Nothing here knows gRPC. ``reason`` and ``metadata`` are for programs (google.rpc.ErrorInfo, AIP-193), the message is
 for people.
