@@ -17,6 +17,7 @@ from mesh.config.parse import parse
 from mesh.config.settings import ServiceConfig
 from mesh.config.sources import ConfigSources, Source
 from mesh.server.settings import ServerSettings
+from services.common.settings import Settings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
 from services.common.settings import Settings

@@ -1,16 +1,16 @@
-"""Why a service refuses a request: what its domain and its store raise. ``services.common.rpc`` answers the caller with it.
+"""Errors that a service's domain and store raise; ``services.common.rpc`` turns them into statuses.
 
-Nothing here knows gRPC. ``reason`` and ``metadata`` are for programs (google.rpc.ErrorInfo, AIP-193), the message is
-for people.
+Nothing here depends on gRPC. ``reason`` and ``metadata`` are for programs (google.rpc.ErrorInfo, AIP-193), the message
+is for people.
 """
 
 from __future__ import annotations
 
 
 class RefusedError(Exception):
-    """A request that could not be served, for a reason that its caller can understand.
+    """A request that was refused, for a reason that concerns its caller.
 
-    ``reason``: which error it is, in UPPER_SNAKE_CASE. ``metadata``: what the message says, for programs.
+    ``reason``: identifies the error, in UPPER_SNAKE_CASE. ``metadata``: the values in the message, for programs.
     """
 
     def __init__(self, reason: str, message: str, **metadata: str) -> None:
@@ -20,31 +20,32 @@ class RefusedError(Exception):
 
 
 class NotFoundError(RefusedError):
-    """What the request names doesn't exist."""
+    """The resource doesn't exist."""
 
 
 class AlreadyExistsError(RefusedError):
-    """What the request would make exists."""
+    """The resource exists already."""
 
 
 class FailedPreconditionError(RefusedError):
-    """What the request is about is not in a state for it; the same request fails until that changes."""
+    """The resource is in the wrong state; the same request fails until that changes."""
 
 
 class AbortedError(RefusedError):
-    """What the request is about has changed since its caller looked at it, who should look again."""
+    """The resource has changed since the caller read it; the caller should read it again."""
 
 
 class UnavailableError(RefusedError):
-    """Something that the service needs is away; the same request may succeed later."""
+    """Something that the service needs is unavailable; the same request may succeed later."""
 
 
 class ExhaustedError(RefusedError):
-    """Something that the service needs is used up (a disk); the same request may succeed once that is mended."""
+    """Something that the service needs is exhausted, such as a disk; the same request may succeed once that is
+    fixed."""
 
 
 class InvalidFieldError(RefusedError):
-    """A field of the request holds what its contract forbids, beyond what protovalidate can see."""
+    """A field of the request is invalid in a way that protovalidate can't check."""
 
     def __init__(self, field: str, reason: str, message: str) -> None:
         super().__init__(reason, f"{field}: {message}")
@@ -53,16 +54,18 @@ class InvalidFieldError(RefusedError):
 
 
 class RequestIdReusedError(AlreadyExistsError):
-    """The request_id came before, with other content."""
+    """The request_id was used before, with different content."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            "REQUEST_ID_REUSED", f"request_id {request_id} came before with other content", request_id=request_id
+            "REQUEST_ID_REUSED",
+            f"request_id {request_id} was used before with different content",
+            request_id=request_id,
         )
 
 
 class EtagMismatchError(AbortedError):
-    """The request's etag is not that of now (AIP-154)."""
+    """The request's etag is not the current one (AIP-154)."""
 
     def __init__(self, etag: str) -> None:
-        super().__init__("ETAG_MISMATCH", f"it has changed since it had the etag {etag}", etag=etag)
+        super().__init__("ETAG_MISMATCH", f"etag {etag} is not current: the resource has changed", etag=etag)

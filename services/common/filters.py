@@ -1,6 +1,6 @@
-"""Which rows of a list, and in which order: the ``filter`` (AIP-160) and ``order_by`` (AIP-132) of list requests.
+"""The ``filter`` (AIP-160) and ``order_by`` (AIP-132) of list requests.
 
-Of AIP-160 this is what an index can serve: comparisons joined by AND, and prefixes (``name = "Ann*"``).
+Filters are the part of AIP-160 that an index can serve: comparisons joined by AND, and prefixes (``name = "Ann*"``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from services.common.paging import InvalidTokenError, Position
 
 Condition = sa.ColumnElement[bool]
 Comparison = Callable[[str, str], Condition]
-"""Makes a condition of an operator and a value. Raises ValueError, saying what is wrong with either."""
+"""Builds a condition from an operator and a value. Raises ValueError, saying what is wrong with either."""
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
@@ -38,18 +38,18 @@ _AND = re.compile(r"AND\b")
 
 
 def conditions(filter: str, fields: Mapping[str, Comparison]) -> list[Condition]:
-    """What ``filter`` asks of a row. ``fields``: what it may compare, by name. Raises InvalidFieldError."""
+    """The conditions in ``filter``. ``fields``: the fields that it may compare, by name. Raises InvalidFieldError."""
     found: list[Condition] = []
     at = 0
     while filter.strip():
         match = _COMPARISON.match(filter, at)
         if match is None:
-            raise _invalid(f'can\'t be read from character {at + 1} on: a comparison (field = "value") should be there')
+            raise _invalid(f'expected a comparison (field = "value") at character {at + 1}')
         if match["field"] not in fields:
-            raise _invalid(f"{match['field']} can't be compared; these can: {', '.join(fields)}")
+            raise _invalid(f"unknown field {match['field']}; expected one of {', '.join(fields)}")
         value = match["word"] if match["quoted"] is None else re.sub(r"\\(.)", r"\1", match["quoted"], flags=re.DOTALL)
         if "\0" in value:
-            raise _invalid("must not contain the character U+0000")
+            raise _invalid("must not contain U+0000")
         try:
             found.append(fields[match["field"]](match["operator"], value))
         except ValueError as error:
@@ -59,33 +59,33 @@ def conditions(filter: str, fields: Mapping[str, Comparison]) -> list[Condition]
             break
         joined = _AND.match(filter, at)
         if joined is None:
-            raise _invalid(f"can't be read from character {at + 1} on: AND should be there")
+            raise _invalid(f"expected AND at character {at + 1}")
         at = joined.end()
     return found
 
 
 def text(column: sa.ColumnElement[str], key: Callable[[str], str] = str) -> Comparison:
-    """Compares strings, whole or (with ``=``) from their beginning. ``key``: what the column keeps of a value."""
+    """Compares strings, or (with ``=``) their prefixes. ``key``: maps a value to what the column holds."""
 
     def compare(sign: str, value: str) -> Condition:
         if sign not in {"=", "!="}:
-            raise ValueError(f"= and != compare it, {sign} doesn't")
+            raise ValueError(f"{sign} is not supported; use = or !=")
         if not value.endswith("*"):
             return _compare(column, sign, key(value))
         if sign == "!=":
-            raise ValueError("only = compares a prefix")
+            raise ValueError("a prefix must be compared with =")
         prefix = key(value[:-1])
         if not prefix:
             return sa.true()
-        following = _following(prefix)
-        begins = column >= prefix
-        return begins if following is None else sa.and_(begins, column < following)
+        end = _prefix_end(prefix)
+        from_prefix = column >= prefix
+        return from_prefix if end is None else sa.and_(from_prefix, column < end)
 
     return compare
 
 
 def instant(column: sa.ColumnElement[dt.datetime]) -> Comparison:
-    """Compares instants, written as RFC 3339 has them."""
+    """Compares timestamps in RFC 3339 format."""
 
     def compare(sign: str, value: str) -> Condition:
         try:
@@ -94,19 +94,21 @@ def instant(column: sa.ColumnElement[dt.datetime]) -> Comparison:
                 raise ValueError
             return _compare(column, sign, parsed.astimezone(dt.UTC))
         except (ValueError, OverflowError):
-            raise ValueError(f'"{value}" should be an instant with its zone, "2026-01-31T12:00:00Z" say') from None
+            raise ValueError(
+                f'"{value}" must be a timestamp with a time zone, such as "2026-01-31T12:00:00Z"'
+            ) from None
 
     return compare
 
 
 def choice(column: sa.ColumnElement[str], choices: Sequence[str]) -> Comparison:
-    """Compares one of a few words."""
+    """Compares enumerated values."""
 
     def compare(sign: str, value: str) -> Condition:
         if sign not in {"=", "!="}:
-            raise ValueError(f"= and != compare it, {sign} doesn't")
+            raise ValueError(f"{sign} is not supported; use = or !=")
         if value not in choices:
-            raise ValueError(f'"{value}" should be one of {", ".join(choices)}')
+            raise ValueError(f'"{value}" must be one of {", ".join(choices)}')
         return _compare(column, sign, value)
 
     return compare
@@ -114,7 +116,7 @@ def choice(column: sa.ColumnElement[str], choices: Sequence[str]) -> Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of a list: by ``column``, one way or the other, and then by ``sequence``, which no two rows share."""
+    """The order of a list: by ``column``, ascending or descending, then by ``sequence``, which is unique."""
 
     column: sa.Column[Any] | None
     sequence: sa.Column[int]
@@ -122,16 +124,16 @@ class Order:
 
     @property
     def columns(self) -> tuple[sa.Column[Any], ...]:
-        """What makes up a row's position."""
+        """The columns that make up a row's position."""
         return (self.sequence,) if self.column is None else (self.column, self.sequence)
 
     @property
     def clauses(self) -> list[sa.ColumnElement[Any]]:
-        """For ORDER BY."""
+        """The ORDER BY clauses."""
         return [column.desc() if self.descending else column.asc() for column in self.columns]
 
     def after(self, position: Position) -> Condition:
-        """Whether a row comes after ``position``. Raises InvalidTokenError when that is none of this order's."""
+        """Whether a row comes after ``position``. Raises InvalidTokenError if that is not a position in this order."""
         if len(position) != len(self.columns):
             raise InvalidTokenError
         here = sa.tuple_(*self.columns)
@@ -139,30 +141,30 @@ class Order:
         return here < there if self.descending else here > there
 
     def position(self, values: Sequence[object]) -> Position:
-        """Where a row with these values of ``columns`` stands."""
+        """The position of a row with these values of ``columns``."""
         return tuple(v.isoformat() if isinstance(v, dt.datetime) else cast("int | str", v) for v in values)
 
 
 def order(order_by: str, columns: Mapping[str, sa.Column[Any]], sequence: sa.Column[int]) -> Order:
-    """The order that ``order_by`` asks for, of those that ``columns`` give by name. Raises InvalidFieldError."""
-    name, *way = order_by.split() or [""]
-    if way not in ([], ["asc"], ["desc"]) or (name and name not in columns):
+    """The order that ``order_by`` asks for, by one of ``columns``. Raises InvalidFieldError."""
+    name, *direction = order_by.split() or [""]
+    if direction not in ([], ["asc"], ["desc"]) or (name and name not in columns):
         raise InvalidFieldError(
-            "order_by", "INVALID_ORDER_BY", f"should be one of {', '.join(columns)}, each with desc or without"
+            "order_by", "INVALID_ORDER_BY", f"must be one of {', '.join(columns)}, optionally followed by desc"
         )
-    return Order(columns[name] if name else None, sequence, way == ["desc"])
+    return Order(columns[name] if name else None, sequence, direction == ["desc"])
 
 
 def _bound(column: sa.Column[Any], value: int | str) -> sa.ColumnElement[Any]:
-    kept: Any = value
+    bound: Any = value
     if isinstance(column.type, UtcDateTime):
         try:
-            kept = dt.datetime.fromisoformat(str(value)).astimezone(dt.UTC)
+            bound = dt.datetime.fromisoformat(str(value)).astimezone(dt.UTC)
         except (ValueError, OverflowError):
             raise InvalidTokenError from None
     elif isinstance(value, int) != isinstance(column.type, sa.Integer | sa.BigInteger):
         raise InvalidTokenError
-    return sa.bindparam(None, kept, type_=column.type)
+    return sa.bindparam(None, bound, type_=column.type)
 
 
 def _compare(column: sa.ColumnElement[Any], sign: str, value: object) -> Condition:
@@ -170,11 +172,11 @@ def _compare(column: sa.ColumnElement[Any], sign: str, value: object) -> Conditi
     return condition
 
 
-def _following(prefix: str) -> str | None:
-    """The least string that comes after all that begin with ``prefix``, by code points; None when there is none."""
+def _prefix_end(prefix: str) -> str | None:
+    """The least string after all strings with ``prefix``, by code points; None if there is none."""
     for end in range(len(prefix), 0, -1):
         code = ord(prefix[end - 1]) + 1
-        code = 0xE000 if code == 0xD800 else code  # surrogates are no characters
+        code = 0xE000 if code == 0xD800 else code  # surrogates are not characters
         if code <= 0x10FFFF:
             return prefix[: end - 1] + chr(code)
     return None

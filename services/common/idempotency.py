@@ -1,7 +1,7 @@
-"""Requests that are acted on once, however often they are sent (AIP-155).
+"""Requests that take effect once, however many times they are sent (AIP-155).
 
-A service's store keeps a table of the requests that it has acted on, and writes to it in the transaction that acts. The
-same request_id with the same content then finds what the first one made; with other content it is refused.
+A service's store records each request in the transaction that performs it. When the same request_id comes again with
+the same content, the response is what the first one created; with different content, the request is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Content = str | int | Sequence["Content"]
 
 
 def fingerprint(content: Content) -> str:
-    """What tells what one request asks for from what another does: equal for equal content, in every release."""
+    """A hash of what a request asks for: equal for equal content, in every release."""
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 class Requests:
-    """The requests that a service has acted on, in the table ``requests`` of its own database."""
+    """The requests that a service has performed, in the table ``requests`` of its own database."""
 
     def __init__(self, metadata: sa.MetaData) -> None:
         self._table = sa.Table(
@@ -37,16 +37,16 @@ class Requests:
             sa.Column("create_time", UtcDateTime, nullable=False),
         )
         columns = self._table.c
-        # Made once: making a statement costs more than SQLite takes to perform it.
+        # Built once: building a statement takes longer than SQLite takes to run it.
         self._find = sa.select(columns.fingerprint, columns.resource_id).where(
             columns.request_id == sa.bindparam("request_id")
         )
         self._add = sa.insert(self._table)
 
     def find(self, connection: sa.Connection, request_id: str, fingerprint: str) -> str | None:
-        """The id of what the request made when it came before; None when it is new.
+        """The id of what an earlier request with this id created; None if there was none.
 
-        Raises RequestIdReusedError when it came with other content.
+        Raises RequestIdReusedError if it had different content.
         """
         row = connection.execute(self._find, {"request_id": request_id}).one_or_none()
         if row is None:
@@ -58,7 +58,7 @@ class Requests:
     def add(
         self, connection: sa.Connection, request_id: str, fingerprint: str, resource_id: str, now: dt.datetime
     ) -> None:
-        """Remember what the request made."""
+        """Record what the request created."""
         connection.execute(
             self._add,
             {"request_id": request_id, "fingerprint": fingerprint, "resource_id": resource_id, "create_time": now},

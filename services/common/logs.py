@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on stdout, with its time, level, logger and event."""
+"""Logs: one JSON object per line on stdout, with time, level, logger and event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 
 
 def configure(service: str, level: str, stream: TextIO = sys.stdout) -> None:
-    """Have this process log as ``service``, from ``level`` up: its own events and those of the libraries under it."""
+    """Log as ``service``, from ``level`` up: this process's own events and those of its libraries."""
 
     def name_service(
         _logger: structlog.typing.WrappedLogger, _method: str, event: structlog.typing.EventDict
@@ -47,4 +47,4 @@ def configure(service: str, level: str, stream: TextIO = sys.stdout) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # six lines at each start that say nothing
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # six useless lines at each start

@@ -1,8 +1,8 @@
-"""Pages of a list (AIP-158): how many, and the opaque token that says where the next one begins.
+"""Pages of a list (AIP-158): their size, and the opaque token that says where the next one begins.
 
-A list is in the order of an ever-growing sequence number, or of values that end with one; a page holds what comes after
-the last row of the page before. So rows written between two pages neither move nor repeat the others, and a page costs
-the same however far back it is.
+A list is ordered by an ever-growing sequence number, or by values that end with one; a page holds what comes after the
+last row of the previous page. So rows that are written between two pages neither shift nor repeat others, and every
+page costs the same, however deep it is.
 """
 
 from __future__ import annotations
@@ -23,54 +23,52 @@ from services.common.database import Database
 from services.common.errors import InvalidFieldError
 
 Position = tuple[int | str, ...]
-"""Where a row stands in a list: its sequence number alone, or after values that may be shared."""
+"""A row's position in a list: its sequence number, perhaps after values that other rows share."""
 
 Item = TypeVar("Item")
-Place = TypeVar("Place", default=int)
+Key = TypeVar("Key", default=int)
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 1_000
-LONGEST_TOKEN = 1_024
-"""Characters of a token, at the most. The longest position is an email address and a number."""
+MAX_TOKEN = 1_024
+"""Characters of a token, at most. The longest position is an email address and a number."""
 
 _KEY, _TAG = 32, 16  # bytes
 
 
 class InvalidTokenError(InvalidFieldError):
-    """The token was not made for this list."""
+    """The token was not issued for this list."""
 
     def __init__(self, field: str = "page_token") -> None:
-        super().__init__(
-            field, f"INVALID_{field.upper()}", "was not made by this method for a request that is otherwise the same"
-        )
+        super().__init__(field, f"INVALID_{field.upper()}", "was not issued by this method for the same request")
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Generic[Item, Place]):
-    """Some items of a list. ``last``: where the last one stands: its sequence number (0 without any), or a position (an
-    empty one without any). ``more``: others follow."""
+class Page(Generic[Item, Key]):
+    """Some items of a list. ``last``: the sequence number of the last one (0 if there is none), or its position (empty
+    if there is none). ``more``: whether others follow."""
 
     items: Sequence[Item]
-    last: Place
+    last: Key
     more: bool
 
     @classmethod
-    def cut(cls, rows: Sequence[tuple[Place, Item]], size: int, none: Place = 0) -> Page[Item, Place]:  # type: ignore[assignment]
-        """The page made of the first ``size`` of ``rows``, which were asked to be one more: so it knows of ``more``."""
-        kept = rows[:size]
-        return cls(items=[item for _, item in kept], last=kept[-1][0] if kept else none, more=len(rows) > size)
+    def cut(cls, rows: Sequence[tuple[Key, Item]], size: int, none: Key = 0) -> Page[Item, Key]:  # type: ignore[assignment]
+        """A page of the first ``size`` of ``rows``; one further row says that there are ``more``."""
+        page = rows[:size]
+        return cls(items=[item for _, item in page], last=page[-1][0] if page else none, more=len(rows) > size)
 
 
 def size(page_size: int) -> int:
-    """How many rows a request with this page_size gets at the most."""
+    """The most rows that a request with this page_size gets."""
     return min(page_size, MAX_SIZE) or DEFAULT_SIZE
 
 
 class Tokens:
-    """Makes and reads a service's page tokens. ``key``: the service's secret, which authenticates them (HMAC).
+    """Issues and reads a service's page tokens. ``key``: the service's secret, which authenticates them (HMAC).
 
-    A token is good for the list that it was made for, with the same filters, at every replica of the service. Nobody
-    else can make one, so a position is always one that the service has handed out.
+    A token is valid for the list that it was issued for, with the same filters, at every replica of the service. Nobody
+    else can forge one, so a position is always one that the service has issued.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -78,20 +76,19 @@ class Tokens:
 
     @classmethod
     def of(cls, database: Database) -> Tokens:
-        """The tokens of the service whose ``database`` it is. Raises what ``Database.read`` does."""
+        """The tokens of the service with this ``database``. Raises what ``Database.read`` does."""
         return cls(database.read_blocking(lambda connection: connection.execute(_GET_KEY).scalar_one()))
 
     def __repr__(self) -> str:
         return "<Tokens>"
 
     def make(self, listing: str, *position: int | str) -> str:
-        """The token for the page after the row at ``position``: its sequence number, or values that end with that.
-        ``listing``: which list this is, with its filters."""
+        """The token for the page after the row at ``position``. ``listing``: identifies the list and its filters."""
         packed = json.dumps(position, ensure_ascii=False, separators=(",", ":")).encode()
         return base64.urlsafe_b64encode(self._tag(listing, packed) + packed).decode()
 
     def after(self, listing: str, token: str, field: str = "page_token") -> int:
-        """The sequence number after which the page begins; 0 for the first page. Raises as ``position`` does."""
+        """The sequence number after which the page begins; 0 for the first page. Raises what ``position`` does."""
         found = self.position(listing, token, field)
         if found is None:
             return 0
@@ -102,11 +99,11 @@ class Tokens:
     def position(self, listing: str, token: str, field: str = "page_token") -> Position | None:
         """The position after which the page begins; None for the first page.
 
-        Raises InvalidTokenError, for ``field``, when ``token`` was not made for the same ``listing``.
+        Raises InvalidTokenError, for ``field``, if ``token`` was not issued for the same ``listing``.
         """
         if not token:
             return None
-        if len(token) > LONGEST_TOKEN:
+        if len(token) > MAX_TOKEN:
             raise InvalidTokenError(field)
         try:
             raw = base64.b64decode(token, altchars=b"-_", validate=True)
@@ -118,18 +115,18 @@ class Tokens:
         return tuple(json.loads(packed))
 
     def _tag(self, listing: str, packed: bytes) -> bytes:
-        # The digest has a fixed length, so that no part of the position can pass for a part of the list's name.
+        # A digest has a fixed length, so no part of the position can be mistaken for a part of the list's name.
         message = hashlib.sha256(listing.encode()).digest() + packed
         return hmac.digest(self._key, message, "sha256")[:_TAG]
 
 
 def add_key(metadata: sa.MetaData) -> None:
-    """Add the table ``token_key`` to a service's database; it has one row."""
+    """Add the table ``token_key``, which has one row, to the metadata of a service's database."""
     sa.Table("token_key", metadata, *_key_columns())
 
 
 def create_key() -> None:
-    """For a migration: make the table, and the service's key. What it makes never changes."""
+    """For a migration: create the table and the service's key. This never changes."""
     from alembic import op
 
     table = op.create_table("token_key", *_key_columns())

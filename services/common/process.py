@@ -1,4 +1,4 @@
-"""A service's process, from its start to its exit code."""
+"""A service's process, from startup to exit code."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from services.common.migrations import migrate
 
 log = structlog.stdlib.get_logger()
 
-CANNOT = (ValueError, OSError, ImportError, RefusedError, sa.exc.SQLAlchemyError, sqlite3.Error)
-"""What a service may raise before it serves, for reasons outside of it."""
+STARTUP_ERRORS = (ValueError, OSError, ImportError, RefusedError, sa.exc.SQLAlchemyError, sqlite3.Error)
+"""Errors at startup that are not bugs of the service."""
 
 Own = TypeVar("Own", bound=settings.Settings)
 Serve = Callable[[Database, Own, ServerSettings], Coroutine[Any, Any, int]]
 
 CANNOT_START = 2
-"""The exit code of a process that would fail again in the same way."""
+"""The exit code of a process that would fail in the same way if it were restarted."""
 
 
 class CannotStartError(Exception):
-    """What ``serve`` raises, before it serves, when it would fail again in the same way; says why in one line."""
+    """Raised by ``serve`` at startup, when a restart would fail in the same way; the message is one line."""
 
 
 def main(service: str, versions: Path, serve: Serve[Own], kind: type[Own]) -> int:
-    """Run ``service`` with its database brought to the newest of ``versions``; returns the exit code.
+    """Run ``service``, with its database migrated to the newest of ``versions``; returns the exit code.
 
-    ``serve`` serves until it is told to stop; ``kind`` is what it is told, beside how to serve. What keeps the service
-    from starting (a wrong variable, a data folder that can't be written, a database that can't be reached) is said in
-    one line on stderr, with exit code 2.
+    ``serve`` serves until it is signalled to stop; ``kind`` is the class of the service's own settings. If the service
+    can't start (an invalid variable, a data folder that isn't writable, an unreachable database), it prints one line to
+    stderr and exits with code 2.
     """
     argparse.ArgumentParser(
         prog=f"python -m services.{service}",
-        description=f"The shop's {service} service. It reads its settings from the environment, then from a file.",
+        description=f"The shop's {service} service. Settings come from the environment, then from a file.",
         epilog=settings.describe(kind),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
@@ -53,9 +53,9 @@ def main(service: str, versions: Path, serve: Serve[Own], kind: type[Own]) -> in
         own, server = kind.from_env(), settings.server_settings()
         logs.configure(service, own.log_level)
         database = _open(service, own, versions)
-    except CANNOT as error:
+    except STARTUP_ERRORS as error:
         return _cannot_start(service, error.orig if isinstance(error, sa.exc.DBAPIError) else error)
-    log.info("starting", listen=server.listen, database=database.where)
+    log.info("starting", listen=server.listen, database=database.location)
     try:
         return asyncio.run(serve(database, own, server))
     except CannotStartError as error:
@@ -76,7 +76,7 @@ def _open(service: str, own: settings.Settings, versions: Path) -> Database:
         try:
             own.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"MESH_DATA={str(own.data)!r}: can't be a data folder: {error.strerror}") from None
+            raise ValueError(f"MESH_DATA={str(own.data)!r}: can't create the data folder: {error.strerror}") from None
     database = Database(url)
     try:
         migrate(database, versions)

@@ -1,4 +1,4 @@
-"""Between gRPC and the services: validates each request and answers each error, in one place for all methods."""
+"""Between gRPC and the services: validates requests and turns errors into statuses, in one place for all methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from services.common.errors import (
     RefusedError,
     UnavailableError,
 )
-from services.events import traced
+from services.common.tracing import trace_context
 
 log = structlog.stdlib.get_logger()
 
@@ -45,15 +45,16 @@ CODES: Sequence[tuple[type[RefusedError], grpc.StatusCode]] = (
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
 
-OURS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL})
-"""Codes that say that the service is in trouble, not its caller: logged as warnings."""
+SERVICE_FAULTS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL})
+"""Codes that mean a problem of the service, not of its caller: logged as warnings."""
 
 
 class Servicer(Protocol):
-    """What ``answered`` needs of the servicer."""
+    """What ``unary_method`` and ``stream_method`` need of the servicer."""
 
     error_domain: str
-    """The ``domain`` of its google.rpc.ErrorInfo, ``user.weft`` say: with the reason it names an error (AIP-193)."""
+    """The ``domain`` of its google.rpc.ErrorInfo, such as ``user.weft``; domain and reason identify an error
+    (AIP-193)."""
 
 
 AddToServer = Callable[[Any, Any], None]
@@ -61,107 +62,107 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Message]])
 Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Message]])
 Context = grpc.aio.ServicerContext[Any, Any]
 
-NAMED = ("request_id", "id", "user_id")
-"""Fields of a request that its line in the log has, too: UUIDs, and nothing else that a caller writes there."""
+LOGGED_FIELDS = ("request_id", "id", "user_id")
+"""Fields of a failed request that are logged, if they hold a UUID: nothing else that a caller wrote is."""
 
 MAX_REQUEST = 64 * 1024
-"""Bytes of a request, at the most. The largest that is valid has 38,000: 1,000 ids."""
+"""Bytes of a request, at most. The largest valid one has 38,000: 1,000 ids."""
 
 MAX_ITEMS = 1_000
-"""Elements of a repeated field, at the most. Checked first: to validate 32,000 empty ones takes a second."""
+"""Elements of a repeated field, at most. Checked first, as validating 32,000 empty ones takes a second."""
 
 MAX_MESSAGE, MAX_DETAILS = 500, 3_000
-"""Bytes of an error's message, and of the violations that it names, at the most. A client takes 8 KiB of trailers, in
-which a byte of the message may need three, and three of the details need four."""
+"""Bytes of an error's message, and of its violations, at most. Clients accept 8 KiB of trailers, in which one byte of
+the message may take three, and three bytes of details take four."""
 
 MAX_TEXT = 200
-"""Characters of a violation's field and of its description, at the most."""
+"""Characters of a violation's field and of its description, at most."""
 
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands in for a request that is not even looked at. ``why``: what is wrong with it."""
+class Unparsable:
+    """Takes the place of a request that can't be parsed. ``why``: what is wrong with it."""
 
     why: str
 
 
-def readable(add_to_server: AddToServer) -> AddToServer:
-    """The generated ``add_XServicer_to_server``, for servicers whose methods are ``answered``.
+def reject_unparsable(add_to_server: AddToServer) -> AddToServer:
+    """Wraps a generated ``add_XServicer_to_server``, for servicers that use ``unary_method`` and ``stream_method``.
 
-    Bytes that are no request then end as INVALID_ARGUMENT and in the log, like everything else that is wrong with a
-    request; gRPC itself answers UNKNOWN or INTERNAL, as if the service were broken.
+    Requests that can't be parsed are then logged and fail with INVALID_ARGUMENT, like other invalid requests. gRPC
+    itself would answer UNKNOWN or INTERNAL, as if the service were broken.
     """
 
     def add(servicer: Any, server: Any) -> None:
-        add_to_server(servicer, _Readable(server))
+        add_to_server(servicer, _ParsingServer(server))
 
     return add
 
 
-class _Readable:
-    """Stands in for the server while a servicer is added."""
+class _ParsingServer:
+    """Takes the place of the server while a servicer is added."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        """Nothing: the same methods come by name."""
+        """Does nothing: the same methods are also registered by name."""
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
         handlers = {
-            name: handler._replace(request_deserializer=_reader(handler.request_deserializer))
+            name: handler._replace(request_deserializer=_parse_or_unparsable(handler.request_deserializer))
             for name, handler in method_handlers.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
         self._server.add_registered_method_handlers(service_name, handlers)
 
 
-def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
-    def read(data: bytes) -> Message | Unreadable:
+def _parse_or_unparsable(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unparsable]:
+    def read(data: bytes) -> Message | Unparsable:
         if len(data) > MAX_REQUEST:
-            return Unreadable(f"the request has {len(data)} bytes, and {MAX_REQUEST} are allowed")
+            return Unparsable(f"the request has {len(data)} bytes; the limit is {MAX_REQUEST}")
         try:
             return parse(data)
         except DecodeError:
             # ``parse`` is the FromString of a generated class.
-            return Unreadable(f"the request is no {getattr(parse, '__self__', Message).DESCRIPTOR.full_name}")
+            return Unparsable(f"the request is not a {getattr(parse, '__self__', Message).DESCRIPTOR.full_name}")
 
     return read
 
 
-def answered(method: Method) -> Method:
-    """A unary method of a servicer, which may count on a valid request and raise what ``services.common.errors`` holds.
+def unary_method(method: Method) -> Method:
+    """Decorates a unary method of a servicer: it gets only valid requests, and may raise ``services.common.errors``.
 
-    A request that breaks its contract (protovalidate) is answered with INVALID_ARGUMENT and a google.rpc.BadRequest:
-    each violation with its field, its description and, as its reason, the id of the rule. A ``RefusedError`` is
-    answered with its code and a google.rpc.ErrorInfo; any other exception with INTERNAL, and its traceback goes to the
-    log alone. Each failed request leaves a line in the log.
+    An invalid request (by protovalidate) fails with INVALID_ARGUMENT and a google.rpc.BadRequest: each violation with
+    its field, its description and, as the reason, the id of the rule. A ``RefusedError`` becomes its code and a
+    google.rpc.ErrorInfo. Any other exception becomes INTERNAL, with its traceback only in the log. Each failed request
+    is logged.
     """
 
     @functools.wraps(method)
-    async def answer(self: Servicer, request: Message | Unreadable, context: Context) -> Message:
+    async def call(self: Servicer, request: Message | Unparsable, context: Context) -> Message:
         started = time.monotonic()
-        status = _checked(request)
+        status = _validate(request)
         if status is None:
             try:
                 return await method(self, request, context)
             except Exception as error:
-                status = _status_of(error, method.__qualname__, self.error_domain)
+                status = _status_for(error, method.__qualname__, self.error_domain)
         await _abort(status, method.__qualname__, request, context, started)
         raise AssertionError("unreachable: abort_with_status raises")
 
-    return cast("Method", answer)
+    return cast("Method", call)
 
 
-def answered_stream(method: Stream) -> Stream:
-    """A method of a servicer that answers with a stream: otherwise as ``answered``."""
+def stream_method(method: Stream) -> Stream:
+    """Like ``unary_method``, for a method that responds with a stream."""
 
     @functools.wraps(method)
-    async def answer(self: Servicer, request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
+    async def call(self: Servicer, request: Message | Unparsable, context: Context) -> AsyncIterator[Message]:
         started = time.monotonic()
-        status = _checked(request)
+        status = _validate(request)
         if status is None:
             try:
                 async with contextlib.aclosing(cast("AsyncGenerator[Message]", method(self, request, context))) as it:
@@ -169,59 +170,59 @@ def answered_stream(method: Stream) -> Stream:
                         yield response
                 return
             except Exception as error:
-                status = _status_of(error, method.__qualname__, self.error_domain)
+                status = _status_for(error, method.__qualname__, self.error_domain)
         await _abort(status, method.__qualname__, request, context, started)
 
-    return cast("Stream", answer)
+    return cast("Stream", call)
 
 
-def trace(context: Context) -> dict[str, str]:
-    """The W3C trace context of a call; empty without one, or when it is none that can be passed on."""
+def call_trace(context: Context) -> dict[str, str]:
+    """The W3C trace context of a call; empty if there is none, or none that can be passed on."""
     metadata = context.invocation_metadata() or ()
-    return traced({key: str(value) for key, value in metadata})
+    return trace_context({key: str(value) for key, value in metadata})
 
 
-def _checked(request: Message | Unreadable) -> status_pb2.Status | None:
-    """What a request that breaks its contract is answered with; None for one that doesn't."""
-    if isinstance(request, Unreadable):
+def _validate(request: Message | Unparsable) -> status_pb2.Status | None:
+    """The status for an invalid request; None for a valid one."""
+    if isinstance(request, Unparsable):
         return _status(grpc.StatusCode.INVALID_ARGUMENT, request.why)
     for field, value in request.ListFields():
         if not isinstance(value, str | bytes) and hasattr(value, "__len__") and len(value) > MAX_ITEMS:
-            many = f"has {len(value)} elements, and {MAX_ITEMS} are allowed"
-            return _invalid([_violation(field.name, many, "repeated.max_items")])
+            too_many = f"has {len(value)} elements; the limit is {MAX_ITEMS}"
+            return _invalid([_violation(field.name, too_many, "repeated.max_items")])
     violations = protovalidate.collect_violations(request)
     return _invalid(map(_field_violation, violations)) if violations else None
 
 
-def _status_of(error: Exception, method: str, domain: str) -> status_pb2.Status:
+def _status_for(error: Exception, method: str, domain: str) -> status_pb2.Status:
     if isinstance(error, InvalidFieldError):
         return _invalid([_violation(error.field, error.description, error.reason)])
     if isinstance(error, RefusedError):
-        return _refused(error, domain)
+        return _refusal(error, domain)
     log.error("handler raised", method=method, exc_info=error)
-    return _status(grpc.StatusCode.INTERNAL, "internal error; the service's log has the details")
+    return _status(grpc.StatusCode.INTERNAL, "internal error; see the service's log")
 
 
 async def _abort(
-    status: status_pb2.Status, method: str, request: Message | Unreadable, context: Context, started: float
+    status: status_pb2.Status, method: str, request: Message | Unparsable, context: Context, started: float
 ) -> None:
     code = rpc_status.to_status(status).code
     log.log(
-        logging.WARNING if code in OURS else logging.INFO,
+        logging.WARNING if code in SERVICE_FAULTS else logging.INFO,
         "request failed",
         method=method,
         code=code.name,
         error=_for_log(status),
         seconds=round(time.monotonic() - started, 4),
         peer=context.peer(),
-        **trace(context),
-        **{name: value for name in NAMED if _UUID.fullmatch(value := getattr(request, name, ""))},
+        **call_trace(context),
+        **{name: value for name in LOGGED_FIELDS if _UUID.fullmatch(value := getattr(request, name, ""))},
     )
     await context.abort_with_status(rpc_status.to_status(status))
 
 
 def _for_log(status: status_pb2.Status) -> str:
-    """What is wrong, without what the caller wrote: of an invalid request, the fields and the rules that they break."""
+    """What is wrong, without what the caller wrote: for an invalid request, the fields and the rules they violate."""
     for detail in status.details:
         bad = error_details_pb2.BadRequest()
         if detail.Unpack(bad):
@@ -229,11 +230,13 @@ def _for_log(status: status_pb2.Status) -> str:
     return str(status.message)
 
 
-def masked(mask: FieldMask, message: Message, fields: Collection[str], ignored: Collection[str]) -> set[str]:
-    """Which of ``fields`` an update is to change (AIP-134): those that ``mask`` names; without one, those that
-    ``message`` fills; all for ``*``. ``ignored``: fields that are only ever given by the service (AIP-203).
+def fields_to_update(
+    mask: FieldMask, message: Message, fields: Collection[str], output_only: Collection[str]
+) -> set[str]:
+    """Which of ``fields`` an update changes (AIP-134): those in ``mask``; without one, those that are set in
+    ``message``; with ``*``, all. ``output_only``: fields that only the service sets, which are ignored (AIP-203).
 
-    Raises InvalidFieldError for a path that is in neither.
+    Raises InvalidFieldError for an unknown field.
     """
     paths = set(mask.paths)
     if not paths:
@@ -241,9 +244,9 @@ def masked(mask: FieldMask, message: Message, fields: Collection[str], ignored: 
     if paths == {"*"}:
         return {field for field in fields if "." not in field}
     for path in mask.paths:
-        if path not in fields and path not in ignored:
-            raise InvalidFieldError("update_mask", "UNKNOWN_FIELD", f"{path!r} should be one of {', '.join(fields)}")
-    return paths - set(ignored)
+        if path not in fields and path not in output_only:
+            raise InvalidFieldError("update_mask", "UNKNOWN_FIELD", f"{path!r} must be one of {', '.join(fields)}")
+    return paths - set(output_only)
 
 
 def _unset(message: Message, field: str) -> object:
@@ -251,13 +254,13 @@ def _unset(message: Message, field: str) -> object:
 
 
 def timestamp(instant: dt.datetime) -> Timestamp:
-    """An aware instant as messages carry it."""
+    """An aware datetime as a protobuf Timestamp."""
     message = Timestamp()
     message.FromDatetime(instant)
     return message
 
 
-def _refused(error: RefusedError, domain: str) -> status_pb2.Status:
+def _refusal(error: RefusedError, domain: str) -> status_pb2.Status:
     code = next((code for kind, code in CODES if isinstance(error, kind)), grpc.StatusCode.UNKNOWN)
     return _status(
         code, str(error), error_details_pb2.ErrorInfo(reason=error.reason, domain=domain, metadata=error.metadata)

@@ -1,4 +1,4 @@
-"""What a service is told by its environment and then by a file, beside what ``mesh.server.settings`` reads there."""
+"""A service's settings, from the environment and then from a file. ``mesh.server.settings`` has those of its server."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from mesh import files, variables
 from mesh.server.settings import ServerSettings
 
 SERVER_DEFAULTS: Mapping[str, str] = {"MESH_REFLECTION": "1"}
-"""Where the shop's services differ from the defaults of ``ServerSettings``: grpcurl and its like can look at them."""
+"""Where the shop's services differ from the defaults of ``ServerSettings``: reflection is on, for tools like
+grpcurl."""
 
 FILE = "MESH_CONFIG"
-"""The variable that names the file."""
+"""The variable with the file's path."""
 
 MAX_FILE = 1024 * 1024
 """The file that ``MESH_CONFIG`` names. Bytes."""
@@ -32,51 +33,51 @@ _WIDTH = 28
 
 
 class Settings(BaseSettings):
-    """A service's own settings, each from the variable ``MESH_`` and its name. An empty variable counts as not set.
+    """A service's own settings, each from the variable ``MESH_`` and its name. An empty variable counts as unset.
 
-    What one service alone is told stands in a subclass of its own.
+    Settings of one service are in a subclass.
     """
 
     model_config = SettingsConfigDict(env_prefix="MESH_", env_ignore_empty=True)
 
     data: Path = pydantic.Field(
-        default=Path("data"), description="the folder for what the service keeps; made if need be"
+        default=Path("data"), description="the folder for the service's data; created if necessary"
     )
     database_url: str = pydantic.Field(
         default="",
-        description="the database, sqlite:///path or postgresql://user:password@host/name; without one, SQLite in the "
+        description="the database, sqlite:///path or postgresql://user:password@host/name; if empty, SQLite in the "
         "data folder",
     )
     log_level: Literal["debug", "info", "warning", "error"] = pydantic.Field(
-        default="info", description="what is logged: debug, info, warning or error, and all above"
+        default="info", description="the least severe level that is logged: debug, info, warning or error"
     )
 
     @classmethod
     def from_env(cls) -> Self:
-        """The settings that the environment asks for. Raises ValueError, naming each wrong variable."""
+        """The settings in the environment. Raises ValueError, naming each invalid variable."""
         try:
             return cls()
         except pydantic.ValidationError as error:
-            wrong = (f"MESH_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
-            raise ValueError("; ".join(wrong)) from None
+            invalid = (f"MESH_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+            raise ValueError("; ".join(invalid)) from None
 
     def database(self, service: str) -> sa.URL:
-        """Where the database of ``service`` is. Raises ValueError for a malformed URL."""
+        """The URL of ``service``'s database. Raises ValueError if it is malformed."""
         if not self.database_url:
             return sa.URL.create("sqlite", database=str(self.data / f"{service}.db"))
         try:
             return sa.make_url(self.database_url)
         except sa.exc.ArgumentError:
             raise ValueError(
-                "MESH_DATABASE_URL: should be a SQLAlchemy URL, dialect://user:password@host/name"
+                "MESH_DATABASE_URL: expected a SQLAlchemy URL, dialect://user:password@host/name"
             ) from None
 
 
 def read_file() -> None:
-    """Add to the environment what the file that ``MESH_CONFIG`` names sets and the environment doesn't.
+    """Add the variables in the file ``MESH_CONFIG`` to the environment, where they are not set yet.
 
-    The file is TOML, with the variables' own names as keys: ``MESH_LOG_LEVEL = "warning"``. Raises ValueError, naming
-    what is wrong with it.
+    The file is TOML, with the variables' names as keys: ``MESH_LOG_LEVEL = "warning"``. Raises ValueError, saying what
+    is wrong with it.
     """
     name = os.environ.get(FILE, "")
     if not name:
@@ -84,36 +85,38 @@ def read_file() -> None:
     try:
         text = files.read(Path(name), MAX_FILE)[0].decode()
     except OSError as error:
-        raise ValueError(f"{FILE}={name!r}: can't be read: {error.strerror}") from None
+        raise ValueError(f"{FILE}={name!r}: can't read it: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
+        raise ValueError(f"{FILE}={name!r}: invalid TOML: {error}") from None
     try:
         found = tomllib.loads(text)
     except ValueError as error:
-        raise ValueError(f"{FILE}={name!r}: should be TOML: {error}") from None
+        raise ValueError(f"{FILE}={name!r}: invalid TOML: {error}") from None
     for key, value in found.items():
         if not key.startswith(_PREFIXES):
-            raise ValueError(f"{FILE}={name!r}: {key} is no variable: these begin with {', '.join(_PREFIXES)}")
+            raise ValueError(
+                f"{FILE}={name!r}: unknown variable {key}; expected a name that begins with {', '.join(_PREFIXES)}"
+            )
         if isinstance(value, bool):
             value = int(value)
         if not isinstance(value, str | int | float):
-            raise ValueError(f"{FILE}={name!r}: {key} should be a string, a number, true or false")
+            raise ValueError(f"{FILE}={name!r}: {key} must be a string, a number, true or false")
         try:
             os.environ.setdefault(key, str(value))
         except ValueError as error:  # U+0000, or a number of more digits than Python writes
-            raise ValueError(f"{FILE}={name!r}: {key} can't be a variable: {error}") from None
+            raise ValueError(f"{FILE}={name!r}: {key} can't be set: {error}") from None
 
 
 def server_settings() -> ServerSettings:
-    """How the service serves, as the environment asks for. Raises ValueError, naming the wrong variable."""
+    """The settings of the service's server, from the environment. Raises ValueError, naming the invalid variable."""
     return ServerSettings.from_env({**SERVER_DEFAULTS, **os.environ})
 
 
 def describe(settings: type[Settings] = Settings) -> str:
-    """Every variable that a service with ``settings`` reads, with what it sets and its default."""
+    """Every variable that a service with ``settings`` reads, with its meaning and default."""
     lines = [
         "The service:",
-        f"  {FILE:<{_WIDTH}}a TOML file that sets those of these variables which the environment doesn't",
+        f"  {FILE:<{_WIDTH}}a TOML file with further variables; those in the environment take precedence",
     ]
     for name, field in settings.model_fields.items():
         default = f" (default: {field.default})" if str(field.default) else ""
@@ -122,14 +125,14 @@ def describe(settings: type[Settings] = Settings) -> str:
     for setting in dataclasses.fields(ServerSettings):
         variable = setting.metadata.get("variable", "")
         if variable:
-            told = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
-            default = f" (default: {_as_written(told)})" if told not in ("", ()) else ""
+            value = "" if setting.default is dataclasses.MISSING else SERVER_DEFAULTS.get(variable, setting.default)
+            default = f" (default: {_as_written(value)})" if value not in ("", ()) else ""
             lines.append(f"  {variable:<{_WIDTH}}{variables.SERVERS.get(variable, variables.KNOWN[variable])}{default}")
     return "\n".join([*lines, "", (inspect.getdoc(ServerSettings) or "").replace("``", "")])
 
 
 def _as_written(value: object) -> str:
-    """A default as one would write it in the environment."""
+    """A default, as it is written in the environment."""
     if isinstance(value, bool):
         return "1" if value else "0"
     return str(value.value if isinstance(value, enum.Enum) else value)

@@ -1,14 +1,14 @@
 """The transactional outbox: an event is written in the transaction that causes it, and published afterwards.
 
-So there is no change without its event and no event without its change, whatever is killed between the two. A relay
+So there is no change without its event and no event without its change, whatever is killed in between. A relay
 (``services.events.relay``) publishes what is written here, and then removes it. What can't be published is moved to
-``outbox_set_aside`` after some attempts, with the reason; whoever mends that moves it back. All replicas of a service
-share one outbox, and one of them relays at a time: the one that holds the lease. The lease is a row whose revision its
-holder raises in time; who sees a revision stand still for as long as a lease lasts, by its own clock, may take it. No
-two machines need to agree on the time.
+``outbox_set_aside`` after some attempts, with the reason; once that is fixed, an operator moves it back. All replicas
+of a service share one outbox, and one of them relays at a time: the one that holds the lease. The lease is a row whose
+revision its holder keeps incrementing. Another replica may take the lease when, by its own clock, the revision has not
+changed for as long as a lease lasts. So the machines' clocks need not agree.
 
-Events of one subject keep their order as long as the transactions that write them take turns, by locking the row of
-what they change, say.
+Events of one subject keep their order if the transactions that write them are serialised, for example by locking the
+row that they change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NOBODY = ""
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who relays: nobody, when ``holder`` is empty. ``revision``: grows with each change of the lease."""
+    """Who relays: nobody if ``holder`` is empty. ``revision``: grows with each change of the lease."""
 
     holder: str
     revision: int
@@ -42,8 +42,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An event that waits to be published, and its place in the outbox. ``attempts``: how often it failed by its own
-    fault. ``event``: an exception when the row can't be read."""
+    """An event to be published, and its position in the outbox. ``attempts``: how many times publishing it failed
+    because of the event itself. ``event``: an exception if the row can't be read."""
 
     sequence: int
     subject: str
@@ -52,8 +52,8 @@ class Row:
 
 
 class Outbox:
-    """The events of one service that wait to be published, in the tables ``outbox``, ``outbox_lease`` and
-    ``outbox_set_aside`` of its own database. ``source``: whose events they are (``/weft/order``)."""
+    """The events that a service has yet to publish, in the tables ``outbox``, ``outbox_lease`` and ``outbox_set_aside``
+    of its own database. ``source``: the events' source (``/weft/order``)."""
 
     def __init__(self, metadata: sa.MetaData, source: str) -> None:
         self.source = source
@@ -68,9 +68,9 @@ class Outbox:
             sa.Column("data", sa.LargeBinary, nullable=False),
             sa.Column("trace", sa.JSON, nullable=False),
             sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
-            sqlite_autoincrement=True,  # a number that came back would bring a subject's events out of order
+            sqlite_autoincrement=True,  # a reused number would break the order of a subject's events
         )
-        self._aside = sa.Table(
+        self._set_aside_events = sa.Table(
             "outbox_set_aside",
             metadata,
             sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
@@ -91,12 +91,12 @@ class Outbox:
             sa.Column("holder", sa.Text, nullable=False),
             sa.Column("revision", sa.BigInteger, nullable=False),
         )
-        # Made once: SQLAlchemy takes as long to make a statement as SQLite does to run it.
+        # Built once: building a statement takes SQLAlchemy as long as running it takes SQLite.
         events, lease = self._events.c, self._lease.c
         self._add = sa.insert(self._events)
         self._oldest = sa.select(self._events).order_by(events.sequence).limit(sa.bindparam("size"))
-        self._held = sa.select(lease.holder, lease.revision)
-        self._change = (
+        self._get_lease = sa.select(lease.holder, lease.revision)
+        self._change_lease = (
             sa.update(self._lease)
             .where(lease.revision == sa.bindparam("seen_revision"), lease.holder == sa.bindparam("seen_holder"))
             .values(holder=sa.bindparam("to_holder"), revision=sa.bindparam("to_revision"))
@@ -112,8 +112,8 @@ class Outbox:
         *,
         time: dt.datetime | None = None,
     ) -> None:
-        """Write an event in the caller's transaction. ``time``: when it happened; now, without one. The rest: as an
-        ``Event`` has it."""
+        """Write an event in the caller's transaction. ``time``: when it happened (default: now). The rest is as in
+        ``Event``."""
         connection.execute(
             self._add,
             {
@@ -126,13 +126,13 @@ class Outbox:
             },
         )
 
-    def waiting(self, connection: sa.Connection, size: int, but: Collection[str] = ()) -> list[Row]:
-        """The ``size`` oldest events that wait, in their order. ``but``: without those of these subjects."""
-        oldest = self._oldest.where(self._events.c.subject.not_in(but)) if but else self._oldest
+    def pending(self, connection: sa.Connection, size: int, excluding: Collection[str] = ()) -> list[Row]:
+        """The ``size`` oldest events, in order. ``excluding``: subjects whose events are left out."""
+        oldest = self._oldest.where(self._events.c.subject.not_in(excluding)) if excluding else self._oldest
         try:
             return [self._row(row) for row in connection.execute(oldest, {"size": size})]
         except (ValueError, TypeError):
-            # A value that the database holds and SQLAlchemy can't read. Which row has it?
+            # SQLAlchemy can't read a value in one of the rows: find out which.
             events = self._events.c
             keys = oldest.with_only_columns(events.sequence, events.subject, events.attempts)
             found = connection.execute(keys, {"size": size}).all()
@@ -151,42 +151,44 @@ class Outbox:
         return Row(row.sequence, row.subject, row.attempts, event)
 
     def count(self, connection: sa.Connection) -> int:
-        """How many events wait."""
+        """How many events are pending."""
         return connection.execute(sa.select(sa.func.count()).select_from(self._events)).scalar_one()
 
     def remove(self, connection: sa.Connection, sequences: Sequence[int]) -> None:
-        """Forget events that are published."""
+        """Remove events that were published."""
         connection.execute(sa.delete(self._events).where(self._events.c.sequence.in_(sequences)))
 
     def count_attempt(self, connection: sa.Connection, sequences: Sequence[int]) -> None:
-        """Note that events could not be published, by their own fault."""
+        """Count a failed attempt for events that could not be published because of themselves."""
         events = self._events.c
         connection.execute(
             sa.update(self._events).where(events.sequence.in_(sequences)).values(attempts=events.attempts + 1)
         )
 
     def set_aside(self, connection: sa.Connection, sequence: int, reason: str, now: dt.datetime) -> None:
-        """Move an event that can't be published out of the way, and count the attempt."""
-        # In the database alone: the row may be one that can't be read.
+        """Move an event that can't be published out of the outbox, and count the attempt."""
+        # Entirely in the database: the row may be one that we can't read.
         copied = sa.select(*(column for column in self._events.c if column.name != "attempts")).add_columns(
             self._events.c.attempts + 1, sa.literal(reason), sa.literal(now, UtcDateTime)
         )
-        names = [column.name for column in self._aside.c]
-        # It may have been here before.
-        connection.execute(sa.delete(self._aside).where(self._aside.c.sequence == sequence))
-        connection.execute(sa.insert(self._aside).from_select(names, copied.where(self._events.c.sequence == sequence)))
+        names = [column.name for column in self._set_aside_events.c]
+        # It may have been set aside before.
+        connection.execute(sa.delete(self._set_aside_events).where(self._set_aside_events.c.sequence == sequence))
+        connection.execute(
+            sa.insert(self._set_aside_events).from_select(names, copied.where(self._events.c.sequence == sequence))
+        )
         self.remove(connection, [sequence])
 
     def lease(self, connection: sa.Connection) -> Lease:
-        """The lease as it is."""
-        row = connection.execute(self._held).one()
+        """The current lease."""
+        row = connection.execute(self._get_lease).one()
         return Lease(row.holder, row.revision)
 
-    def change(self, connection: sa.Connection, seen: Lease, holder: str = _NOBODY) -> Lease | None:
-        """Take, renew or (for nobody) give back the lease; None when it is no longer as it was ``seen``."""
+    def change_lease(self, connection: sa.Connection, seen: Lease, holder: str = _NOBODY) -> Lease | None:
+        """Take, renew or (with no holder) release the lease; None if it has changed since it was ``seen``."""
         changed = Lease(holder, seen.revision + 1)
         done = connection.execute(
-            self._change,
+            self._change_lease,
             {
                 "seen_revision": seen.revision,
                 "seen_holder": seen.holder,
@@ -198,8 +200,8 @@ class Outbox:
 
 
 def create_tables() -> None:
-    """For a migration: make the tables. What it makes never changes; a later shape gets a function of its own."""
-    from alembic import op  # a third of a second, for what most starts don't do
+    """For a migration: create the tables. This never changes; a later schema gets a function of its own."""
+    from alembic import op  # takes a third of a second, and most starts don't need it
 
     op.create_table(
         "outbox",
@@ -222,7 +224,7 @@ def create_tables() -> None:
 
 
 def add_set_aside() -> None:
-    """For a migration: count attempts, and make the table for what can't be published. What it makes never changes."""
+    """For a migration: count attempts, and create the table for what can't be published. This never changes."""
     from alembic import op
 
     op.add_column("outbox", sa.Column("attempts", sa.Integer, nullable=False, server_default="0"))

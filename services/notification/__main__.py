@@ -7,19 +7,19 @@ import mesh.aio
 from mesh.server.settings import ServerSettings
 from services.common import process
 from services.common.database import Database
+from services.common.rpc import reject_unparsable
 from services.events.nats import NatsBus
 from services.events.settings import EventSettings
 from services.notification.consumer import NAME, TYPES, OrderEvents
 from services.notification.servicer import NotificationServicer
 from services.notification.store import VERSIONS, NotificationStore
-from services.common.rpc import readable
 from weft.notification.v1 import notification_pb2_grpc
 
 
 async def serve(database: Database, settings: EventSettings, server: ServerSettings) -> int:
     """Serve the notifications in ``database``, and act on events, until told to stop; returns the exit code."""
     store = NotificationStore(database)
-    add = readable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
+    add = reject_unparsable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
     async with contextlib.AsyncExitStack() as stack:
         if settings.nats_url:
             bus = await stack.enter_async_context(NatsBus(settings.nats_url))

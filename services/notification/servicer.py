@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 
 from services.common import paging
+from services.common.rpc import stream_method, timestamp, unary_method
 from services.notification.domain import Notification
 from services.notification.store import NotificationStore
-from services.common.rpc import answered, answered_stream, timestamp
 from weft.notification.v1 import notification_pb2 as pb
 from weft.notification.v1 import notification_pb2_grpc
 
@@ -34,7 +34,7 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
         self._store = store
         self._news = _News(store)
 
-    @answered
+    @unary_method
     async def ListNotifications(
         self, request: pb.ListNotificationsRequest, context: Context
     ) -> pb.ListNotificationsResponse:
@@ -51,7 +51,7 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
             next_page_token=self._store.tokens.make(listing, page.last) if page.more else "",
         )
 
-    @answered_stream
+    @stream_method
     async def WatchNotifications(
         self, request: pb.WatchNotificationsRequest, context: Context
     ) -> AsyncIterator[pb.WatchNotificationsResponse]:

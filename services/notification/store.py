@@ -8,8 +8,8 @@ import sqlalchemy as sa
 
 from services.common import paging
 from services.common.database import SEQUENCE, Database, UtcDateTime
-from services.notification.domain import Kind, Notification
 from services.common.paging import Page, Tokens
+from services.notification.domain import Kind, Notification
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from google.protobuf.message import Message
 from google.type import money_pb2  # type: ignore[import-untyped]
 
-from services.order.domain import Item, Money, Order, State
 from services.common.rpc import timestamp
+from services.order.domain import Item, Money, Order, State
 from weft.order.v1 import events_pb2, order_pb2
 
 _EVENTS: Mapping[State, type[Message]] = {

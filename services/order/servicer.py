@@ -14,12 +14,12 @@ import structlog
 
 from services.common import paging
 from services.common.errors import RefusedError, UnavailableError
+from services.common.rpc import Context, call_trace, stream_method, unary_method
 from services.order.domain import Order, State, UserDeletedError, UserNotFoundError
 from services.order.messages import items, order_message
 from services.order.settings import OrderSettings
 from services.order.store import Listing, OrderStore
 from services.order.watch import Watches
-from services.common.rpc import Context, answered, answered_stream, trace
 from weft.order.v1 import order_pb2 as pb
 from weft.order.v1 import order_pb2_grpc
 from weft.user.v1 import user_pb2
@@ -54,7 +54,7 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
         self._now = now
         self._watches = Watches(store.versions, self._settings.watch_interval)
 
-    @answered
+    @unary_method
     async def CreateOrder(self, request: pb.CreateOrderRequest, context: Context) -> pb.CreateOrderResponse:
         request_id = request.request_id.lower()
         order = Order.new(str(uuid.uuid4()), user_id=request.user_id.lower(), items=items(request), now=self._now())
@@ -66,17 +66,17 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
             if taken is None:
                 raise
             return pb.CreateOrderResponse(order=order_message(taken))
-        traced = trace(context)
+        traced = call_trace(context)
         taken = await self._store.create(dataclasses.replace(order, user_stale=stale), request_id, traced)
         if taken.id == order.id:
             log.info("order taken", order_id=taken.id, request_id=request_id, user_stale=stale, **traced)
         return pb.CreateOrderResponse(order=order_message(taken))
 
-    @answered
+    @unary_method
     async def GetOrder(self, request: pb.GetOrderRequest, context: Context) -> pb.GetOrderResponse:
         return pb.GetOrderResponse(order=order_message(await self._store.get(request.id.lower())))
 
-    @answered
+    @unary_method
     async def ListOrders(self, request: pb.ListOrdersRequest, context: Context) -> pb.ListOrdersResponse:
         listing = Listing(request.user_id.lower(), request.filter)
         key = f"weft.order.v1.OrderService/ListOrders?{listing}"
@@ -87,23 +87,23 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
             next_page_token=self._store.tokens.make(key, page.last) if page.more else "",
         )
 
-    @answered
+    @unary_method
     async def ConfirmOrder(self, request: pb.ConfirmOrderRequest, context: Context) -> pb.ConfirmOrderResponse:
         return pb.ConfirmOrderResponse(order=await self._move(request.id, State.CONFIRMED, context))
 
-    @answered
+    @unary_method
     async def ShipOrder(self, request: pb.ShipOrderRequest, context: Context) -> pb.ShipOrderResponse:
         return pb.ShipOrderResponse(order=await self._move(request.id, State.SHIPPED, context))
 
-    @answered
+    @unary_method
     async def DeliverOrder(self, request: pb.DeliverOrderRequest, context: Context) -> pb.DeliverOrderResponse:
         return pb.DeliverOrderResponse(order=await self._move(request.id, State.DELIVERED, context))
 
-    @answered
+    @unary_method
     async def CancelOrder(self, request: pb.CancelOrderRequest, context: Context) -> pb.CancelOrderResponse:
         return pb.CancelOrderResponse(order=await self._move(request.id, State.CANCELLED, context))
 
-    @answered_stream
+    @stream_method
     async def WatchOrder(self, request: pb.WatchOrderRequest, context: Context) -> AsyncIterator[pb.WatchOrderResponse]:
         order_id = request.id.lower()
         key = f"weft.order.v1.OrderService/WatchOrder?{order_id}"
@@ -124,7 +124,7 @@ class OrderServicer(order_pb2_grpc.OrderServiceServicer):
             await self._watches.wait(order_id, seen)
 
     async def _move(self, order_id: str, state: State, context: Context) -> pb.Order:
-        traced = trace(context)
+        traced = call_trace(context)
         order = await self._store.move(order_id.lower(), state, self._now(), traced)
         self._watches.changed(order.id, order.version)
         log.info("order moved", order_id=order.id, state=state.value, **traced)

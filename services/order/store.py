@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from services.common import filters, paging
 from services.common.database import SEQUENCE, Database, UtcDateTime
 from services.common.idempotency import Requests
+from services.common.paging import Page, Tokens
+from services.events.outbox import Outbox
 from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
 from services.order.messages import event_message
-from services.events.outbox import Outbox
-from services.common.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""

@@ -38,7 +38,9 @@ class Screen:
     def ready(self, plan: Plan, processes: Sequence[Process], seconds: float) -> None:
         """Print what runs where, and commands to try."""
         table = Table(box=box.SIMPLE, pad_edge=False)
-        rows = [(process.name, process.spec.address, str(process.pid), short(process.spec.log)) for process in processes]
+        rows = [
+            (process.name, process.spec.address, str(process.pid), short(process.spec.log)) for process in processes
+        ]
         for place, column in enumerate(("name", "address", "pid", "log")):
             # A narrow terminal shortens the log's path and nothing else.
             width = max(len(column), *(len(row[place]) for row in rows)) if column != "log" else None

@@ -71,9 +71,8 @@ class Shop:
                 self._lock = stack.enter_context(data.lock(folder))
             except files.InUseError as error:
                 command = self._plan.command(data=f"{folder}-2", other_ports=self._port_in_use() is not None)
-                raise CannotRunError(
-                    f"{folder} is in use by another mesh (pid {error.holder or 'unknown'}); to run a second one: {command}"
-                ) from None
+                by = f"another mesh (pid {error.holder or 'unknown'})"
+                raise CannotRunError(f"{folder} is in use by {by}; to run a second one: {command}") from None
             yield
 
     async def _run(self, stop: asyncio.Event, began: float) -> int:
@@ -101,9 +100,7 @@ class Shop:
         if in_use is not None:
             spec, reason = in_use
             command = self._plan.command(data=self._plan.data, other_ports=True)
-            raise CannotRunError(
-                f"{spec.name} can't listen on {spec.address}: {reason}; to use other ports: {command}"
-            )
+            raise CannotRunError(f"{spec.name} can't listen on {spec.address}: {reason}; to use other ports: {command}")
 
     def _port_in_use(self) -> tuple[ProcessSpec, str] | None:
         """The first process that can't listen, and why."""

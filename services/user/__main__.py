@@ -6,7 +6,7 @@ import mesh.aio
 from mesh.server.settings import ServerSettings
 from services.common import process
 from services.common.database import Database
-from services.common.rpc import readable
+from services.common.rpc import reject_unparsable
 from services.common.settings import Settings
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2
@@ -20,8 +20,8 @@ async def serve(database: Database, own: Settings, server: ServerSettings) -> in
     store = UserStore(database)
     return await mesh.aio.serve(
         [
-            (readable(user_pb2_grpc.add_UserServiceServicer_to_server), UserServicer(store)),
-            (readable(user_v2_pb2_grpc.add_UserServiceServicer_to_server), UserServicerV2(store)),
+            (reject_unparsable(user_pb2_grpc.add_UserServiceServicer_to_server), UserServicer(store)),
+            (reject_unparsable(user_v2_pb2_grpc.add_UserServiceServicer_to_server), UserServicerV2(store)),
         ],
         server,
     )

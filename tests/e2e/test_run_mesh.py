@@ -242,7 +242,9 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(spawn: Spawn, tmp_path: Path)
         process = spawn.python("-m", "services", "--port", str(mesh_port), "--data", tmp_path / "data")
         assert process.wait() == 2
     assert process.said.count("\n") == 1
-    assert f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use; to use other ports: " in process.said
+    assert (
+        f"user-2 can't listen on {HOST}:{mesh_port + 2}: address already in use; to use other ports: " in process.said
+    )
     assert process.said.endswith(f"make run-mesh DATA={tmp_path / 'data'} PORT={_another(mesh_port)}\n")
 
 

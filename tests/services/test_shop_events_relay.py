@@ -20,6 +20,7 @@ from services.events import BusAwayError, Event
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
 from services.events.outbox import Outbox
+from services.events.relay import LAG_WARNING, MAX_ATTEMPTS, Relay
 from tests.services.conftest import Open
 from tests.services.test_shop_events import until
 
@@ -64,7 +65,7 @@ class Bus(MemoryBus):
         if self.silent:
             await asyncio.Event().wait()
         if self.away:
-            raise BusAwayError("away")
+            raise BusUnavailableError("away")
         self.at_once += event.subject in self._under_way
         self._under_way.add(event.subject)
         try:
@@ -75,15 +76,15 @@ class Bus(MemoryBus):
         self.given.append(event)
         await super().publish(event)
         if self.loses_words:
-            raise BusAwayError("no word")
+            raise BusUnavailableError("no word")
 
     async def keeps(self, count: int) -> None:
         """Return when so many events are kept."""
-        await until(lambda: len(self.kept) >= count)
+        await until(lambda: len(self.stored) >= count)
 
     def numbers(self, subject: str) -> list[int]:
         """The numbers of a subject's events, in the order in which the bus kept them."""
-        return [Int64Value.FromString(event.data).value for event in self.kept if event.subject == subject]
+        return [Int64Value.FromString(event.data).value for event in self.stored if event.subject == subject]
 
 
 @pytest.fixture
@@ -133,8 +134,8 @@ async def test_an_event_carries_what_it_was_given(database: Database, bus: Bus) 
     trace = {"traceparent": "00-1-2-01"}
     await database.write(lambda c: outbox.add(c, "weft.test.v1.Happened", "a", Int64Value(value=7), trace, time=time))
     async with relay(database, bus):
-        await until(lambda: bool(bus.kept))
-    (event,) = bus.kept
+        await until(lambda: bool(bus.stored))
+    (event,) = bus.stored
     assert (event.source, event.type, event.subject) == ("/weft/test", "weft.test.v1.Happened", "a")
     assert (event.time, event.trace, Int64Value.FromString(event.data).value) == (time, trace, 7)
 
@@ -161,7 +162,7 @@ async def test_events_wait_while_the_bus_is_away_and_the_lag_is_told(database: D
             await until(lambda: any(line["event"] == "outbox lags" for line in logs))
             await write(database, "a", 1, 2)
             bus.away = False
-            await until(lambda: len(bus.kept) == 3 and working.lag == 0)
+            await until(lambda: len(bus.stored) == 3 and working.lag == 0)
     assert bus.numbers("a") == [0, 1, 2]
     assert logs[-1]["event"] == "outbox caught up"
 
@@ -173,7 +174,7 @@ async def test_what_the_bus_kept_without_a_word_is_given_again_and_kept_once(dat
     async with relay(database, bus):
         await until(lambda: len(bus.given) >= 2)
         bus.loses_words = False
-        await until(lambda: len(bus.kept) == 2)
+        await until(lambda: len(bus.stored) == 2)
     assert bus.numbers("a") == [1, 2]
     assert await waiting(database) == 0
 
@@ -186,16 +187,16 @@ async def test_one_of_several_relays_works_and_another_follows_the_killed(
     relays = [relay(database, bus, f"relay-{n}") for n, database in enumerate(databases)]
     for each in relays:
         await each.__aenter__()
-    await until(lambda: any(each.holds for each in relays))
+    await until(lambda: any(each.active for each in relays))
     number = 0
     while relays:
-        assert sum(each.holds for each in relays) <= 1
+        assert sum(each.active for each in relays) <= 1
         for _ in range(5):
             await write(databases[0], "a", *range(number, number + 20))
             number += 20
             await bus.keeps(number - 10)  # amid its work
-        await until(lambda: any(each.holds for each in relays))
-        holder = next(each for each in relays if each.holds)
+        await until(lambda: any(each.active for each in relays))
+        holder = next(each for each in relays if each.active)
         relays.remove(holder)
         if relays:
             await kill(holder)
@@ -214,8 +215,8 @@ async def test_a_relay_whose_lease_may_be_taken_publishes_no_more(
     await write(stuck, "a", 1)
     bus.silent = True
     async with relay(stuck, bus, "stuck") as first:
-        await until(lambda: first.holds)
-        await until(lambda: not first.holds)  # it waits for a bus that doesn't answer
+        await until(lambda: first.active)
+        await until(lambda: not first.active)  # it waits for a bus that doesn't answer
         bus.silent = False
         async with relay(lively, bus, "lively"):
             await until(lambda: bus.numbers("a") == [1])
@@ -223,7 +224,7 @@ async def test_a_relay_whose_lease_may_be_taken_publishes_no_more(
 
 async def test_leaving_publishes_what_is_written_and_gives_the_lease_back(database: Database, bus: Bus) -> None:
     async with relay(database, bus) as working:
-        await until(lambda: working.holds)
+        await until(lambda: working.active)
         await write(database, "a", 1, 2, 3)
     assert bus.numbers("a") == [1, 2, 3]
     assert (await database.read(outbox.lease)).free
@@ -312,7 +313,7 @@ async def test_a_row_that_can_not_be_read_is_set_aside(
     await insert(database, "a", **wrong)
     await write(database, "c", 1)
     async with relay(database, bus) as working:
-        await until(lambda: working.set_aside == 1 and len(bus.kept) == 2)
+        await until(lambda: working.set_aside == 1 and len(bus.stored) == 2)
     assert [subject for subject, *_ in await aside(database)] == ["a"]
 
 
@@ -349,7 +350,7 @@ async def test_any_course_of_kills_and_absences_ends_with_every_event_once_in_or
         if rng.random() < 0.3:
             await kill(relays.pop(rng.randrange(2)))
     bus.away = bus.loses_words = False
-    await until(lambda: bus.numbers("a") == list(range(written["a"])) and len(bus.kept) == sum(written.values()))
+    await until(lambda: bus.numbers("a") == list(range(written["a"])) and len(bus.stored) == sum(written.values()))
     for each in relays.values():
         await each.__aexit__(None, None, None)
     assert bus.numbers("b") == list(range(written["b"]))

@@ -17,11 +17,11 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
+from services.common.rpc import reject_unparsable
 from services.order import store as order_store
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.common.rpc import readable
 from services.user import store as user_store
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2
@@ -105,15 +105,15 @@ async def shop(open_database: Open) -> AsyncIterator[grpc.aio.Channel]:
     store = OrderStore(open_database("order", order_store.VERSIONS))
 
     def add_users(server: grpc.aio.Server) -> None:
-        readable(user_pb2_grpc.add_UserServiceServicer_to_server)(UserServicer(users), server)
-        readable(user_v2_pb2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(users), server)
+        reject_unparsable(user_pb2_grpc.add_UserServiceServicer_to_server)(UserServicer(users), server)
+        reject_unparsable(user_v2_pb2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(users), server)
 
     async with serving(add_users) as asked:
         orders = OrderServicer(store, user_pb2_grpc.UserServiceStub(asked), OrderSettings(watch_interval=0.02))
 
         def add_all(server: grpc.aio.Server) -> None:
             add_users(server)
-            readable(order_pb2_grpc.add_OrderServiceServicer_to_server)(orders, server)
+            reject_unparsable(order_pb2_grpc.add_OrderServiceServicer_to_server)(orders, server)
 
         async with serving(add_all) as channel:
             yield channel

@@ -13,7 +13,7 @@ import pytest
 
 from services.events import Event, UnpublishableError
 from services.events.memory import MemoryBus
-from services.events.nats import ACK_WAIT, NatsBus, to_headers
+from services.events.nats import ACK_WAIT, NatsBus
 from services.notification.consumer import NAME
 from tests.processes import HOST, Spawn
 from tests.services.broker import Broker

@@ -19,6 +19,8 @@ import pytest
 import structlog
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from services.common.paging import InvalidTokenError
+from services.common.rpc import MAX_MESSAGE, MAX_REQUEST, reject_unparsable
 from services.notification import store as notification_store
 from services.notification.servicer import NotificationServicer
 from services.notification.store import NotificationStore
@@ -174,7 +176,7 @@ async def test_50_conditions_in_a_filter_are_answered(open_database: Open) -> No
 
 async def test_a_forged_resume_token_is_an_invalid_argument(open_database: Open) -> None:
     servicer = NotificationServicer(NotificationStore(open_database("notification", notification_store.VERSIONS)))
-    add = readable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
+    add = reject_unparsable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
     async with serving(lambda server: add(servicer, server)) as channel:
         request = notification_pb2.WatchNotificationsRequest(user_id=NOBODY, resume_token=with_guessed_key([1]))
         watch = notification_pb2_grpc.NotificationServiceStub(channel).WatchNotifications(request, timeout=10)
@@ -195,7 +197,7 @@ async def test_a_trace_that_is_too_long_is_not_kept_and_the_order_is_taken(open_
             ),
             metadata=[("traceparent", "00-1-2-01"), ("tracestate", "x" * 5_000)],
         )
-        (row,) = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 9))
+        (row,) = await store._database.read(lambda connection: order_store.outbox.pending(connection, 9))
         assert not isinstance(row.event, Exception)
         assert row.event.trace == {"traceparent": "00-1-2-01"}
 

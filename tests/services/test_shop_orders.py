@@ -16,13 +16,13 @@ from google.type import money_pb2  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.rpc import reject_unparsable
 from services.events import Event
 from services.order import store as order_store
 from services.order.domain import NANOS, Item, Money, Order, State, WrongStateError, totals
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.common.rpc import readable
 from tests.services.calling import NOBODY, failure, reason, violations
 from tests.services.conftest import Open, serving
 from weft.order.v1 import events_pb2, order_pb2, order_pb2_grpc
@@ -64,7 +64,7 @@ async def order_service(
         servicer = OrderServicer(
             store, user_pb2_grpc.UserServiceStub(channel), settings or OrderSettings(watch_interval=0.02), lambda: NOW
         )
-        add = readable(order_pb2_grpc.add_OrderServiceServicer_to_server)
+        add = reject_unparsable(order_pb2_grpc.add_OrderServiceServicer_to_server)
         async with serving(lambda server: add(servicer, server)) as front:
             yield order_pb2_grpc.OrderServiceStub(front)
 
@@ -133,7 +133,7 @@ async def rest(watch: Any) -> list[order_pb2.Order]:
 
 async def waiting(store: OrderStore) -> Sequence[tuple[str, Any]]:
     """The events in the outbox: type and message."""
-    rows = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 100))
+    rows = await store._database.read(lambda connection: order_store.outbox.pending(connection, 100))
     events = [row.event for row in rows if isinstance(row.event, Event)]
     names = [event.type.removeprefix("weft.order.v1.") for event in events]
     return [(name, getattr(events_pb2, name).FromString(e.data)) for name, e in zip(names, events, strict=True)]
@@ -285,7 +285,7 @@ async def test_an_event_carries_the_trace_of_the_call_that_caused_it(
     orders: OrderServiceAsyncStub, store: OrderStore
 ) -> None:
     await orders.CreateOrder(asked(), metadata=[("traceparent", TRACE), ("other", "1")])
-    (row,) = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 9))
+    (row,) = await store._database.read(lambda connection: order_store.outbox.pending(connection, 9))
     assert isinstance(row.event, Event)
     assert row.event.trace == {"traceparent": TRACE}
 

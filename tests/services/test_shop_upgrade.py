@@ -15,15 +15,15 @@ import pytest
 import sqlalchemy as sa
 
 from services.common.database import Database
+from services.common.migrations import migrate
+from services.common.paging import Page
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.common.migrations import migrate
 from services.notification import store as notification_store
 from services.notification.store import NotificationStore
 from services.order import store as order_store
 from services.order.domain import Item, Money, Order, State
 from services.order.store import OrderStore
-from services.common.paging import Page
 from services.user import store as user_store
 from services.user.domain import Name, User
 from services.user.store import Listing, UserStore
@@ -113,9 +113,9 @@ async def test_events_that_waited_in_the_outbox_of_revision_2_are_published(old:
     await database.write(lambda connection: connection.execute(add, {"id": after, "subject": after, "data": b""}))
     bus = MemoryBus()
     async with Relay(database, order_store.outbox, bus, "new"), asyncio.timeout(10):
-        while len(bus.kept) < 2:  # noqa: ASYNC110 - the bus has no event for it
+        while len(bus.stored) < 2:  # noqa: ASYNC110 - the bus has no asyncio.Event for it
             await asyncio.sleep(0.01)
-    assert [event.subject for event in bus.kept] == [before, after]
+    assert [event.subject for event in bus.stored] == [before, after]
 
 
 async def test_notifications_of_the_old_release_get_a_key_for_their_tokens(old: Callable[..., Database]) -> None:

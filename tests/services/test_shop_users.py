@@ -42,8 +42,8 @@ async def both(open_database: Open) -> AsyncIterator[tuple[UsersV1, UsersV2]]:
     store = UserStore(open_database("user", user_store.VERSIONS))
 
     def add(server: grpc.aio.Server) -> None:
-        readable(v1_grpc.add_UserServiceServicer_to_server)(UserServicer(store, now), server)
-        readable(v2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(store, now), server)
+        reject_unparsable(v1_grpc.add_UserServiceServicer_to_server)(UserServicer(store, now), server)
+        reject_unparsable(v2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(store, now), server)
 
     async with serving(add) as channel:
         yield v1_grpc.UserServiceStub(channel), v2_grpc.UserServiceStub(channel)

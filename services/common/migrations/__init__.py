@@ -1,7 +1,7 @@
-"""Brings a service's database to the newest schema when the service starts.
+"""Migrates a service's database to the newest schema when the service starts.
 
-Each service keeps its alembic revisions in its own ``versions`` folder; ``env.py`` here serves them all. Revisions go
-forwards only, and keep what the release before them uses: replicas of both may run side by side.
+Each service has its alembic revisions in its own ``versions`` folder; ``env.py`` here is for all of them. Revisions
+only go forward, and keep what the previous release uses: replicas of both may run side by side.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from services.common.database import Database
 
 log = structlog.stdlib.get_logger()
 
-_POSTGRESQL_LOCK = 0x77656674  # "weft": any number that no other program locks in the same database
+_POSTGRESQL_LOCK = 0x77656674  # "weft": any number that nothing else locks in the same database
 
 
 def migrate(database: Database, versions: Path) -> None:
-    """Apply the revisions in the folder ``versions`` that the database doesn't have: all of them, or none.
+    """Apply the revisions in the folder ``versions`` that the database doesn't have yet: all of them, or none.
 
-    Replicas that start together take turns, and the first does the work. A database that is newer than this program is
-    left as it is. Raises OSError when the database's folder can't be written, and what ``Database.write`` raises.
+    Replicas that start at the same time take turns, and the first does the work. A database that is newer than this
+    program is left alone. Raises OSError if the database's folder isn't writable, and what ``Database.write`` raises.
     """
     known = sorted(path.name[1:5] for path in versions.glob("v[0-9]*.py"))  # v0001_users.py is revision 0001
 
@@ -37,16 +37,16 @@ def migrate(database: Database, versions: Path) -> None:
         if current == known[-1]:
             return
         if current is not None and current not in known:
-            log.warning("schema is newer than this program", revision=current)
+            log.warning("the database schema is newer than this program", revision=current)
             return
         _upgrade(connection, versions)
 
-    with _turn(database):
+    with _locked(database):
         database.write_blocking(work)
 
 
 def _revision(connection: sa.Connection) -> str | None:
-    """The schema's revision, as alembic has written it down; None before the first."""
+    """The schema's revision, as recorded by alembic; None before the first."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
@@ -54,7 +54,7 @@ def _revision(connection: sa.Connection) -> str | None:
 
 
 def _upgrade(connection: sa.Connection, versions: Path) -> None:
-    # Imported where it is needed: it takes a quarter of a service's start, and most starts find the schema current.
+    # Imported here: it takes a quarter of a service's startup, and usually the schema is current.
     import alembic.command
     from alembic.config import Config
 
@@ -67,8 +67,8 @@ def _upgrade(connection: sa.Connection, versions: Path) -> None:
 
 
 @contextlib.contextmanager
-def _turn(database: Database) -> Iterator[None]:
-    """One process at a time on a SQLite file. It gets its WAL here, too: the switch waits for no other's switch."""
+def _locked(database: Database) -> Iterator[None]:
+    """Lock a SQLite file against other migrations. Also switches it to WAL, as concurrent switches fail."""
     if database.file is None:
         yield
         return
@@ -76,12 +76,12 @@ def _turn(database: Database) -> Iterator[None]:
     _create_private(lock_file)
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _create_private(database.file)  # SQLite gives its other files the same mode
+        _create_private(database.file)  # SQLite copies this mode to its other files
         database.use_wal()
         yield
 
 
 def _create_private(file: Path) -> None:
-    """Create a file for this user alone, unless it is there."""
+    """Create a file that only this user can access, unless it exists."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

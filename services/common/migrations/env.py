@@ -1,4 +1,4 @@
-"""What alembic runs for each migration: on the connection, and in the transaction, that ``migrate`` gives it."""
+"""What alembic runs for each migration: on the connection, and in the transaction, of ``migrate``."""
 
 from alembic import context
 
