@@ -194,7 +194,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
     ),
     "The shop": (
         Limit("services.common.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
-        Limit("services.user.domain", "LONGEST_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
+        Limit("services.user.domain", "MAX_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
         Limit("services.events", "MAX_ATTEMPTS", "attempts", "The event goes to the dead letters."),
     ),
 }

@@ -19,7 +19,7 @@ from weft.user.v1 import user_pb2_grpc
 
 
 async def serve(database: Database, own: OrderSettings, server: ServerSettings) -> int:
-    """Serve the orders in ``database``, and relay their events, until told to stop; returns the exit code."""
+    """Serve the orders in ``database``, and relay their events, until signalled to stop; returns the exit code."""
     try:
         channel = mesh.aio.insecure_channel(own.user_service)
     except ValueError as error:
@@ -28,7 +28,8 @@ async def serve(database: Database, own: OrderSettings, server: ServerSettings) 
         await stack.enter_async_context(channel)
         if own.nats_url:
             bus = await stack.enter_async_context(NatsBus(own.nats_url))
-            # Left after the server has ended, and before the bus and the database go: its last events are published.
+            # Exited after the server has stopped and before the bus and the database close, so that the last events
+            # are published.
             await stack.enter_async_context(Relay(database, outbox, bus, server.instance_id or str(uuid.uuid4())))
         servicer = OrderServicer(OrderStore(database), user_pb2_grpc.UserServiceStub(channel), own)
         add = reject_unparsable(order_pb2_grpc.add_OrderServiceServicer_to_server)

@@ -1,5 +1,5 @@
-"""The user service's gRPC surface, v1. v2 (``servicer_v2``) differs in its names alone, and serves the same users."""
-# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+"""The user service's gRPC surface, v1. v2 (``servicer_v2``) serves the same users and differs only in their names."""
+# ruff: noqa: ARG002, N802 - gRPC defines the names and the parameters
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def utc_now() -> dt.datetime:
 
 
 class UserServicer(user_pb2_grpc.UserServiceServicer):
-    """Serves the users of ``store``. ``now``: the wall clock, in UTC."""
+    """Serves the users in ``store``. ``now``: the wall clock, in UTC."""
 
     error_domain = "user.weft"
 
@@ -34,7 +34,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
 
     @unary_method
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
-        name = Name.of_whole(request.name)
+        name = Name.of_full(request.name)
         user = User.new(str(uuid.uuid4()), name=name, email=request.email, now=self._now())
         return pb.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
 
@@ -60,7 +60,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> pb.UpdateUserResponse:
         given = request.user
         mask = fields_to_update(request.update_mask, given, UPDATABLE, OUTPUT_ONLY)
-        name = Name.of_whole(given.name) if "name" in mask else None
+        name = Name.of_full(given.name) if "name" in mask else None
         email = given.email if "email" in mask else None
         now = self._now()
         user = await self._store.change(
@@ -72,7 +72,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         now = self._now()
         user = await self._store.change(
-            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+            request.id.lower(), request.etag, lambda user: user.deleted(now, allow_deleted=request.allow_missing)
         )
         return pb.DeleteUserResponse(user=_message(user))
 
@@ -86,7 +86,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
 def _message(user: User) -> pb.User:
     return pb.User(
         id=user.id,
-        name=user.name.whole,
+        name=user.name.full,
         email=user.email,
         create_time=timestamp(user.create_time),
         update_time=timestamp(user.update_time),

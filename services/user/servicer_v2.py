@@ -1,5 +1,5 @@
-"""The user service's gRPC surface, v2: the users of v1, with names in their parts."""
-# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+"""The user service's gRPC surface, v2: the users of v1, with names in parts."""
+# ruff: noqa: ARG002, N802 - gRPC defines the names and the parameters
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPDATABLE = ("name", "name.given", "name.family", "email")
 
 
 class UserServicerV2(user_pb2_grpc.UserServiceServicer):
-    """Serves the users of ``store``. ``now``: the wall clock, in UTC."""
+    """Serves the users in ``store``. ``now``: the wall clock, in UTC."""
 
     error_domain = "user.weft"
 
@@ -68,7 +68,7 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         now = self._now()
         user = await self._store.change(
-            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+            request.id.lower(), request.etag, lambda user: user.deleted(now, allow_deleted=request.allow_missing)
         )
         return pb.DeleteUserResponse(user=_message(user))
 
@@ -80,7 +80,7 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
 
 
 def _changed(name: Name, given: pb.UserName, mask: set[str]) -> Name | None:
-    """The name with those parts of ``given`` that ``mask`` names; None when it names none."""
+    """The name with the parts in ``mask`` taken from ``given``; None if ``mask`` has none of them."""
     parts = {"name", "name.given", "name.family"} & mask
     if not parts:
         return None

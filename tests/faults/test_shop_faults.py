@@ -16,7 +16,7 @@ import nats
 import pytest
 
 import mesh.aio
-from services.notification.consumer import NAME
+from services.notification.consumer import CONSUMER
 from tests.faults.shop import Shop, buy, insist
 from tests.processes import Spawn, eventually
 from weft.order.v1 import order_pb2, order_pb2_grpc
@@ -116,11 +116,11 @@ async def test_kills_lose_nothing_and_tell_nobody_twice(shop: Shop) -> None:
     client = await nats.connect(shop.nats_url)
     try:
         js = client.jetstream()
-        await js.delete_consumer("events", NAME)
+        await js.delete_consumer("events", CONSUMER)
         async with asyncio.timeout(SETTLED_WITHIN):
             while True:
                 try:
-                    found = await js.consumer_info("events", NAME)
+                    found = await js.consumer_info("events", CONSUMER)
                 except nats.js.errors.NotFoundError:
                     continue
                 if found.num_pending == 0 and found.num_ack_pending == 0:

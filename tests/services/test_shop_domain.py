@@ -38,7 +38,7 @@ def test_a_token_leads_back_to_its_place_in_its_list(listing: str, sequence: int
 @given(listing=st.text(), other=st.text(), sequence=SEQUENCES)
 def test_a_token_is_good_for_no_other_list(listing: str, other: str, sequence: int) -> None:
     if listing != other:
-        with pytest.raises(InvalidFieldError, match="page_token: was not made by this method"):
+        with pytest.raises(InvalidFieldError, match="page_token: was not issued by this method"):
             TOKENS.after(other, TOKENS.make(listing, sequence))
 
 
@@ -62,12 +62,12 @@ def test_emails_are_compared_without_regard_to_case() -> None:
 
 
 def test_a_user_keeps_the_email_as_it_was_given() -> None:
-    assert User.new("1", name=Name.of_whole("Ann"), email="Ann@Example.COM", now=NOW).email == "Ann@Example.COM"
+    assert User.new("1", name=Name.of_full("Ann"), email="Ann@Example.COM", now=NOW).email == "Ann@Example.COM"
 
 
 def test_a_name_with_a_nul_is_refused() -> None:
     with pytest.raises(InvalidFieldError, match=r"name: must not contain the character U\+0000"):
-        Name.of_whole("An\0n")
+        Name.of_full("An\0n")
 
 
 CONTENTS = st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner, max_size=4), max_leaves=8)

@@ -147,13 +147,13 @@ async def test_replaying_all_events_from_the_start_changes_nothing(act: OrderEve
         await act(event)
         seen += 1
 
-    async with bus.consume(NAME, TYPES, count):
+    async with bus.consume(CONSUMER, EVENT_TYPES, count):
         await until(lambda: seen == len(happenings))
-        before = await store.rows(100)
-        bus.replay(NAME)
+        before = await store.read(100)
+        bus.replay(CONSUMER)
         await until(lambda: seen == 2 * len(happenings))
     assert len(before) == len(happenings)
-    assert await store.rows(100) == before
+    assert await store.read(100) == before
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ async def test_an_event_that_cannot_be_understood_is_a_dead_letter(
     bus = MemoryBus()
     bad = Event(str(uuid.uuid4()), "/weft/order", type, "order", NOW, data)
     await bus.publish(bad)
-    async with bus.consume(NAME, TYPES, act):
+    async with bus.consume(CONSUMER, EVENT_TYPES, act):
         await bus.publish(good := happened())
-        while not (letters := await bus.dead_letters(NAME)):  # noqa: ASYNC110 - bounded by the test's timeout
+        while not (letters := await bus.dead_letters(CONSUMER)):  # noqa: ASYNC110 - bounded by the test's timeout
             await asyncio.sleep(0.005)
     assert [letter.event for letter in letters] == [bad]
     assert reason in letters[0].reason

@@ -39,7 +39,7 @@ def test_a_wrong_broker_is_said_in_one_line(tmp_path: Path) -> None:
     told = run(MESH_NATS_URL="localhost:4222", MESH_DATA=str(tmp_path))
     assert told.returncode == 2
     assert told.stderr.startswith("notification: MESH_NATS_URL='localhost:4222': ")
-    assert "should be nats://host:port" in told.stderr
+    assert "expected nats://host:port" in told.stderr
     assert told.stderr.count("\n") == 1
 
 

@@ -158,8 +158,8 @@ def test_totals_are_exact_in_each_currency(items: list[Item]) -> None:
             ),
             Fraction(0),
         )
-        assert total.units + Fraction(total.rest, NANOS) == exact
-        assert 0 <= total.rest < NANOS
+        assert total.units + Fraction(total.fraction, NANOS) == exact
+        assert 0 <= total.fraction < NANOS
 
 
 async def test_an_order_says_what_it_costs_in_each_currency(orders: OrderServiceAsyncStub) -> None:

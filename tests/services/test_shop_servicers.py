@@ -230,9 +230,9 @@ class AilingUsers(user_pb2_grpc.UserServiceServicer):
 @pytest.mark.parametrize(
     ("code", "answer", "details"),
     [
-        (None, grpc.StatusCode.UNAVAILABLE, "the user service could not be asked: DEADLINE_EXCEEDED"),
-        (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, "could not be asked: UNAVAILABLE: on purpose"),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, "could not be asked: RESOURCE_EXHAUSTED"),
+        (None, grpc.StatusCode.UNAVAILABLE, "the user service is unavailable: DEADLINE_EXCEEDED"),
+        (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, "is unavailable: UNAVAILABLE: on purpose"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, "is unavailable: RESOURCE_EXHAUSTED"),
         (grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL, "internal error"),
     ],
     ids=["hangs", "away", "overloaded", "broken"],
@@ -301,7 +301,7 @@ async def test_a_bug_is_internal_and_its_traceback_stays_in_the_log(
     await database.write(lambda connection: connection.exec_driver_sql("ALTER TABLE users RENAME TO lost"))
     error = await failure(users.GetUser(user_pb2.GetUserRequest(id=NOBODY)))
     assert error.code() is grpc.StatusCode.INTERNAL
-    assert error.details() == "internal error; the service's log has the details"
+    assert error.details() == "internal error; see the service's log"
     raised, failed = json_logs()
     assert (raised["service"], raised["level"]) == ("user", "error")
     assert re.search("no such table: users|relation .users. does not exist", raised["exception"])

@@ -43,7 +43,7 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
 def user(email: str = "ann@example.com", name: str = "Ann") -> User:
-    return User.new(str(uuid.uuid4()), name=Name.of_whole(name), email=email, now=NOW)
+    return User.new(str(uuid.uuid4()), name=Name.of_full(name), email=email, now=NOW)
 
 
 def order(user_id: str = "ann", *items: Item) -> Order:
@@ -75,7 +75,7 @@ async def test_a_user_comes_back_as_it_went_in(users: UserStore) -> None:
 
 async def test_instants_of_other_zones_are_kept_in_utc(users: UserStore) -> None:
     tokyo = NOW.astimezone(dt.timezone(dt.timedelta(hours=9)))
-    ann = await users.create(User.new(str(uuid.uuid4()), name=Name.of_whole("Ann"), email="ann@example.com", now=tokyo))
+    ann = await users.create(User.new(str(uuid.uuid4()), name=Name.of_full("Ann"), email="ann@example.com", now=tokyo))
     assert (await users.get(ann.id)).create_time.isoformat() == NOW.isoformat()
 
 
@@ -327,7 +327,7 @@ class TestPostgreSQL:
             connection.exec_driver_sql("CREATE TRIGGER t BEFORE INSERT ON outbox EXECUTE FUNCTION full()")
 
         await database.write(fill)
-        with pytest.raises(ExhaustedError, match="no room"):
+        with pytest.raises(ExhaustedError, match="out of resources"):
             await orders.create(order(), "r1")
         assert list((await orders.list(10)).items) == []
         await database.write(lambda connection: connection.exec_driver_sql("DROP TRIGGER t ON outbox"))
@@ -413,7 +413,7 @@ async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_har
     # Two have one address: which of them is first is not promised.
     assert Counter(type(ending) for ending in ended) == {User: 5, EmailTakenError: 1, RuntimeError: 1}
     kept = await users.list(10)
-    assert {each.name.whole for each in kept.items} == {"Ann"}
+    assert {each.name.full for each in kept.items} == {"Ann"}
     assert {each.email for each in kept.items} - {"gone@example.com"} == {f"{n}@example.com" for n in range(5)}
 
 

@@ -370,5 +370,5 @@ async def test_v2_refuses_names_without_a_given_name(users_v2: UsersV2) -> None:
     [("Ann", "Ann", ""), ("Ann Smith", "Ann", "Smith"), (" Ann B. Smith ", "Ann B.", "Smith"), (" ", "", "")],
 )
 def test_the_last_of_several_words_is_the_family_name(whole: str, given: str, family: str) -> None:
-    name = Name.of_whole(whole)
+    name = Name.of_full(whole)
     assert (name.given, name.family) == (given, family)

@@ -1,6 +1,6 @@
-"""Events that are set aside because they can't be published, and the key of the page tokens.
+"""Events that are set aside because they can't be published, and the page tokens' key.
 
-A replica of 0002 relays on as it did: it doesn't count its attempts, and sets nothing aside.
+Replicas of 0002 keep working: their relays don't count attempts, and set nothing aside.
 """
 
 from services.common import paging

@@ -1,4 +1,4 @@
-"""The key of the page tokens."""
+"""The page tokens' key."""
 
 from services.common import paging
 
