@@ -16,7 +16,7 @@ from mesh.registry.__main__ import DEFAULT_LISTEN
 from mesh.server.settings import ServerSettings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
-from services.settings import SERVER_DEFAULTS, Settings
+from services.common.settings import SERVER_DEFAULTS, Settings
 
 
 class Row(NamedTuple):

@@ -23,9 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ServiceConfig(_message.Message):
-    """How a client calls a service, as JSON in the channel option "grpc.service_config". The form is gRPC's own; keys that the
-    mesh adds are marked "weft". Unknown keys are ignored, as gRPC ignores them, with a warning; a value that is wrong is an
-    error with the field's path. Durations are written "1.5s".
+    """How a client calls a service, as JSON in the channel option "grpc.service_config". The format is gRPC's; keys that the mesh
+    adds are marked "weft". Unknown keys are ignored, as in gRPC, with a warning. Invalid values are errors that name the
+    field's path. Durations are written "1.5s".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -40,74 +40,74 @@ class ServiceConfig(_message.Message):
     OVERLOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_balancing_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The balancing policies in order of preference: the first that is known is used. gRPC balances its own targets itself.
+        """The load balancing policies in order of preference: the first known one is used. gRPC itself balances its own targets.
 
         Default: peak_ewma for the mesh's targets.
         Source: gRFC A24.
-        Change: when endpoints are to be chosen by another rule.
+        Change: to choose endpoints in another way.
         """
 
     @_builtins.property
     def method_config(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodConfig]:
-        """What holds for calls, by method: the most specific name wins, whole.
+        """Settings by method: the entry with the most specific name applies, as a whole.
 
-        Default: what the method's descriptor allows.
+        Default: as the method's descriptor allows.
         Source: gRPC's service config.
-        Change: when a method needs a deadline, other retries, or hedging.
+        Change: when a method needs a timeout, other retries, or hedging.
         """
 
     @_builtins.property
     def retry_throttling(self) -> Global___RetryThrottling:
         """Stops retries and hedges while most attempts fail.
 
-        Default: off; the retry budget bounds them already.
+        Default: off; the retry budget limits them already.
         Source: gRFC A6.
-        Change: when retries are to end altogether during an outage.
+        Change: to stop retries altogether during an outage.
         """
 
     @_builtins.property
     def health_check_config(self) -> Global___HealthCheckConfig:
-        """Which health an endpoint must report to be called.
+        """The health that an endpoint must report to receive calls.
 
-        Default: the service's own name for mesh:/// targets; no check for others.
+        Default: the health of the service's name for mesh:/// targets; no health check for others.
         Source: gRFC A17.
         Change: when servers behind static:/// or dns:/// serve grpc.health.v1, or report under another name.
         """
 
     @_builtins.property
     def retry_budget(self) -> Global___RetryBudget:
-        """weft: how many retries and hedges there may be beside the calls themselves; the channel's methods share it.
+        """weft: limits retries and hedges in proportion to calls; all methods of a channel share it.
 
-        Default: 10 % of calls and 10 a second.
+        Default: 10 % of calls and 10 per second.
         Source: Finagle's RetryBudget.
-        Change: when few calls are made and more of them should be tried again, or the servers have nothing to spare.
+        Change: to retry more of few calls, or fewer when the servers have no spare capacity.
         """
 
     @_builtins.property
     def slow_start(self) -> Global___SlowStart:
-        """weft: gives endpoints that have just become ready less to do at first.
+        """weft: sends fewer calls to endpoints that have just become ready.
 
         Default: off.
         Source: Envoy's slow start.
-        Change: when a fresh process is slow (caches, JIT, connection pools).
+        Change: when a new process is slow (caches, JIT, connection pools).
         """
 
     @_builtins.property
     def zone_awareness(self) -> Global___ZoneAwareness:
-        """weft: keeps calls in the client's own zone, which MESH_REGION and MESH_ZONE name as they do for servers.
+        """weft: prefers endpoints in the client's own zone, set by MESH_REGION and MESH_ZONE as for servers.
 
         Default: off.
         Source: Envoy's zone aware routing.
-        Change: when crossing zones costs time or money, and every zone has endpoints for its own clients.
+        Change: when traffic between zones is slow or expensive, and every zone has enough endpoints for its clients.
         """
 
     @_builtins.property
     def overload(self) -> Global___Overload:
-        """weft: what a client refuses to send.
+        """weft: limits on what a client sends.
 
-        Default: nothing.
+        Default: none.
         Source: gRFC A32; Google's SRE book, "Handling Overload".
-        Change: when calls may pile up in a client, or it should hold back from a service that refuses it.
+        Change: when calls may pile up in a client, or it should back off from a service that rejects its calls.
         """
 
     def __init__(
@@ -132,7 +132,7 @@ Global___ServiceConfig: _TypeAlias = ServiceConfig  # noqa: Y015
 
 @_typing.final
 class LoadBalancingConfig(_message.Message):
-    """One balancing policy with its settings; exactly one is set."""
+    """One load balancing policy with its settings; exactly one is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -147,84 +147,84 @@ class LoadBalancingConfig(_message.Message):
     OUTLIER_DETECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def round_robin(self) -> Global___RoundRobin:
-        """Each endpoint in turn, or as often as its weight gives it, from a random start.
+        """Each endpoint in turn, or in proportion to weights, from a random start.
 
         Default: not used.
         Source: gRPC.
-        Change: to it when every call costs the same and every endpoint is equal.
+        Change: use it when all calls cost the same and all endpoints are equal.
         """
 
     @_builtins.property
     def peak_ewma(self) -> Global___PeakEwma:
-        """weft: of two endpoints at random, the one that answers faster and has less in flight.
+        """weft: of two random endpoints, the one with the lower latency and fewer calls in flight.
 
-        Default: used, with its settings' defaults.
+        Default: used, with default settings.
         Source: Finagle and Linkerd; power of two choices, Mitzenmacher 2001.
-        Change: back to it from another policy.
+        Change: name it to change its settings.
         """
 
     @_builtins.property
     def pick_first(self) -> Global___PickFirst:
-        """The first endpoint that can be called, until it can't be any more.
+        """The first endpoint that can be reached, as long as it can.
 
         Default: not used.
         Source: gRPC.
-        Change: to it when one endpoint is to have all the calls, and the others are spares.
+        Change: use it when one endpoint should receive all calls, and the others are standbys.
         """
 
     @_builtins.property
     def weighted_round_robin(self) -> Global___LoadReports:
-        """Each endpoint in turn as often as its weight gives it: what it reports of its load, else the weight it was
+        """Each endpoint in turn, in proportion to its weight: computed from its load reports, or else the one that it was
         registered with.
 
         Default: not used.
         Source: gRFC A58.
-        Change: to it when endpoints differ in size and report their load.
+        Change: use it when endpoints differ in capacity and report their load.
         """
 
     @_builtins.property
     def least_request(self) -> Global___LeastRequest:
-        """Of some endpoints at random, the one with the least in flight.
+        """Of a few random endpoints, the one with the fewest calls in flight.
 
         Default: not used.
-        Source: gRFC A48. gRPC's name, least_request_experimental, is taken, too; so for all policies.
-        Change: to it when latency says nothing of load, as with long streams.
+        Source: gRFC A48. gRPC's name, least_request_experimental, is accepted, too; likewise for all policies.
+        Change: use it when latency says nothing about load, as with long streams.
         """
 
     @_builtins.property
     def ring_hash(self) -> Global___RingHash:
-        """Calls with one key to one endpoint, as long as it is there.
+        """Calls with the same key go to the same endpoint, as long as it is available.
 
         Default: not used.
         Source: gRFC A42 and A76.
-        Change: to it when endpoints keep something for a key, a cache say.
+        Change: use it when endpoints keep state per key, such as a cache.
         """
 
     @_builtins.property
     def random_subsetting(self) -> Global___RandomSubsetting:
-        """So many endpoints at random, each client others; the child policy is over those.
+        """A random subset of the endpoints, different for each client; the child policy balances over the subset.
 
-        Default: of more than 100 endpoints a client uses 100; with ring_hash all.
+        Default: a client uses at most 100 endpoints; with ring_hash all.
         Source: gRFC A68.
-        Change: fewer, when very many clients' connections weigh on the servers.
+        Change: use fewer when servers have too many connections from very many clients.
         """
 
     @_builtins.property
     def priority(self) -> Global___Priority:
-        """A policy for each of the endpoints' priorities.
+        """A policy for each priority of endpoints.
 
-        Default: one policy for all; the lowest number with an endpoint that is ready serves.
+        Default: one policy for all; the lowest priority number with a ready endpoint is used.
         Source: gRFC A56.
-        Change: when the spares are to be balanced otherwise.
+        Change: when standbys need another policy.
         """
 
     @_builtins.property
     def outlier_detection(self) -> Global___OutlierDetection:
-        """Leaves out endpoints that answer worse than the others; the child policy is over the rest.
+        """Ejects endpoints that fail more than others; the child policy balances over the rest.
 
-        Default: used around every policy, with its settings' defaults.
+        Default: used around every policy, with default settings.
         Source: gRFC A50.
-        Change: to be quicker or slower to leave an endpoint out, or not to.
+        Change: to eject endpoints sooner, later, or not at all.
         """
 
     def __init__(
@@ -283,34 +283,34 @@ class PeakEwma(_message.Message):
 
         Default: 1s.
         Source: Finagle, whose default is 10 s (see docs/decisions/0005).
-        Change: longer, when calls are seldom and an endpoint's slowness lasts.
+        Change: raise when calls are rare and slow endpoints stay slow.
         """
 
     @_builtins.property
     def failure_penalty(self) -> _duration_pb2.Duration:
-        """What a failed attempt counts as, so that failing fast doesn't look like answering fast.
+        """The latency that a failed attempt counts as, so that failing fast doesn't look like responding fast.
 
         Default: 5s.
         Source: Linkerd's load biaser.
-        Change: longer, when good answers take seconds.
+        Change: raise when successful calls take seconds.
         """
 
     @_builtins.property
     def starvation_guard(self) -> _duration_pb2.Duration:
-        """An idle endpoint from which nothing was heard for this long is given a call, however slow it was. 0s: never.
+        """An endpoint that has been idle for this long is given a call, however slow it was. 0s: never.
 
         Default: 10s.
         Source: Kratos, which has 3s.
-        Change: longer, when one slow call in so long is one too many.
+        Change: raise when even one slow call per period is too many.
         """
 
     @_builtins.property
     def load_reports(self) -> Global___LoadReports:
-        """Weigh endpoints by what they report of their load, too. Costs a look at each answer's trailers.
+        """Weight endpoints by their load reports, too. Reads the trailers of every response.
 
-        Default: off: latency and what is in flight say it already.
+        Default: off: latency and calls in flight suffice.
         Source: gRFC A58.
-        Change: on, when many clients share endpoints of different sizes, so that each sees little of their load.
+        Change: enable when many clients share endpoints of different capacity, so that each sees little of their load.
         """
 
     def __init__(
@@ -337,11 +337,11 @@ class PickFirst(_message.Message):
 
     SHUFFLE_ADDRESS_LIST_FIELD_NUMBER: _builtins.int
     shuffle_address_list: _builtins.bool
-    """Whether each client has an order of its own.
+    """Whether each client shuffles the endpoints.
 
     Default: false.
     Source: gRFC A62.
-    Change: when clients are to spread over the endpoints.
+    Change: enable to spread clients over the endpoints.
     """
     def __init__(
         self,
@@ -358,8 +358,8 @@ Global___PickFirst: _TypeAlias = PickFirst  # noqa: Y015
 
 @_typing.final
 class LoadReports(_message.Message):
-    """How load reports become weights: a weight is queries a second / (utilization + failures a second / queries a second ×
-    penalty).
+    """How load reports become weights: weight = qps / (utilization + eps / qps × penalty), where qps is queries per second and
+    eps is failures per second.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -371,56 +371,56 @@ class LoadReports(_message.Message):
     WEIGHT_UPDATE_PERIOD_FIELD_NUMBER: _builtins.int
     ERROR_UTILIZATION_PENALTY_FIELD_NUMBER: _builtins.int
     enable_oob_load_report: _builtins.bool
-    """Ask ORCA's service for reports, rather than read those that come with answers. A connection more for each endpoint of
-    a sync channel.
+    """Request reports from ORCA's service, rather than read those in trailers. A sync channel then has an additional connection
+    to each endpoint.
 
     Default: false.
     Source: gRFC A51.
-    Change: on, for servers that aren't the mesh's: gRPC keeps their reports in answers from Python.
+    Change: enable for servers outside the mesh: gRPC hides the reports in their trailers from Python.
     """
     @_builtins.property
     def oob_reporting_period(self) -> _duration_pb2.Duration:
-        """How often to ask for.
+        """The interval of out-of-band reports.
 
         Default: 10s.
         Source: gRFC A58.
-        Change: shorter, when load moves faster.
+        Change: lower when load changes faster.
         """
 
     @_builtins.property
     def blackout_period(self) -> _duration_pb2.Duration:
-        """How long an endpoint must have reported before that counts.
+        """How long an endpoint must have reported before its reports count.
 
         Default: 10s.
         Source: gRFC A58.
-        Change: 0s, when the first reports can be believed.
+        Change: 0s when the first reports are reliable.
         """
 
     @_builtins.property
     def weight_expiration_period(self) -> _duration_pb2.Duration:
-        """How long the last report counts.
+        """How long a report is valid.
 
         Default: 180s.
         Source: gRFC A58.
-        Change: shorter, when endpoints may stop reporting.
+        Change: lower when endpoints may stop reporting.
         """
 
     @_builtins.property
     def weight_update_period(self) -> _duration_pb2.Duration:
-        """How often weights are made anew; 0.1s at the least.
+        """How often weights are recomputed; at least 0.1s.
 
         Default: 1s.
         Source: gRFC A58.
-        Change: longer, with very many endpoints.
+        Change: raise with very many endpoints.
         """
 
     @_builtins.property
     def error_utilization_penalty(self) -> _wrappers_pb2.FloatValue:
-        """What the share of failures is multiplied by.
+        """The factor by which the error rate is multiplied.
 
         Default: 1.
         Source: gRFC A58.
-        Change: 0, when failures are the requests' fault.
+        Change: 0 when failures are caused by the requests.
         """
 
     def __init__(
@@ -450,19 +450,19 @@ class LeastRequest(_message.Message):
     CHOICE_COUNT_FIELD_NUMBER: _builtins.int
     LOAD_REPORTS_FIELD_NUMBER: _builtins.int
     choice_count: _builtins.int
-    """Of how many endpoints, from 2 to 10; more are taken as 10.
+    """How many endpoints to choose from, 2 to 10; more counts as 10.
 
     Default: 2.
     Source: gRFC A48.
-    Change: more, with few endpoints and calls that take long.
+    Change: raise with few endpoints and long calls.
     """
     @_builtins.property
     def load_reports(self) -> Global___LoadReports:
-        """Weigh endpoints by what they report of their load, too.
+        """Weight endpoints by their load reports, too.
 
         Default: off.
         Source: gRFC A58.
-        Change: as with peak_ewma.
+        Change: as for peak_ewma.
         """
 
     def __init__(
@@ -490,32 +490,32 @@ class RingHash(_message.Message):
     MAX_RING_SIZE_FIELD_NUMBER: _builtins.int
     BOUNDED_LOAD_FACTOR_FIELD_NUMBER: _builtins.int
     request_hash_header: _builtins.str
-    """The header whose value is the key. Calls without it go anywhere.
+    """The header whose value is the key. Calls without it go to a random endpoint.
 
     Default: none.
     Source: gRFC A76.
     Change: always.
     """
     min_ring_size: _builtins.int
-    """The least entries on the ring.
+    """The minimum number of entries on the ring.
 
     Default: 1024.
     Source: gRFC A42.
-    Change: up to 4096, for more even shares.
+    Change: up to 4096 for a more even distribution.
     """
     max_ring_size: _builtins.int
-    """The most entries on the ring, except that every endpoint has one.
+    """The maximum number of entries on the ring, but at least one per endpoint.
 
-    Default: 4096, which is also the cap.
+    Default: 4096, which is also the limit.
     Source: gRFC A42.
-    Change: down, to save a few hundred kilobytes.
+    Change: lower to save a few hundred kilobytes.
     """
     bounded_load_factor: _builtins.float
-    """weft: an endpoint with more than this many times the mean in flight is passed over for the next; 0: never.
+    """weft: an endpoint with more than this many times the mean number of calls in flight is skipped for the next; 0: never.
 
     Default: 0.
     Source: Envoy's hash_balance_factor; Mirrokni, Thorup and Zadimoghaddam 2016.
-    Change: to 1.25 or so, when some keys are called much more than others.
+    Change: about 1.25 when some keys are much more popular than others.
     """
     def __init__(
         self,
@@ -542,15 +542,15 @@ class RandomSubsetting(_message.Message):
     SUBSET_SIZE_FIELD_NUMBER: _builtins.int
     CHILD_POLICY_FIELD_NUMBER: _builtins.int
     subset_size: _builtins.int
-    """How many endpoints a client uses, of each priority.
+    """How many endpoints of each priority a client uses.
 
     Default: required.
     Source: gRFC A68.
-    Change: so that clients × this is many times the number of endpoints; else shares differ.
+    Change: so that this times the number of clients is many times the number of endpoints; otherwise load is uneven.
     """
     @_builtins.property
     def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy over them: the first that is known.
+        """The policy over them: the first known one.
 
         Default: peak_ewma.
         Source: gRFC A24.
@@ -602,7 +602,7 @@ class Priority(_message.Message):
     PRIORITIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def children(self) -> _containers.MessageMap[_builtins.str, Global___PriorityChild]:
-        """The policies, by any name.
+        """The policies, by arbitrary names.
 
         Default: required.
         Source: gRFC A56.
@@ -611,8 +611,8 @@ class Priority(_message.Message):
 
     @_builtins.property
     def priorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The names in order: the first is that of the endpoints with the lowest priority number, and so on; the last is that of
-        all further ones.
+        """The names in order: the first is for the endpoints with the lowest priority number, and so on; the last is for all
+        others.
 
         Default: required.
         Source: gRFC A56.
@@ -642,7 +642,7 @@ class PriorityChild(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def config(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy: the first that is known.
+        """The policy: the first known one.
 
         Default: required.
         Source: gRFC A24.
@@ -665,8 +665,8 @@ Global___PriorityChild: _TypeAlias = PriorityChild  # noqa: Y015
 @_typing.final
 class OutlierDetection(_message.Message):
     """Settings of outlier_detection. Failures are UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL, UNKNOWN and DATA_LOSS: other codes
-    speak of the request. Where it is named, the algorithms that it doesn't name are off, as in gRPC, and those that count
-    failures in a row keep their defaults. An endpoint that comes back has one call to show what it is worth.
+    are about the request. If outlier_detection is set, algorithms that it doesn't set are off, as in gRPC, except that those for
+    consecutive failures keep their defaults. After an ejection an endpoint is probed with one call.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -684,11 +684,11 @@ class OutlierDetection(_message.Message):
     PANIC_THRESHOLD_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """weft: count what would be left out, and leave nothing out.
+    """weft: only count ejections, without ejecting.
 
     Default: false.
     Source: Finagle's dark mode, Envoy's enforcing percentages.
-    Change: on, to see first what it would do.
+    Change: enable to see the effect first.
     """
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
@@ -696,57 +696,57 @@ class OutlierDetection(_message.Message):
 
         Default: 10s.
         Source: gRFC A50.
-        Change: longer, when there are few calls.
+        Change: raise when there are few calls.
         """
 
     @_builtins.property
     def base_ejection_time(self) -> _duration_pb2.Duration:
-        """How long an endpoint is left out, times how often it was of late, and up to a fifth longer by chance.
+        """How long an endpoint is ejected, multiplied by the number of its recent ejections, with up to 20 % of jitter.
 
         Default: 30s.
         Source: gRFC A50.
-        Change: shorter, when what ails endpoints passes sooner.
+        Change: lower when endpoints recover sooner.
         """
 
     @_builtins.property
     def max_ejection_time(self) -> _duration_pb2.Duration:
-        """The longest that it is left out.
+        """The longest ejection.
 
         Default: 300s.
         Source: gRFC A50.
-        Change: with baseEjectionTime.
+        Change: together with baseEjectionTime.
         """
 
     @_builtins.property
     def max_ejection_percent(self) -> _wrappers_pb2.UInt32Value:
-        """The share of endpoints that may be left out at once. One may be wherever there are three or more; 0: none.
+        """The percentage of endpoints that may be ejected at a time. With three or more endpoints, one always may; 0: none.
 
         Default: 10.
         Source: gRFC A50.
-        Change: up, when a third of the endpoints can carry the load.
+        Change: raise when fewer endpoints can carry the load.
         """
 
     @_builtins.property
     def success_rate_ejection(self) -> Global___SuccessRateEjection:
-        """Leave out endpoints whose share of successes is far below the others'.
+        """Eject endpoints whose success rate is far below the others'.
 
-        Default: on where outlier_detection isn't named; off where it is.
+        Default: on if outlier_detection isn't set; off if it is.
         Source: gRFC A50.
-        Change: on, with many calls to each endpoint.
+        Change: enable with many calls to each endpoint.
         """
 
     @_builtins.property
     def failure_percentage_ejection(self) -> Global___FailurePercentageEjection:
-        """Leave out endpoints that fail more than this share of calls.
+        """Eject endpoints that fail more than a percentage of calls.
 
-        Default: on where outlier_detection isn't named; off where it is.
+        Default: on if outlier_detection isn't set; off if it is.
         Source: gRFC A50.
-        Change: on, with many calls to each endpoint.
+        Change: enable with many calls to each endpoint.
         """
 
     @_builtins.property
     def child_policy(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadBalancingConfig]:
-        """The policy over the others: the first that is known.
+        """The policy over the others: the first known one.
 
         Default: peak_ewma.
         Source: gRFC A24.
@@ -755,40 +755,40 @@ class OutlierDetection(_message.Message):
 
     @_builtins.property
     def consecutive_failures(self) -> _wrappers_pb2.UInt32Value:
-        """weft: leave an endpoint out after so many failures in a row; 0: don't.
+        """weft: eject an endpoint after this many consecutive failures; 0: never.
 
         Default: 5.
         Source: Envoy and Finagle; Linkerd has 7.
-        Change: up, when callers' deadlines are so short that they often pass.
+        Change: raise when callers' deadlines are so short that they often expire.
         """
 
     @_builtins.property
     def consecutive_gateway_errors(self) -> _wrappers_pb2.UInt32Value:
-        """weft: the same for UNAVAILABLE and DEADLINE_EXCEEDED alone.
+        """weft: the same, counting only UNAVAILABLE and DEADLINE_EXCEEDED.
 
         Default: 0.
         Source: Envoy.
-        Change: below consecutiveFailures, when these say more than other failures.
+        Change: lower than consecutiveFailures when these are more telling than other failures.
         """
 
     @_builtins.property
     def consecutive_timeouts(self) -> _wrappers_pb2.UInt32Value:
-        """weft: the same for DEADLINE_EXCEEDED alone, of calls that the endpoint hasn't begun to answer. It is lower than
+        """weft: the same, counting only DEADLINE_EXCEEDED of calls that the endpoint hadn't begun to respond to. It is lower than
         consecutiveFailures, because each costs a caller its whole timeout.
 
         Default: 3.
         Source: Envoy's local origin failures.
-        Change: up, or to 0, when callers' deadlines are so short that they often pass.
+        Change: raise, or 0, when callers' deadlines are so short that they often expire.
         """
 
     @_builtins.property
     def panic_threshold(self) -> _wrappers_pb2.UInt32Value:
-        """weft: when fewer than this percentage of the ready endpoints are left, all are used; explain() then says "panic". 0: only
-        when none is left.
+        """weft: when fewer than this percentage of the ready endpoints are not ejected, ejections are ignored and explain() says
+        "panic". 0: only when all are ejected.
 
         Default: 50.
         Source: Envoy and Finagle.
-        Change: down, when few endpoints can carry the load.
+        Change: lower when few endpoints can carry the load.
         """
 
     def __init__(
@@ -817,7 +817,7 @@ Global___OutlierDetection: _TypeAlias = OutlierDetection  # noqa: Y015
 
 @_typing.final
 class SuccessRateEjection(_message.Message):
-    """Settings of success rate ejection: below the mean - stdevFactor/1000 standard deviations."""
+    """Settings of success rate ejection: ejects below mean - stdevFactor/1000 × standard deviation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -831,34 +831,34 @@ class SuccessRateEjection(_message.Message):
 
         Default: 1900.
         Source: gRFC A50.
-        Change: up, to leave out fewer.
+        Change: raise to eject fewer.
         """
 
     @_builtins.property
     def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
-        """Of endpoints that would be left out, the percentage that is.
+        """The percentage of detected endpoints that is ejected.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, to begin with care.
+        Change: lower to start carefully.
         """
 
     @_builtins.property
     def minimum_hosts(self) -> _wrappers_pb2.UInt32Value:
-        """How many endpoints must have enough calls.
+        """The minimum number of endpoints with enough calls.
 
         Default: 5.
         Source: gRFC A50.
-        Change: down, for small services.
+        Change: lower for small services.
         """
 
     @_builtins.property
     def request_volume(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls in an interval are enough.
+        """The minimum number of calls in an interval.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, when there are few calls.
+        Change: lower when there are few calls.
         """
 
     def __init__(
@@ -889,38 +889,38 @@ class FailurePercentageEjection(_message.Message):
     REQUEST_VOLUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def threshold(self) -> _wrappers_pb2.UInt32Value:
-        """More failures than this percentage of calls are too many.
+        """Ejects above this percentage of failures.
 
         Default: 85.
         Source: gRFC A50.
-        Change: down, to leave out endpoints that fail now and then.
+        Change: lower to eject endpoints that fail occasionally.
         """
 
     @_builtins.property
     def enforcement_percentage(self) -> _wrappers_pb2.UInt32Value:
-        """Of endpoints that would be left out, the percentage that is.
+        """The percentage of detected endpoints that is ejected.
 
         Default: 100.
         Source: gRFC A50.
-        Change: down, to begin with care.
+        Change: lower to start carefully.
         """
 
     @_builtins.property
     def minimum_hosts(self) -> _wrappers_pb2.UInt32Value:
-        """How many endpoints must have enough calls.
+        """The minimum number of endpoints with enough calls.
 
         Default: 5.
         Source: gRFC A50.
-        Change: down, for small services.
+        Change: lower for small services.
         """
 
     @_builtins.property
     def request_volume(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls in an interval are enough.
+        """The minimum number of calls in an interval.
 
         Default: 50.
         Source: gRFC A50.
-        Change: down, when there are few calls.
+        Change: lower when there are few calls.
         """
 
     def __init__(
@@ -941,8 +941,8 @@ Global___FailurePercentageEjection: _TypeAlias = FailurePercentageEjection  # no
 
 @_typing.final
 class SlowStart(_message.Message):
-    """Gives endpoints that have just become ready less to do at first: max(minWeightPercent, (age / window) ^ (1 /
-    aggression)) of their weight.
+    """Reduces the weight of endpoints that have just become ready, to max(minWeightPercent, (age / window) ^ (1 / aggression)) of
+    their weight.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -951,28 +951,28 @@ class SlowStart(_message.Message):
     AGGRESSION_FIELD_NUMBER: _builtins.int
     MIN_WEIGHT_PERCENT_FIELD_NUMBER: _builtins.int
     aggression: _builtins.float
-    """Above 1 the weight grows faster at first, below 1 slower.
+    """Above 1, the weight grows faster at first; below 1, slower.
 
     Default: 1.
     Source: Envoy.
-    Change: seldom.
+    Change: rarely.
     """
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """How long it lasts.
+        """The duration of slow start.
 
         Default: required.
         Source: Envoy.
-        Change: to what a process takes to be warm.
+        Change: to the time that a process needs to warm up.
         """
 
     @_builtins.property
     def min_weight_percent(self) -> _wrappers_pb2.DoubleValue:
-        """The weight at the start, in percent.
+        """The initial weight, in percent.
 
         Default: 10.
         Source: Envoy.
-        Change: down, when the first calls are the slowest.
+        Change: lower when the first calls are the slowest.
         """
 
     def __init__(
@@ -992,7 +992,7 @@ Global___SlowStart: _TypeAlias = SlowStart  # noqa: Y015
 
 @_typing.final
 class ZoneAwareness(_message.Message):
-    """Keeps calls in the client's own zone, else in its region, while most endpoints there can be called."""
+    """Keeps calls in the client's own zone, or else in its region, while most endpoints there are available."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1000,20 +1000,20 @@ class ZoneAwareness(_message.Message):
     MIN_ENDPOINTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def min_cluster_size(self) -> _wrappers_pb2.UInt32Value:
-        """With fewer endpoints in all, every zone is used.
+        """With fewer endpoints in total, all zones are used.
 
         Default: 6.
         Source: Envoy's min_cluster_size.
-        Change: down, for small services whose zones can each carry their own load.
+        Change: lower for small services whose zones can each carry their own load.
         """
 
     @_builtins.property
     def min_endpoints(self) -> _wrappers_pb2.UInt32Value:
-        """How many endpoints of the zone must be callable.
+        """The minimum number of available endpoints in the zone.
 
         Default: 2.
         Source: Envoy's force_local_zone, which has 1.
-        Change: up, when so few can't carry the zone's load.
+        Change: raise when so few can't carry the zone's load.
         """
 
     def __init__(
@@ -1032,9 +1032,9 @@ Global___ZoneAwareness: _TypeAlias = ZoneAwareness  # noqa: Y015
 
 @_typing.final
 class Overload(_message.Message):
-    """What a client refuses to send. Refusals are final, and explain() says why: UNAVAILABLE for what is outstanding,
-    RESOURCE_EXHAUSTED for the throttle. Calls whose metadata "weft-criticality" says SHEDDABLE or SHEDDABLE_PLUS are refused
-    first.
+    """Limits on what a client sends. Rejected calls fail without a retry, and explain() says why: UNAVAILABLE for maxOutstanding,
+    RESOURCE_EXHAUSTED for adaptiveThrottle. Calls with "weft-criticality" SHEDDABLE or SHEDDABLE_PLUS in their metadata are
+    rejected first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1043,29 +1043,29 @@ class Overload(_message.Message):
     ADAPTIVE_THROTTLE_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """Count what would be refused, and refuse nothing.
+    """Only count rejections, without rejecting.
 
     Default: false.
     Source: Finagle's dark mode.
-    Change: on, to see first what it would do.
+    Change: enable to see the effect first.
     """
     @_builtins.property
     def max_outstanding(self) -> _wrappers_pb2.UInt32Value:
-        """How many calls may be in flight at once, those that wait for an endpoint or a retry among them; streams count while they
-        last. Sheddable calls may fill 80 or 90 % of it. 0: no limit.
+        """The maximum number of outstanding calls, including those that wait for an endpoint or a retry, and open streams. Sheddable
+        calls may use 80 or 90 % of it. 0: no limit.
 
         Default: no limit, as in gRPC without xDS.
         Source: gRFC A32, whose default is 1024.
-        Change: to what a client can hold while a service is slow or away.
+        Change: to what a client can hold while a service is slow or unavailable.
         """
 
     @_builtins.property
     def adaptive_throttle(self) -> Global___AdaptiveThrottle:
-        """Refuse calls here while the service refuses them there, with UNAVAILABLE or RESOURCE_EXHAUSTED.
+        """Reject calls in the client while the service rejects many with UNAVAILABLE or RESOURCE_EXHAUSTED.
 
         Default: off.
         Source: Google's SRE book, "Handling Overload".
-        Change: on, for services that are slower to refuse than to answer.
+        Change: enable for services that spend much on rejecting calls.
         """
 
     def __init__(
@@ -1085,7 +1085,7 @@ Global___Overload: _TypeAlias = Overload  # noqa: Y015
 
 @_typing.final
 class AdaptiveThrottle(_message.Message):
-    """Refuses with p = (requests - k × accepts) / (requests + 1), for each criticality by itself."""
+    """Rejects with probability (requests - k × accepts) / (requests + 1), separately for each criticality."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1094,30 +1094,30 @@ class AdaptiveThrottle(_message.Message):
     MAX_REFUSED_PERCENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def k(self) -> _wrappers_pb2.DoubleValue:
-        """Requests that are sent for each that the service accepts; 1 or more. CRITICAL_PLUS has twice as much, SHEDDABLE_PLUS
-        75 % and SHEDDABLE 60 %, but no less than 1.1.
+        """Requests that are sent for each one that the service accepts; at least 1. Twice as many for CRITICAL_PLUS, 75 % for
+        SHEDDABLE_PLUS and 60 % for SHEDDABLE, but at least 1.1.
 
         Default: 2.
         Source: Google's SRE book.
-        Change: down, when refusing costs the service nearly as much as answering.
+        Change: lower when rejecting a call costs the service almost as much as handling it.
         """
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Over how long to count. More than calls take.
+        """The period over which requests are counted; longer than calls take.
 
         Default: 120s.
         Source: Google's SRE book.
-        Change: shorter, to hold back and to come back sooner.
+        Change: lower to react and to recover sooner.
         """
 
     @_builtins.property
     def max_refused_percent(self) -> _wrappers_pb2.DoubleValue:
-        """The most that is refused, up to 99: the rest finds out that the service is back.
+        """The highest percentage of calls that is rejected, up to 99; the rest detects recovery.
 
         Default: 90.
         Source: Finagle; Envoy's admission control has 80.
-        Change: down, for clients with few calls.
+        Change: lower for clients with few calls.
         """
 
     def __init__(
@@ -1137,7 +1137,7 @@ Global___AdaptiveThrottle: _TypeAlias = AdaptiveThrottle  # noqa: Y015
 
 @_typing.final
 class MethodConfig(_message.Message):
-    """What holds for the calls of some methods."""
+    """Settings for some methods."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1150,67 +1150,67 @@ class MethodConfig(_message.Message):
     DEFAULT_TIMEOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def name(self) -> _containers.RepeatedCompositeFieldContainer[Global___Name]:
-        """Which methods. None: the entry holds for nothing. The empty name {} is every method.
+        """The methods. The empty name {} stands for all methods; an entry without names applies to none.
 
         Default: none.
         Source: gRPC's service config.
-        Change: always; an entry is for what it names.
+        Change: always.
         """
 
     @_builtins.property
     def wait_for_ready(self) -> _wrappers_pb2.BoolValue:
-        """Whether calls wait while no endpoint can take them, rather than fail at once. A call's own wait_for_ready wins.
+        """Whether calls wait for a ready endpoint, rather than fail. A call's own wait_for_ready takes precedence.
 
         Default: false.
         Source: gRPC's service config.
-        Change: for work that may wait for a service to come back; give it a timeout.
+        Change: enable for work that can wait for a service to recover; set a timeout.
         """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """The longest that a call may take, all attempts together; a shorter timeout of the call's own wins. As all timeouts and
-        backoffs here, 0.001s or more; "0s", here alone, is no limit, as in gRPC core.
+        """The timeout of a call, over all its attempts; the caller's timeout applies if it is shorter. At least 0.001s, like all
+        timeouts and backoffs here; only here, "0s" means no limit, as in gRPC core.
 
         Default: no limit.
         Source: gRPC's service config.
-        Change: to cap what callers may ask for.
+        Change: to limit callers' timeouts.
         """
 
     @_builtins.property
     def retry_policy(self) -> Global___RetryPolicy:
-        """When to try again after a failure. Excludes hedgingPolicy.
+        """When to retry a failed call. Excludes hedgingPolicy.
 
         Default: three attempts on UNAVAILABLE, 25 ms to 250 ms apart, for methods whose descriptor says IDEMPOTENT or
         NO_SIDE_EFFECTS; none for others.
         Source: gRFC A6; the defaults from A44.
-        Change: when a method that doesn't say so may be tried again, or on other codes.
+        Change: when a method without that option may be retried, or for other codes.
         """
 
     @_builtins.property
     def hedging_policy(self) -> Global___HedgingPolicy:
-        """When to send a second attempt beside a running one. Excludes retryPolicy.
+        """When to send another attempt while one is pending. Excludes retryPolicy.
 
         Default: never.
         Source: gRFC A6.
-        Change: for reads whose slowest answers hurt.
+        Change: for reads whose tail latency matters.
         """
 
     @_builtins.property
     def attempt_timeout(self) -> _duration_pb2.Duration:
-        """weft: the longest that one attempt may take; the call may then be tried again, as its policy has it.
+        """weft: the timeout of one attempt, after which the call may be retried, according to its policy.
 
-        Default: what is left of the call's deadline.
+        Default: the call's remaining time.
         Source: Envoy's per-try timeout.
-        Change: when an endpoint may hang and another would answer in time.
+        Change: when an endpoint may hang and another would respond in time.
         """
 
     @_builtins.property
     def default_timeout(self) -> _duration_pb2.Duration:
-        """weft: the timeout of calls that bring none of their own.
+        """weft: the timeout of calls without one.
 
         Default: no limit.
-        Source: Linkerd and Envoy give routes one.
-        Change: for callers that forget.
+        Source: Linkerd's and Envoy's route timeouts.
+        Change: for callers that set no timeout.
         """
 
     def __init__(
@@ -1234,25 +1234,25 @@ Global___MethodConfig: _TypeAlias = MethodConfig  # noqa: Y015
 
 @_typing.final
 class Name(_message.Message):
-    """Names one method, all methods of a service, or all there are."""
+    """Names one method, all methods of a service, or all methods."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service's full name; empty: every service, and then method must be empty, too.
+    """The service's full name; empty: all services, and then method must be empty, too.
 
-    Default: every service.
+    Default: all services.
     Source: gRPC's service config.
     Change: always.
     """
     method: _builtins.str
-    """The method's name; empty: every method of the service.
+    """The method's name; empty: all methods of the service.
 
-    Default: every method.
+    Default: all methods.
     Source: gRPC's service config.
-    Change: when one method differs.
+    Change: for settings of one method.
     """
     def __init__(
         self,
@@ -1270,7 +1270,7 @@ Global___Name: _TypeAlias = Name  # noqa: Y015
 
 @_typing.final
 class RetryPolicy(_message.Message):
-    """When to try again after a failure."""
+    """When to retry a failed call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1281,14 +1281,14 @@ class RetryPolicy(_message.Message):
     RETRYABLE_STATUS_CODES_FIELD_NUMBER: _builtins.int
     PER_ATTEMPT_RECV_TIMEOUT_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+    """The maximum number of attempts, including the first: at least 2; more than 5 counts as 5.
 
     Default: required.
     Source: gRFC A6.
-    Change: up, when a replica is often gone and another would do; every attempt costs.
+    Change: raise when replicas often fail and others would succeed; every attempt costs.
     """
     backoff_multiplier: _builtins.float
-    """What each backoff is multiplied by to give the next.
+    """The factor between successive backoffs.
 
     Default: required, above 0.
     Source: gRFC A6.
@@ -1300,7 +1300,7 @@ class RetryPolicy(_message.Message):
 
         Default: required, above 0.
         Source: gRFC A6.
-        Change: to about the time in which a failure passes.
+        Change: to about the time that failures last.
         """
 
     @_builtins.property
@@ -1309,27 +1309,27 @@ class RetryPolicy(_message.Message):
 
         Default: required, above 0.
         Source: gRFC A6.
-        Change: down, for callers with short deadlines.
+        Change: lower for callers with short deadlines.
         """
 
     @_builtins.property
     def retryable_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes a call is tried again: names in any case, or numbers.
+        """The status codes after which a call is retried: names in any case, or numbers.
 
-        Default: required, at least one; may be left out beside perAttemptRecvTimeout.
+        Default: required, at least one; optional with perAttemptRecvTimeout.
         Source: gRFC A6.
-        Change: to what the service promises to be safe to try again.
+        Change: to the codes after which a retry is safe for this service.
         """
 
     @_builtins.property
     def per_attempt_recv_timeout(self) -> _duration_pb2.Duration:
-        """The longest that one attempt may take to give its response; then the call is tried again, whatever the codes above.
-        As attemptTimeout, of which the shorter holds. A stream of responses must have begun by then, with its headers or a
-        response, and may last. gRPC core ignores this key unless an experiment is on, and lets the last attempt go on.
+        """The time in which one attempt must get its response; after it the call is retried, whatever the codes above. Like
+        attemptTimeout; the shorter one applies. A response stream only has to begin in that time, with headers or a response.
+        gRPC core ignores this key unless an experiment is on, and lets the last attempt continue.
 
-        Default: what is left of the call's deadline.
+        Default: the call's remaining time.
         Source: gRPC core's key.
-        Change: when an endpoint may hang and another would answer in time.
+        Change: when an endpoint may hang and another would respond in time.
         """
 
     def __init__(
@@ -1352,7 +1352,7 @@ Global___RetryPolicy: _TypeAlias = RetryPolicy  # noqa: Y015
 
 @_typing.final
 class HedgingPolicy(_message.Message):
-    """When to send a second attempt beside a running one."""
+    """When to send another attempt while one is pending."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1361,23 +1361,23 @@ class HedgingPolicy(_message.Message):
     NON_FATAL_STATUS_CODES_FIELD_NUMBER: _builtins.int
     DELAY_PERCENTILE_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts for a call, the first included: 2 or more; more than 5 is taken as 5.
+    """The maximum number of attempts, including the first: at least 2; more than 5 counts as 5.
 
     Default: required.
     Source: gRFC A6.
-    Change: seldom; 2 does most of the good.
+    Change: rarely; 2 brings most of the benefit.
     """
     delay_percentile: _builtins.float
-    """weft: wait for this percentile of the method's own latencies, as learned, instead of hedgingDelay; until 100 have been
-    seen, hedgingDelay holds. Above 0, below 100.
+    """weft: uses this percentile of the method's measured latencies instead of hedgingDelay, once there are 100. Above 0, below
+    100.
 
     Default: off.
     Source: Finagle's BackupRequestFilter.
-    Change: when the right delay isn't known, or moves; 95 adds up to 5 % of attempts.
+    Change: when the right delay isn't known, or varies; 95 adds up to 5 % of attempts.
     """
     @_builtins.property
     def hedging_delay(self) -> _duration_pb2.Duration:
-        """How long to wait before each further attempt.
+        """The delay before each further attempt.
 
         Default: 0s, all at once.
         Source: gRFC A6.
@@ -1386,12 +1386,12 @@ class HedgingPolicy(_message.Message):
 
     @_builtins.property
     def non_fatal_status_codes(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
-        """After which status codes the next attempt is sent at once; any other failure ends the call. Names in any case, or
-        numbers.
+        """The status codes after which the next attempt is sent immediately; any other failure ends the call. Names in any case,
+        or numbers.
 
         Default: none.
         Source: gRFC A6.
-        Change: to what another endpoint may do better at, UNAVAILABLE say.
+        Change: to the codes that another endpoint might not return, such as UNAVAILABLE.
         """
 
     def __init__(
@@ -1419,18 +1419,18 @@ class RetryThrottling(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_RATIO_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The tokens at the start and at the most: above 0, up to 1000. Retries stop at half of them.
+    """The initial and maximum number of tokens: above 0, up to 1000. Retries stop at half of them.
 
     Default: required.
     Source: gRFC A6.
-    Change: up, to bear more failures in a row.
+    Change: raise to tolerate more consecutive failures.
     """
     token_ratio: _builtins.float
-    """What a success gives back, a failure costing 1; the first three decimals count.
+    """The tokens that a success adds, where a failure costs 1; three decimals count.
 
     Default: required, at least 0.001.
     Source: gRFC A6.
-    Change: up, to retry at a higher share of failures.
+    Change: raise to retry at a higher failure rate.
     """
     def __init__(
         self,
@@ -1448,16 +1448,16 @@ Global___RetryThrottling: _TypeAlias = RetryThrottling  # noqa: Y015
 
 @_typing.final
 class HealthCheckConfig(_message.Message):
-    """Which health an endpoint must report."""
+    """The health that an endpoint must report."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_NAME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def service_name(self) -> _wrappers_pb2.StringValue:
-        """The name to ask grpc.health.v1 for; empty asks for the server as a whole. A server without health counts as healthy.
+        """The service name for grpc.health.v1; empty: the server as a whole. Servers without a health service count as healthy.
 
-        Default: no check.
+        Default: no health check.
         Source: gRFC A17.
         Change: to the service's full name, which servers of the mesh report.
         """
@@ -1477,7 +1477,7 @@ Global___HealthCheckConfig: _TypeAlias = HealthCheckConfig  # noqa: Y015
 
 @_typing.final
 class RetryBudget(_message.Message):
-    """How many retries and hedges there may be beside the calls themselves."""
+    """Limits retries and hedges in proportion to calls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1485,20 +1485,20 @@ class RetryBudget(_message.Message):
     MIN_PER_SECOND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ratio(self) -> _wrappers_pb2.DoubleValue:
-        """Retries and hedges allowed as a share of calls.
+        """Retries and hedges as a fraction of calls.
 
         Default: 0.1.
         Source: Finagle's RetryBudget; Envoy's retry budget has 0.2.
-        Change: down, for servers that run near their limit.
+        Change: lower for servers that run near their capacity.
         """
 
     @_builtins.property
     def min_per_second(self) -> _wrappers_pb2.DoubleValue:
-        """Retries and hedges allowed each second, whatever the traffic.
+        """Additional retries and hedges per second, whatever the traffic.
 
         Default: 10.
         Source: Finagle's RetryBudget.
-        Change: down, when there are very many clients.
+        Change: lower when there are very many clients.
         """
 
     def __init__(
