@@ -1,7 +1,7 @@
 """Generates the stubs of protos/ into a folder: ``make generate``.
 
-Run it with a Python that has mypy-protobuf. protoc is that of grpcio-tools in the Python given with --protoc: the oldest
-supported version, because generated code runs on its generator's grpcio and protobuf or newer.
+Run it with a Python that has mypy-protobuf. protoc is that of grpcio-tools in the Python given with --protoc: the
+oldest supported version, because generated code runs on its generator's grpcio and protobuf or newer.
 
 The stubs don't import buf/validate/validate.proto. protobuf has one descriptor pool for the whole process, and a second
 version of that file, of its messages or of its extension numbers can't be added to it: whichever package comes second

@@ -143,7 +143,7 @@ class UserStore:
         return await self._database.read(work)
 
     async def change(self, user_id: str, etag: str, change: Callable[[User], User]) -> User:
-        """Replace a user by what ``change`` returns. ``etag``: of the state that may be changed; any if empty.
+        """Replace a user with what ``change`` returns. ``etag``: of the state that may be changed; any if empty.
 
         Raises UserNotFoundError, EtagMismatchError, EmailTakenError, and what ``change`` does.
         """

@@ -66,7 +66,7 @@ def test_a_user_keeps_the_email_as_it_was_given() -> None:
 
 
 def test_a_name_with_a_nul_is_refused() -> None:
-    with pytest.raises(InvalidFieldError, match=r"name: must not contain the character U\+0000"):
+    with pytest.raises(InvalidFieldError, match=r"name: must not contain U\+0000"):
         Name.of_full("An\0n")
 
 

@@ -236,7 +236,7 @@ def test_an_order_goes_from_state_to_state_and_is_cancelled_until_it_is_shipped(
         moved = order.moved(after, NOW - dt.timedelta(seconds=1))
         assert (moved.state, moved.version, moved.update_time) == (after, 2, NOW)
     else:
-        with pytest.raises(WrongStateError, match=f"is {before.value} and can't be {after.value}"):
+        with pytest.raises(WrongStateError, match=f"is {before.value} and can't become {after.value}"):
             order.moved(after, NOW)
 
 
