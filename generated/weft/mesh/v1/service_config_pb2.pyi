@@ -107,7 +107,7 @@ class ServiceConfig(_message.Message):
 
         Default: none.
         Source: gRFC A32; Google's SRE book, "Handling Overload".
-        Change: when calls may pile up in a client, or it should back off from a service that rejects its calls.
+        Change: when calls may pile up in a client, or it should back off from a service that refuses its calls.
         """
 
     def __init__(
@@ -1032,9 +1032,9 @@ Global___ZoneAwareness: _TypeAlias = ZoneAwareness  # noqa: Y015
 
 @_typing.final
 class Overload(_message.Message):
-    """Limits on what a client sends. Rejected calls fail without a retry, and explain() says why: UNAVAILABLE for maxOutstanding,
+    """Limits on what a client sends. Refused calls fail without a retry, and explain() says why: UNAVAILABLE for maxOutstanding,
     RESOURCE_EXHAUSTED for adaptiveThrottle. Calls with "weft-criticality" SHEDDABLE or SHEDDABLE_PLUS in their metadata are
-    rejected first.
+    refused first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1043,7 +1043,7 @@ class Overload(_message.Message):
     ADAPTIVE_THROTTLE_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """Only count rejections, without rejecting.
+    """Only count refusals, without refusing.
 
     Default: false.
     Source: Finagle's dark mode.
@@ -1061,11 +1061,11 @@ class Overload(_message.Message):
 
     @_builtins.property
     def adaptive_throttle(self) -> Global___AdaptiveThrottle:
-        """Reject calls in the client while the service rejects many with UNAVAILABLE or RESOURCE_EXHAUSTED.
+        """Refuse calls in the client while the service refuses many with UNAVAILABLE or RESOURCE_EXHAUSTED.
 
         Default: off.
         Source: Google's SRE book, "Handling Overload".
-        Change: enable for services that spend much on rejecting calls.
+        Change: enable for services that spend much on refusing calls.
         """
 
     def __init__(
@@ -1085,7 +1085,7 @@ Global___Overload: _TypeAlias = Overload  # noqa: Y015
 
 @_typing.final
 class AdaptiveThrottle(_message.Message):
-    """Rejects with probability (requests - k × accepts) / (requests + 1), separately for each criticality."""
+    """Refuses with probability (requests - k × accepts) / (requests + 1), separately for each criticality."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1099,7 +1099,7 @@ class AdaptiveThrottle(_message.Message):
 
         Default: 2.
         Source: Google's SRE book.
-        Change: lower when rejecting a call costs the service almost as much as handling it.
+        Change: lower when refusing a call costs the service almost as much as handling it.
         """
 
     @_builtins.property
@@ -1113,7 +1113,7 @@ class AdaptiveThrottle(_message.Message):
 
     @_builtins.property
     def max_refused_percent(self) -> _wrappers_pb2.DoubleValue:
-        """The highest percentage of calls that is rejected, up to 99; the rest detects recovery.
+        """The highest percentage of calls that is refused, up to 99; the rest detects recovery.
 
         Default: 90.
         Source: Finagle; Envoy's admission control has 80.
