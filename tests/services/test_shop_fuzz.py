@@ -1,4 +1,4 @@
-"""Whatever is sent to the shop's services, they answer it: never INTERNAL or UNKNOWN, and they go on serving."""
+"""Whatever is sent to the shop's services, they never return INTERNAL or UNKNOWN, and keep serving."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SERVICES = [
 METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in service.methods]
 
 BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
-"""Codes that say that the service broke, or the connection to it."""
+"""Codes that mean a broken service or connection."""
 
 ANN = "11111111-1111-4111-8111-111111111111"
 
-# What the services look at closely, valid and nearly so.
+# Values of fields that the services check, valid and almost valid.
 TELLING = [
     "",
     NOBODY,
@@ -77,7 +77,7 @@ _NUMBERS = {
 
 
 def messages(descriptor: Descriptor | None) -> st.SearchStrategy[Message]:
-    """Messages of a type, any of their fields set to anything that its type allows."""
+    """Messages of a type, with any values in any fields."""
     assert descriptor is not None
     kind = message_factory.GetMessageClass(descriptor)
     fields = {field.name: _values(field) for field in descriptor.fields}
@@ -120,7 +120,7 @@ async def shop(open_database: Open) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def answer(channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes) -> grpc.StatusCode:
-    """How a call with these bytes ends; OK for a stream that begins."""
+    """The status of a call with these bytes; OK for a stream that starts."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     stub: Any
     if method.server_streaming:
@@ -149,7 +149,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name.removeprefix("weft."))
-def test_any_request_that_the_contract_can_say_is_answered(
+def test_every_request_in_the_proto_gets_a_proper_status(
     open_database: Open, runner: asyncio.Runner, method: MethodDescriptor
 ) -> None:
     serving_shop = shop(open_database)
@@ -174,7 +174,7 @@ def test_any_request_that_the_contract_can_say_is_answered(
 
 
 def strings(count: int, rng: random.Random) -> Sequence[bytes]:
-    """Byte strings: half of them at random, half a message that is cut, doubled or has a bit flipped."""
+    """Byte strings: half of them random, half of them messages that are truncated, doubled or have a flipped bit."""
     whole = order_pb2.CreateOrderRequest(
         request_id=NOBODY, user_id=ANN, items=[order_pb2.OrderItem(sku="tea", quantity=1)]
     ).SerializeToString()
@@ -190,7 +190,7 @@ def strings(count: int, rng: random.Random) -> Sequence[bytes]:
 
 
 @pytest.mark.slow
-async def test_ten_thousand_random_byte_strings_are_answered(open_sqlite: Open) -> None:
+async def test_ten_thousand_random_byte_strings_get_a_proper_status(open_sqlite: Open) -> None:
     rng = random.Random(6)
     at_a_time = 50
     async with shop(open_sqlite) as channel:

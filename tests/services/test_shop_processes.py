@@ -1,4 +1,4 @@
-"""A service as a process: it says in one line why it can't start, lists its settings, and ends when it is told to."""
+"""A service as a process: one-line startup errors, --help, and how it stops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 FIFO = "a FIFO"
-"""Stands for a file that is one."""
+"""A placeholder for a FIFO."""
 
 
 def run(service: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,9 +64,7 @@ def test_help_lists_every_variable_with_its_default(service: str) -> None:
     ],
     ids=["log level", "listen", "data", "url", "memory", "no database", "no folder"],
 )
-def test_what_keeps_it_from_starting_is_said_in_one_line(
-    tmp_path: Path, environment: dict[str, str], line: str
-) -> None:
+def test_a_startup_failure_is_a_one_line_error(tmp_path: Path, environment: dict[str, str], line: str) -> None:
     (tmp_path / "file").write_text("This is not a database, and no folder either. " * 100)
     wrong = {name: value.format(tmp=tmp_path) for name, value in environment.items()}
     told = run("user", **{"MESH_DATA": str(tmp_path / "data"), "MESH_LISTEN": "127.0.0.1:0", **wrong})
@@ -76,7 +74,7 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("service", ["user", "order"])
-def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None:
+def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, service: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         told = run(service, MESH_DATA=str(tmp_path), MESH_LISTEN=listen, MESH_USER_SERVICE="127.0.0.1:1")
@@ -121,7 +119,9 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
         "database",
     ],
 )
-def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Path, file: str | None, line: str) -> None:
+def test_an_invalid_value_in_the_file_is_named_before_anything_starts(
+    tmp_path: Path, file: str | None, line: str
+) -> None:
     path = tmp_path / "order.toml"
     if file == FIFO:
         os.mkfifo(path)
@@ -133,7 +133,7 @@ def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Pat
     assert told.stderr.count("\n") == 1
 
 
-def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
+def test_the_environment_takes_precedence_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "user.toml"
     path.write_text("MESH_LOG_LEVEL = 'loud'\nMESH_LISTEN = 'nowhere'\n")
     told = run("user", MESH_CONFIG=str(path), MESH_DATA=str(tmp_path), MESH_LOG_LEVEL="info")

@@ -1,4 +1,4 @@
-"""A new release beside the old one: on a database that holds data and is written to, with no error on either side."""
+"""A new release beside the old one: on a database with data and writers, without errors on either side."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VERSIONS = {
 
 @pytest.fixture
 def old(database_url: Callable[[str], str], tmp_path: Path) -> Iterator[Callable[..., Database]]:
-    """The database of a service as the first release left it, or a later revision."""
+    """A service's database, as created by the first release or by a later revision."""
     with contextlib.ExitStack() as stack:
 
         def old(service: str, revision: int = 1) -> Database:
@@ -99,8 +99,8 @@ async def test_orders_of_the_old_release_are_orders_of_the_new(old: Callable[...
     assert [order.id for order in page.items] == [before, after, new.id]
 
 
-async def test_events_that_waited_in_the_outbox_of_revision_2_are_published(old: Callable[..., Database]) -> None:
-    """A replica of revision 2 writes beside the new one, which publishes the events of both."""
+async def test_pending_events_in_the_outbox_of_revision_2_are_published(old: Callable[..., Database]) -> None:
+    """A replica of revision 2 writes beside the new one, which publishes both replicas' events."""
     database = old("order", 2)
     kind = "TIMESTAMPTZ" if database.file is None else "TEXT"
     add = sa.text(
@@ -146,7 +146,7 @@ database.close()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("service", ["user", "order"])
-async def test_two_replicas_migrate_at_once_while_one_of_the_old_release_writes(
+async def test_two_replicas_migrate_concurrently_while_one_of_the_old_release_writes(
     old: Callable[..., Database], database_url: Callable[[str], str], service: str
 ) -> None:
     database = old(service)
@@ -167,6 +167,6 @@ async def test_two_replicas_migrate_at_once_while_one_of_the_old_release_writes(
 
 
 def _start(service: str, url: str) -> subprocess.Popen[str]:
-    """A process that migrates the database once it is told to."""
+    """A process that migrates the database when it is signalled."""
     command = [sys.executable, "-c", START.format(service=service), url]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
