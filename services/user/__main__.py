@@ -15,7 +15,7 @@ from weft.user.v1 import user_pb2_grpc
 from weft.user.v2 import user_pb2_grpc as user_v2_pb2_grpc
 
 
-async def serve(database: Database, own: Settings, server: ServerSettings) -> int:  # noqa: ARG001 - it has no settings of its own
+async def serve(database: Database, own: Settings, server: ServerSettings) -> int:  # noqa: ARG001
     """Serve the users in ``database``, in both API versions, until signalled to stop; returns the exit code."""
     store = UserStore(database)
     return await mesh.aio.serve(
