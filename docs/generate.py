@@ -83,7 +83,8 @@ def _described() -> descriptor_pb2.FileDescriptorProto:
 
 class Limit(NamedTuple):
     """A line of docs/limits.md: a constant of a module, with a docstring, or a field of ServerSettings (which has its
-    variable's description). ``beyond``: what happens when it is exceeded. ``change``: the setting that changes it, if any."""
+    variable's description). ``beyond``: what happens when it is exceeded. ``change``: the setting that changes it, if
+    any."""
 
     module: str
     name: str
@@ -130,8 +131,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.discovery.cache", "MAX_SIZE", "bytes", "The file is neither used nor written; one warning."),
         Limit("mesh.discovery.cache", "MAX_AGE", "seconds", "The file isn't used."),
         Limit("mesh.discovery.cache", "MAX_SKEW", "seconds", "The file isn't used; one warning."),
-        Limit("mesh.discovery.dns", "FLOOR", "seconds", "A lookup that is asked for sooner waits."),
-        Limit("mesh.discovery.srv", "PATIENCE", "seconds", "The lookup has failed; the previous answer stays."),
+        Limit("mesh.discovery.dns", "MIN_RESOLUTION_INTERVAL", "seconds", "A lookup that is asked for sooner waits."),
+        Limit("mesh.discovery.srv", "SRV_TIMEOUT", "seconds", "The lookup has failed; the previous answer stays."),
         Limit("mesh.discovery.registry", "MIN_BACKOFF", "seconds", "Delays start with this."),
         Limit("mesh.discovery.registry", "MAX_BACKOFF", "seconds", "Delays don't get longer."),
     ),
@@ -203,8 +204,8 @@ LIMITS_HEAD = """\
 <!-- Written by docs/generate.py from the constants and settings that it lists. -->
 # Limits
 
-What one peer, file or variable can make a process do is limited; this page lists the limits. Those without a setting are
-fixed.
+What one peer, file or variable can make a process do is limited; this page lists the limits. Those without a setting
+are fixed.
 """
 
 
