@@ -1,1 +1,1 @@
-"""What the shop's services have in common: how each is run, stores, answers and logs."""
+"""What the shop's services share: processes, settings, databases, requests, errors and logs."""
