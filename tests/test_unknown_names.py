@@ -20,7 +20,6 @@ from mesh.server.settings import ServerSettings
 from services.common.settings import Settings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
-from services.common.settings import Settings
 from tests.processes import Spawn
 from tests.registry.serving import USER, serving
 from weft.mesh.v1 import registry_pb2 as pb

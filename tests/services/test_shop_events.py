@@ -185,9 +185,9 @@ async def test_a_rejected_event_is_immediately_a_dead_letter_and_delays_no_other
 
 
 async def test_an_event_is_redelivered_without_limit_while_its_handler_lacks_something(bus: Bus) -> None:
-    away = UnavailableError("DATABASE_AWAY", "the database can't be opened")
+    unavailable = UnavailableError("DATABASE_AWAY", "can't open the database")
     tries = 3 * 6
-    seen = Seen(*[away] * tries)
+    seen = Seen(*[unavailable] * tries)
     async with bus.consume("one", "weft.test.v1", seen):
         await publish(bus, event())
         await until(lambda: len(seen.events) == tries + 1)

@@ -16,11 +16,10 @@ from alembic.runtime.migration import MigrationContext
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from services.common.database import Database
-from services.events import BusAwayError, Event
+from services.events import BusUnavailableError, Event
 from services.events.memory import MemoryBus
-from services.events.relay import Relay
 from services.events.outbox import Outbox
-from services.events.relay import LAG_WARNING, MAX_ATTEMPTS, Relay
+from services.events.relay import Relay
 from tests.services.conftest import Open
 from tests.services.test_shop_events import until
 
@@ -152,14 +151,14 @@ async def test_events_of_a_subject_keep_their_order(database: Database, bus: Bus
 
 
 @pytest.mark.slow
-async def test_events_wait_while_the_bus_is_away_and_the_lag_is_told(database: Database, bus: Bus) -> None:
-    bus.away = True
+async def test_events_wait_while_the_bus_is_unavailable_and_the_lag_is_logged(database: Database, bus: Bus) -> None:
+    bus.unavailable = True
     long_ago = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=10)
     with structlog.testing.capture_logs() as logs:
         await database.write(lambda c: outbox.add(c, "weft.test.v1.Happened", "a", Int64Value(value=0), time=long_ago))
         async with relay(database, bus) as working:
             await until(lambda: working.lag > 5.0)
-            await until(lambda: any(line["event"] == "outbox lags" for line in logs))
+            await until(lambda: any(line["event"] == "outbox is behind" for line in logs))
             await write(database, "a", 1, 2)
             bus.unavailable = False
             await until(lambda: len(bus.stored) == 3 and working.lag == 0)
@@ -265,7 +264,7 @@ async def test_200_unpublishable_events_are_set_aside_without_delaying_others(da
     found = await set_aside(database)
     assert {subject for subject, _, _ in found} == {f"bad-{n}" for n in range(200)}
     assert {attempts for _, attempts, _ in found} == {5}
-    assert all("type 'not a type' should be the full name of a message" in reason for *_, reason in found)
+    assert all("type 'not a type' must be the full name of a message" in reason for *_, reason in found)
     alerts = [line for line in logs if line["log_level"] == "error"]
     assert len(alerts) == 200
     assert alerts[0]["event"] == "event set aside; it is not published"
@@ -277,7 +276,7 @@ async def test_200_unpublishable_events_are_set_aside_without_delaying_others(da
     ("wrong", "reason"),
     [
         ({"type": "weft.test.v1." + "x" * 4000}, "type has 4013 characters"),
-        ({"type": "other.test.v1.Happened"}, "should be the full name of a message below weft"),
+        ({"type": "other.test.v1.Happened"}, "must be the full name of a message in package weft"),
         ({"data": b"x" * 524289}, "data has 524289 bytes"),
         ({"id": ""}, "id has 0 characters"),
         ({"trace": "null"}, "TypeError"),
@@ -292,7 +291,7 @@ async def test_an_invalid_event_is_set_aside_and_its_subject_continues(
     async with relay(database, bus) as working:
         await until(lambda: bus.numbers("a") == [1])
         assert working.set_aside == 1
-    ((subject, attempts, found),) = await aside(database)
+    ((subject, attempts, found),) = await set_aside(database)
     assert (subject, attempts) == ("a", 5)
     assert reason in found
 

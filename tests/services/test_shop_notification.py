@@ -21,7 +21,7 @@ from services.common.errors import UnavailableError
 from services.events import Event
 from services.events.memory import MemoryBus
 from services.notification import store as notification_store
-from services.notification.consumer import NAME, TYPES, Message, OrderEvents
+from services.notification.consumer import CONSUMER, EVENT_TYPES, Message, OrderEvents
 from services.notification.servicer import NotificationServicer
 from services.notification.store import NotificationStore
 from tests.services.conftest import Open, serving

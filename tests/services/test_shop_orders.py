@@ -240,8 +240,8 @@ def test_an_order_goes_from_state_to_state_and_is_cancelled_until_it_is_shipped(
             order.moved(after, NOW)
 
 
-def test_two_states_are_the_end() -> None:
-    assert {state for state in State if state.last} == {State.DELIVERED, State.CANCELLED}
+def test_two_states_are_final() -> None:
+    assert {state for state in State if state.final} == {State.DELIVERED, State.CANCELLED}
 
 
 async def test_every_change_writes_one_event_with_the_changed_order(
@@ -412,10 +412,10 @@ async def test_a_watch_ends_as_unavailable_when_its_database_does(open_sqlite: O
 # An unavailable user service
 
 
-AWAY = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED]
+UNAVAILABLE = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
-@pytest.mark.parametrize("code", AWAY)
+@pytest.mark.parametrize("code", UNAVAILABLE)
 async def test_with_accept_it_creates_orders_of_confirmed_users_and_marks_them_stale(
     store: OrderStore, users: Users, code: grpc.StatusCode
 ) -> None:

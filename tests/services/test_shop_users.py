@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from mesh.testing import FakeClock
-from services.common.rpc import readable
+from services.common.rpc import reject_unparsable
 from services.user import store as user_store
 from services.user.domain import Name
 from services.user.servicer import UserServicer
@@ -33,7 +33,7 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 
 @pytest.fixture
 async def both(open_database: Open) -> AsyncIterator[tuple[UsersV1, UsersV2]]:
-    """One user service, by both versions of its contract. Its clock moves a second whenever it is looked at."""
+    """A user service with both API versions. Its clock advances a second whenever it is read."""
     clock = FakeClock(tick=1.0)
 
     def now() -> dt.datetime:
