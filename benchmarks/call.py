@@ -1,7 +1,7 @@
-"""What a call costs through the mesh: ``python -m benchmarks.call``, or ``make bench-call``.
+"""The cost of a call through the mesh: ``python -m benchmarks.call``, or ``make bench-call``.
 
-All sides run interleaved in one process against the same replicas; costs are CPU seconds of this process, ratios the
-median over the rounds. ``--quick`` runs fewer rounds.
+All sides run interleaved, in one process, with the same replicas. Costs are CPU seconds of this process; ratios are
+medians of the rounds. ``--quick`` runs fewer rounds.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ THROUGH, FAILED = "/bench.Echo/Through", "/bench.Echo/Failed"
 REQUEST = b"x" * 64
 
 
-def service_config(method: Mapping[str, object], **further: object) -> list[tuple[str, str]]:
+def service_config(method: Mapping[str, object], **more: object) -> list[tuple[str, str]]:
     """Channel options with a service config for all methods."""
-    return [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], **method}], **further}))]
+    return [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], **method}], **more}))]
 
 
 def core_config() -> list[tuple[str, str]]:
-    """gRPC core tuned to do the mesh's job: round robin with retries."""
+    """gRPC core configured to do the same: round_robin with retries."""
     return service_config({"retryPolicy": RETRY}, loadBalancingConfig=[{"round_robin": {}}])
 
 
 def calling(call: Callable[..., Any], timeout: float | None = 5.0) -> Work:
-    """Make so many calls, one after another."""
+    """Make calls one after another."""
 
     def work(times: int) -> None:
         for _ in range(times):
@@ -59,7 +59,7 @@ def calling(call: Callable[..., Any], timeout: float | None = 5.0) -> Work:
 
 
 def in_threads(call: Callable[..., Any], count: int) -> Work:
-    """Make so many calls in each of ``count`` threads' share."""
+    """Make calls in ``count`` threads."""
 
     def work(times: int) -> None:
         share = calling(call)
@@ -73,7 +73,7 @@ def in_threads(call: Callable[..., Any], count: int) -> Work:
 
 
 def sync_unary(ports: list[int], times: int, rounds: int) -> tuple[list[Row], float]:
-    """Blocking unary calls, in one thread and in eight; also returns what a bare call costs."""
+    """Blocking unary calls, in one thread and in eight; also returns the cost of a call on a bare channel."""
     addresses = [f"127.0.0.1:{port}" for port in ports]
     options = service_config({"retryPolicy": RETRY})
     with (
@@ -95,7 +95,7 @@ def sync_unary(ports: list[int], times: int, rounds: int) -> tuple[list[Row], fl
             "CPU of a unary call, 3 endpoints, sync", "core round_robin + retryPolicy", ratio(one, "mesh", "core"), 1.0
         ),
         Row("the same, sync", "one bare channel", ratio(one, "mesh", "bare"), 1.08),
-        Row("three bare channels in turn, sync", "one bare channel", ratio(one, "three bare", "bare"), math.inf),
+        Row("three bare channels in rotation, sync", "one bare channel", ratio(one, "three bare", "bare"), math.inf),
         Row(
             "the same, 8 threads over 1", "the bare channel's own ratio", contention["mesh"] / contention["bare"], 1.10
         ),
@@ -186,7 +186,7 @@ def streams(ports: list[int], times: int, rounds: int) -> list[Row]:
 
 
 def hedged(ports: list[int], times: int, rounds: int) -> list[Row]:
-    """A blocking call that may be hedged, whose first attempt answers in time."""
+    """A blocking call with hedging whose first attempt responds in time."""
     policy = {"hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "1s", "nonFatalStatusCodes": ["UNAVAILABLE"]}}
     addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
     with (
@@ -203,7 +203,7 @@ def hedged(ports: list[int], times: int, rounds: int) -> list[Row]:
         results = interleaved(sides, times, rounds)
     return [
         Row(
-            "CPU of a hedged sync call, first attempt answers",
+            "CPU of a hedged sync call, first attempt responds",
             ".future() of a bare channel",
             ratio(results, "mesh", "bare"),
             1.15,
@@ -212,7 +212,7 @@ def hedged(ports: list[int], times: int, rounds: int) -> list[Row]:
 
 
 def flow_alone(bare: float) -> list[Row]:
-    """The decisions of a call that succeeds at once, without any IO."""
+    """The decisions of a call that succeeds on its first attempt, without any IO."""
     rng = random.Random(1)
     cluster = Cluster("bench", ServiceConfig(), rng, 0.0, threading.Lock)
     cluster.update([Endpoint(f"127.0.0.1:{port}") for port in range(1, 4)])
@@ -234,7 +234,7 @@ def flow_alone(bare: float) -> list[Row]:
 
 
 def attempts_made(call: Callable[..., Any], ports: list[int], seconds: float) -> tuple[float, float]:
-    """Attempts that failing leaves saw for each call, and calls a second, once the initial reserve is used up."""
+    """Attempts per call that the failing replicas received, and calls per second, once the retry budget is used up."""
     channels = [grpc.insecure_channel(f"127.0.0.1:{port}") for port in ports]
     failed: list[Any] = [channel.unary_unary(FAILED) for channel in channels]
     begun = time.monotonic()
@@ -263,24 +263,24 @@ def attempts_made(call: Callable[..., Any], ports: list[int], seconds: float) ->
 
 
 def failing(ports: list[int], seconds: float) -> list[Row]:
-    """Attempts for each call while every replica fails: the client's own, and with a layer between that retries."""
+    """Attempts per call while every replica fails: direct, and through an intermediate service that retries, too."""
     leaves = "static:///" + ",".join(f"127.0.0.1:{port}" for port in ports)
     with mesh.insecure_channel(leaves, retrying()) as one:
         alone, rate = attempts_made(one.unary_unary(FAIL), ports, seconds)
-    with replicas(2, "--through", leaves) as between:
-        middle = "static:///" + ",".join(f"127.0.0.1:{port}" for port in between)
+    with replicas(2, "--through", leaves) as intermediate:
+        middle = "static:///" + ",".join(f"127.0.0.1:{port}" for port in intermediate)
         with mesh.insecure_channel(middle, retrying()) as two:
             layered, layered_rate = attempts_made(two.unary_unary(THROUGH), ports, seconds)
     return [
-        Row(f"attempts a call, every replica failing, {rate:.0f} calls/s", "-", alone, 1.15),
-        Row(f"the same over two layers, {layered_rate:.0f} calls/s", "-", layered, 1.21),
+        Row(f"attempts per call, every replica failing, {rate:.0f} calls/s", "-", alone, 1.15),
+        Row(f"the same through an intermediate service, {layered_rate:.0f} calls/s", "-", layered, 1.21),
     ]
 
 
 def pausing(seconds: float, rate: int = 100) -> list[Row]:
-    """p99 with one of three replicas standing still for 300 ms every 3 s, hedged and not, side by side.
+    """p99 with one of three replicas freezing for 300 ms every 3 s, with and without hedging, side by side.
 
-    Calls are sent on schedule, whatever became of those before (open loop), and timed from when they were due.
+    Calls start on schedule, whether or not earlier ones have finished (open loop), and are timed from the schedule.
     """
     hedge = {"maxAttempts": 2, "hedgingDelay": "0.03s"}
     round_robin: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
@@ -291,7 +291,7 @@ def pausing(seconds: float, rate: int = 100) -> list[Row]:
             mesh.insecure_channel(target, service_config({}, **round_robin)) as waiting,
         ):
             methods: dict[str, Any] = {"on": hedging.unary_unary(UNARY), "off": waiting.unary_unary(UNARY)}
-            took: dict[str, list[float]] = {"on": [], "off": []}
+            latencies: dict[str, list[float]] = {"on": [], "off": []}
             calls: list[Any] = []
             begun = time.monotonic()
             for index in range(int(seconds * rate)):
@@ -299,11 +299,11 @@ def pausing(seconds: float, rate: int = 100) -> list[Row]:
                 time.sleep(max(0.0, due - time.monotonic()))
                 for name, method in methods.items():
                     call = method.future(REQUEST, timeout=5.0)
-                    call.add_done_callback(lambda _, due=due, name=name: took[name].append(time.monotonic() - due))
+                    call.add_done_callback(lambda _, due=due, name=name: latencies[name].append(time.monotonic() - due))
                     if name == "on":
                         calls.append(call)
             attempts = [call.result() and len(call.explain().attempts) for call in calls]
-    p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in took.items()}
+    p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in latencies.items()}
     more = 100 * (sum(attempts) / len(attempts) - 1)
     return [
         Row(
@@ -312,7 +312,7 @@ def pausing(seconds: float, rate: int = 100) -> list[Row]:
             p99["on"] / p99["off"],
             0.30,
         ),
-        Row("attempts more than calls, hedged", "-", more, 5.0, " %"),
+        Row("additional attempts, hedged", "-", more, 5.0, " %"),
     ]
 
 
@@ -332,7 +332,7 @@ def memory(ports: list[int], times: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: for a first look")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
     quick = parser.parse_args().quick
     times, rounds = (100, 5) if quick else (400, 16)
     with replicas(3) as ports:

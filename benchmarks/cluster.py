@@ -1,7 +1,8 @@
-"""What a cluster of replicas is worth through the mesh: ``python -m benchmarks.cluster``, or ``make bench-cluster``.
+"""Balancing and outlier detection over a cluster of replicas: ``python -m benchmarks.cluster``, or ``make
+bench-cluster``.
 
-The mesh and gRPC core call the same replicas, at the same time or in turns, in one run. ``--quick`` measures for a
-shorter time; ``--only NAME`` runs one part: decisions, slow, failing, halves, work, even, connections, memory, cost.
+The mesh and gRPC core call the same replicas, concurrently or in turns, in one run. ``--quick`` runs for a shorter
+time; ``--only NAME`` runs one part: decisions, slow, failing, halves, work, even, connections, memory, cost.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ OUTLIERS = {
 REPORTS = {"blackoutPeriod": "1s", "weightUpdatePeriod": "0.1s"}
 
 
-def balanced(policy: str, settings: object = None, **further: object) -> Options:
-    """Channel options with that balancing policy, and retries."""
-    return service_config({"retryPolicy": RETRY}, loadBalancingConfig=[{policy: settings or {}}], **further)
+def balanced(policy: str, settings: object = None, **more: object) -> Options:
+    """Channel options with a balancing policy and retries."""
+    return service_config({"retryPolicy": RETRY}, loadBalancingConfig=[{policy: settings or {}}], **more)
 
 
 @contextlib.contextmanager
 def workers(*arguments: str) -> Iterator[list[list[int]]]:
-    """A process for each string of arguments; yields their ports."""
+    """Run a worker for each string of arguments; yields their ports."""
     with contextlib.ExitStack() as stack:
         started = []
         for each in arguments:
@@ -89,19 +90,19 @@ def addresses(ports: Sequence[Sequence[int]]) -> str:
 
 @dataclass
 class Sample:
-    """What became of calls: when each began (seconds into the run) and how long it took; the ports of all attempts,
-    where they are known; and the failed calls' codes."""
+    """The results of a load: when each call began (seconds into the run) and how long it took; the ports of all
+    attempts, if known; and the codes of failed calls."""
 
-    took: list[tuple[float, float]] = field(default_factory=list)
+    latencies: list[tuple[float, float]] = field(default_factory=list)
     attempts: list[tuple[float, int]] = field(default_factory=list)
-    failed: list[tuple[float, str]] = field(default_factory=list)
+    failures: list[tuple[float, str]] = field(default_factory=list)
 
     def p99(self, since: float = 0.0) -> float:
-        return statistics.quantiles([took for at, took in self.took if at >= since], n=100)[98]
+        return statistics.quantiles([latency for at, latency in self.latencies if at >= since], n=100)[98]
 
 
 async def load(call: Any, rate: float, seconds: float, sample: Sample, seed: int, at: float = 0.0) -> None:
-    """Call at random instants, ``rate`` a second on average, whatever became of the calls before (an open loop)."""
+    """Call at random times, ``rate`` per second on average, whether or not earlier calls have ended (open loop)."""
     rng = random.Random(seed)
     begun = time.monotonic()
 
@@ -111,9 +112,9 @@ async def load(call: Any, rate: float, seconds: float, sample: Sample, seed: int
         try:
             await made
         except grpc.aio.AioRpcError as error:
-            sample.failed.append((at + offset, error.code().name))
-        # A failed call took its time, too, but nobody is glad that it was quick.
-        sample.took.append((at + offset, time.monotonic() - sent))
+            sample.failures.append((at + offset, error.code().name))
+        # Failed calls count, too.
+        sample.latencies.append((at + offset, time.monotonic() - sent))
         if hasattr(made, "explain"):
             attempts = made.explain().attempts
             sample.attempts += [(at + offset, int(each.address.rpartition(":")[2])) for each in attempts]
@@ -127,7 +128,7 @@ async def load(call: Any, rate: float, seconds: float, sample: Sample, seed: int
 
 @contextlib.asynccontextmanager
 async def both(ports: list[list[int]], through: Options, core: Options) -> AsyncIterator[dict[str, Any]]:
-    """``Do`` through the mesh and through core, both connected to all replicas."""
+    """``Do`` through the mesh and through gRPC core, both connected to all replicas."""
     async with (
         mesh.aio.insecure_channel(f"static:///{addresses(ports)}", through) as a,
         grpc.aio.insecure_channel(f"ipv4:{addresses(ports)}", core) as b,
@@ -140,7 +141,7 @@ async def both(ports: list[list[int]], through: Options, core: Options) -> Async
 
 
 def side_by_side(ports: list[list[int]], through: Options, core: Options, rate: float, seconds: float) -> Any:
-    """Both sides at the same time, at ``rate`` each; their samples."""
+    """Run both sides concurrently, at ``rate`` each; returns their samples."""
 
     async def run() -> dict[str, Sample]:
         samples = {"mesh": Sample(), "core": Sample()}
@@ -167,7 +168,7 @@ def endpoints(count: int) -> list[Endpoint]:
 
 
 def decisions(seconds: float) -> list[Row]:
-    """A pick among many, and a change among many, in this process alone."""
+    """The CPU of picks and endpoint updates with many endpoints, without IO."""
     return [*picks(5_000 if seconds < 1 else 20_000), *changes()]
 
 
@@ -200,7 +201,7 @@ def picks(times: int) -> list[Row]:
 
 
 def changes() -> list[Row]:
-    """One instance of many changes: from the registry's message to the picker."""
+    """The CPU of one changed instance among many, from the registry's message to the new picker."""
     service = "bench.Work"
     step = pb.WatchResponse(epoch="e", revision=1)
     for endpoint in endpoints(MANY):
@@ -233,7 +234,7 @@ def changes() -> list[Row]:
 
 
 def slow(seconds: float) -> list[Row]:
-    """One of three replicas is 100 ms slow, and says that it is SERVING."""
+    """One of three replicas is 100 ms slow, yet SERVING."""
     with workers("", "", "--delay 0.1") as ports:
         samples = side_by_side(
             ports, service_config({"retryPolicy": RETRY}), balanced("round_robin"), rate=150, seconds=8 * seconds
@@ -250,7 +251,7 @@ def slow(seconds: float) -> list[Row]:
 
 
 def failing(seconds: float) -> list[Row]:
-    """One of three replicas fails each call at once."""
+    """One of three replicas fails all its calls immediately."""
     with workers("", "", "--fail 1") as ports:
         samples = side_by_side(
             ports, service_config({"retryPolicy": RETRY}), balanced("round_robin"), rate=150, seconds=1 + 6 * seconds
@@ -259,17 +260,18 @@ def failing(seconds: float) -> list[Row]:
     late = [port for at, port in ours.attempts if at >= 1.0]
     return [
         Row(
-            "attempts to a replica failing at once, after 1 s",
+            "attempts to a replica that fails immediately, after 1 s",
             "core round_robin: 0.33",
             Counter(late)[ports[2][0]] / len(late),
             0.02,
         ),
-        Row("callers who saw that", "—", len(ours.failed), 0.0),
+        Row("failed calls", "—", len(ours.failures), 0.0),
     ]
 
 
 def halves(seconds: float) -> list[Row]:
-    """One of five replicas fails half its calls. Both sides go in turn: peak_ewma calls it too seldom to eject it."""
+    """One of five replicas fails half its calls. Both sides use round_robin: peak_ewma would call it too rarely to
+    eject it."""
     with workers("", "", "", "", "--fail 0.5") as ports:
         bad = ports[4][0]
 
@@ -300,16 +302,16 @@ def halves(seconds: float) -> list[Row]:
             return samples, ejected
 
         samples, ejected = asyncio.run(run())
-    errors = {name: 100 * len(sample.failed) / len(sample.took) for name, sample in samples.items()}
+    errors = {name: 100 * len(sample.failures) / len(sample.latencies) for name, sample in samples.items()}
     return [
         Row(
-            "callers' errors, one of 5 replicas failing half its calls",
+            "failed calls, one of 5 replicas failing half its calls",
             f"core outlier_detection: {errors['core']:.2f} %",
             errors["mesh"],
             0.1,
             " %",
         ),
-        Row("that replica is ejected after", "—", ejected, 10.0, " s"),
+        Row("time until that replica is ejected", "—", ejected, 10.0, " s"),
     ]
 
 
@@ -317,8 +319,8 @@ WORK, SHARE, SLOWER, FAST = 0.003, 0.1, 5, 4
 
 
 def work(seconds: float) -> list[Row]:
-    """Replicas that do real CPU work, each on a tenth of a core, one of them 5 times slower, at 70 % of what they can
-    do together. The sides take turns, as each is to have all of it."""
+    """CPU-bound replicas, each on a tenth of a core and one of them 5 times slower, at 70 % of their total capacity.
+    The sides take turns, so that each has all of it."""
     fast = f"--work {WORK} --share {SHARE}"
     capacity = SHARE / WORK * (FAST + 1 / SLOWER)
     sides = {
@@ -340,9 +342,9 @@ def work(seconds: float) -> list[Row]:
                 for name, call in calls.items():
                     sample = Sample()
                     await load(call, 0.7 * capacity, turn, sample, seed=round_)
-                    if round_:  # the first is for learning
-                        samples[name].took += [each for each in sample.took if each[0] >= settle]
-                        samples[name].failed += sample.failed
+                    if round_:  # the first is for warming up
+                        samples[name].latencies += [each for each in sample.latencies if each[0] >= settle]
+                        samples[name].failures += sample.failures
 
     with workers(*[fast] * FAST, f"--work {WORK * SLOWER} --share {SHARE}") as ports:
         asyncio.run(run(ports))
@@ -360,7 +362,7 @@ def work(seconds: float) -> list[Row]:
 
 
 def even(seconds: float) -> list[Row]:
-    """How evenly equal replicas are used."""
+    """How evenly calls are spread over equal replicas."""
     times = 10_000 if seconds >= 1 else 3_000
     with (
         workers("", "", "") as ports,
@@ -373,7 +375,7 @@ def even(seconds: float) -> list[Row]:
 
 
 def connections(_: float) -> list[Row]:
-    """What 100 endpoints cost a sync channel."""
+    """Threads and connections of a sync channel with 100 endpoints."""
     with workers("--ports 100") as ports:
         before = set(threading.enumerate())
         with mesh.insecure_channel(f"static:///{addresses(ports)}") as channel:
@@ -382,7 +384,7 @@ def connections(_: float) -> list[Row]:
             made = settled(lambda: established(ports[0]), 100)
             for _ in range(200):
                 call(REQUEST, timeout=TIMEOUT)
-            # Its own loop's thread may be there from the parts before.
+            # The background loop's thread may exist from earlier parts.
             threads = {thread for thread in threading.enumerate() if thread not in before or "mesh" in thread.name}
     return [
         Row("threads with 100 endpoints, sync", "grpc's own", len(threads), 1),
@@ -390,10 +392,10 @@ def connections(_: float) -> list[Row]:
     ]
 
 
-def settled(measure: Callable[[], int], reach: int) -> int:
-    """What is measured once it has reached that, or after 10 s."""
+def settled(measure: Callable[[], int], least: int) -> int:
+    """The measured value once it is at least ``least``, or after 10 s."""
     end = time.monotonic() + 10
-    while (found := measure()) < reach and time.monotonic() < end:
+    while (found := measure()) < least and time.monotonic() < end:
         time.sleep(0.05)
     return found
 
@@ -407,7 +409,7 @@ def established(ports: Sequence[int]) -> int:
 
 
 def memory(seconds: float) -> list[Row]:
-    """Growth over endpoint updates that a registry sends, while calls go on."""
+    """Growth of memory over endpoint updates from a registry, during calls."""
     times = 1_000 if seconds >= 1 else 300
     service = "bench.Work"
     with workers("", "") as ports, registry() as at, grpc.insecure_channel(at) as plain:
@@ -425,7 +427,7 @@ def memory(seconds: float) -> list[Row]:
 
             def update(count: int) -> None:
                 for turn in range(count):
-                    # Labels change, and instances come and go that nobody can reach.
+                    # Labels change, and unreachable instances come and go.
                     register(ports[0][0], turn=str(turn))
                     lease_id = register(10 + turn % 50)
                     call(REQUEST, timeout=TIMEOUT)
@@ -440,7 +442,7 @@ def memory(seconds: float) -> list[Row]:
 
 @contextlib.contextmanager
 def registry() -> Iterator[str]:
-    """A registry of its own; yields its address."""
+    """Run a registry; yields its address."""
     command = [sys.executable, "-m", "mesh.registry", "--listen", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -452,13 +454,13 @@ def registry() -> Iterator[str]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, now."""
+    """The resident set of this process, in bytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def everything() -> Options:
-    """Every policy at once."""
+    """Channel options with every policy enabled."""
     return service_config(
         {"retryPolicy": RETRY, "timeout": "10s"},
         loadBalancingConfig=[
@@ -472,7 +474,7 @@ def everything() -> Options:
 
 
 def cost(seconds: float) -> list[Row]:
-    """The CPU of a call with every policy on."""
+    """The CPU of a call with every policy enabled."""
     times, rounds = (100, 5) if seconds < 1 else (400, 12)
     core_options = balanced("round_robin")
     with replicas(3) as ports:
@@ -515,7 +517,7 @@ PARTS: dict[str, Callable[[float], list[Row]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="for a first look")
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
     parser.add_argument("--only", choices=PARTS, help="one part")
     arguments = parser.parse_args()
     seconds = 0.4 if arguments.quick else 1.0

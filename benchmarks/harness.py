@@ -1,4 +1,4 @@
-"""What the benchmarks share: replicas, interleaved rounds, and a table of what was reached."""
+"""What the benchmarks share: replicas, interleaved rounds, and a table of results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 Work = Callable[[int], None]
-"""Does the measured thing so many times."""
+"""Does what is measured, so many times."""
 
 
 @contextlib.contextmanager
 def replicas(count: int, *arguments: str) -> Iterator[list[int]]:
-    """So many replicas, each a process; yields their ports."""
+    """Runs ``count`` replicas, a process each; yields their ports."""
     command = [sys.executable, "-m", "benchmarks.replica", *arguments]
     with contextlib.ExitStack() as stack:
         ports = []
@@ -33,16 +33,16 @@ def replicas(count: int, *arguments: str) -> Iterator[list[int]]:
 
 
 def cpu_seconds(work: Work, times: int) -> float:
-    """CPU seconds of this process for each of ``times``."""
+    """CPU seconds of this process per repetition."""
     begun = time.process_time()
     work(times)
     return (time.process_time() - begun) / times
 
 
 def interleaved(sides: Mapping[str, Work], times: int, rounds: int = 12) -> dict[str, list[float]]:
-    """CPU seconds a time of each side, round by round; the order turns with each round."""
+    """CPU seconds per repetition of each side, round by round; the order rotates with each round."""
     for work in sides.values():
-        work(max(times // 4, 1))  # warm
+        work(max(times // 4, 1))  # warm up
     results: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for turn in range(rounds):
@@ -54,32 +54,32 @@ def interleaved(sides: Mapping[str, Work], times: int, rounds: int = 12) -> dict
 
 
 def ratio(results: Mapping[str, list[float]], side: str, against: str) -> float:
-    """The median over the rounds of one side's cost against another's of the same round."""
+    """The median of the rounds' ratios of one side's cost to another's."""
     return statistics.median(a / b for a, b in zip(results[side], results[against], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table: what was measured, and what was to be reached (math.inf: nothing)."""
+    """A line of the table. ``target``: the most that ``measured`` should be; math.inf: no target."""
 
     what: str
     against: str
     measured: float
-    reach: float
+    target: float
     unit: str = ""
 
     def __str__(self) -> str:
-        if self.reach == math.inf:
+        if self.target == math.inf:
             return f"{self.what:<58} {self.against:<34} {self.measured:>8.3f}{self.unit:<3} {'':>9}  for comparison"
-        verdict = "reached" if self.measured <= self.reach else "NOT reached"
+        verdict = "met" if self.measured <= self.target else "NOT met"
         return (
             f"{self.what:<58} {self.against:<34} {self.measured:>8.3f}{self.unit:<3}"
-            f" {'≤ ' + format(self.reach, 'g') + self.unit:>9}  {verdict}"
+            f" {'≤ ' + format(self.target, 'g') + self.unit:>9}  {verdict}"
         )
 
 
 def table(title: str, rows: list[Row]) -> None:
     """Print the rows."""
-    print(f"\n{title}\n{'what':<58} {'against':<34} {'measured':>11} {'reach':>9}")
+    print(f"\n{title}\n{'what':<58} {'against':<34} {'measured':>11} {'target':>9}")
     for row in rows:
         print(row)

@@ -1,8 +1,8 @@
-"""A replica to measure against: ``python -m benchmarks.replica`` prints its port and serves until its stdin closes.
+"""A replica to measure with: ``python -m benchmarks.replica`` prints its port and serves until its stdin closes.
 
-Methods of ``bench.Echo``: ``Unary`` echoes; ``Stream`` answers with as many messages as the request says; ``Fail`` is
-UNAVAILABLE, and ``Failed`` says how often; ``Through`` calls ``Fail`` at ``--through TARGET`` with retries, as a
-layer between. ``--pause SECONDS --every SECONDS`` has the whole process stand still now and then.
+Methods of ``bench.Echo``: ``Unary`` echoes; ``Stream`` sends as many messages as the request says; ``Fail`` fails with
+UNAVAILABLE, and ``Failed`` returns how many times it did; ``Through`` calls ``Fail`` at ``--through TARGET`` with
+retries, as an intermediate service. ``--pause SECONDS --every SECONDS`` freezes the process periodically.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def retrying() -> list[tuple[str, str]]:
 
 
 class Handlers(grpc.GenericRpcHandler):
-    """The methods, which need no generated code."""
+    """The methods, without generated code."""
 
-    def __init__(self, gate: threading.Event, through: str) -> None:
-        self._gate = gate
+    def __init__(self, running: threading.Event, through: str) -> None:
+        self._running = running
         self._failed = itertools.count()
         if through:
-            self._below: Any = mesh.insecure_channel(through, retrying()).unary_unary("/bench.Echo/Fail")
+            self._downstream: Any = mesh.insecure_channel(through, retrying()).unary_unary("/bench.Echo/Fail")
         self._methods: dict[str, Any] = {
             "/bench.Echo/Unary": grpc.unary_unary_rpc_method_handler(self._unary),
             "/bench.Echo/Stream": grpc.unary_stream_rpc_method_handler(self._stream),
@@ -59,7 +59,7 @@ class Handlers(grpc.GenericRpcHandler):
         return self._methods.get(handler_call_details.method)
 
     def _unary(self, request: bytes, _context: grpc.ServicerContext) -> bytes:
-        self._gate.wait()
+        self._running.wait()
         return request
 
     def _stream(self, request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -68,7 +68,7 @@ class Handlers(grpc.GenericRpcHandler):
 
     def _fail(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
         next(self._failed)
-        context.abort(grpc.StatusCode.UNAVAILABLE, "as asked")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "on purpose")
         raise AssertionError("abort raises")
 
     def _count(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
@@ -76,7 +76,7 @@ class Handlers(grpc.GenericRpcHandler):
 
     def _through(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
-            return self._below(request)  # type: ignore[no-any-return]
+            return self._downstream(request)  # type: ignore[no-any-return]
         except grpc.RpcError as error:
             context.abort(error.code(), error.details() or "")
             raise AssertionError("abort raises") from None
@@ -88,29 +88,29 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=0.0)
     parser.add_argument("--through", default="")
     arguments = parser.parse_args()
-    gate = threading.Event()
-    gate.set()
+    running = threading.Event()
+    running.set()
     server = grpc.server(
         futures.ThreadPoolExecutor(16),
-        handlers=[Handlers(gate, arguments.through)],
+        handlers=[Handlers(running, arguments.through)],
         interceptors=[ServerInterceptor()],
         options=[("grpc.so_reuseport", 0)],
     )
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     server.start()
-    over = threading.Event()
+    stopped = threading.Event()
 
-    def pausing() -> None:
-        while not over.wait(arguments.every - arguments.pause):
-            gate.clear()
+    def pause_periodically() -> None:
+        while not stopped.wait(arguments.every - arguments.pause):
+            running.clear()
             time.sleep(arguments.pause)
-            gate.set()
+            running.set()
 
     if arguments.pause:
-        threading.Thread(target=pausing, daemon=True).start()
+        threading.Thread(target=pause_periodically, daemon=True).start()
     sys.stdin.read()
-    over.set()
-    gate.set()
+    stopped.set()
+    running.set()
     server.stop(0)
 
 

@@ -1,7 +1,7 @@
-"""What serving costs, and what a server does under more load than it can take: ``python -m benchmarks.server``, or
+"""The cost of serving, and servers under more load than they can handle: ``python -m benchmarks.server``, or
 ``make bench-server``.
 
-Servers are processes of their own; costs are their CPU seconds, all threads. Sides that are compared run interleaved.
+Servers are separate processes; costs are their CPU seconds, over all threads. Sides that are compared run interleaved.
 ``--only NAME`` runs one part: cost, overload, rolling, watchers, leases.
 """
 
@@ -39,41 +39,41 @@ from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 NAME = "bench.Work"
 REQUEST = b"x" * 64
 SLOTS, SERVICE_TIME = 8, 0.05
-"""What a worker's calls share: so many at once, each for so many seconds, whatever is asked of it."""
+"""A worker's capacity: so many concurrent calls, each taking so many seconds."""
 
 CPU_TIME = 0.01
-"""CPU seconds of a call of a handler that computes."""
+"""CPU seconds of a call to a CPU-bound handler."""
 
 DEADLINE = 0.5
 
 ONSET = 2.0
-"""Seconds from the beginning of an overload in which the server finds out (decision 0017)."""
+"""Seconds that the server takes to detect an overload (decision 0017)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table; ``reach`` None: for comparison."""
+    """A line of the table. ``target``: None: for comparison only."""
 
     what: str
     measured: float
-    reach: float | None = None
+    target: float | None = None
     unit: str = ""
     at_least: bool = False
 
     def __str__(self) -> str:
         measured = f"{self.measured:.3g}{self.unit}"
-        if self.reach is None:
+        if self.target is None:
             return f"{self.what:<86} {measured:>10} {'':>10}  for comparison"
-        met = self.measured >= self.reach if self.at_least else self.measured <= self.reach
-        reach = f"{'≥' if self.at_least else '≤'} {self.reach:g}{self.unit}"
-        return f"{self.what:<86} {measured:>10} {reach:>10}  {'reached' if met else 'NOT reached'}"
+        met = self.measured >= self.target if self.at_least else self.measured <= self.target
+        target = f"{'≥' if self.at_least else '≤'} {self.target:g}{self.unit}"
+        return f"{self.what:<86} {measured:>10} {target:>10}  {'met' if met else 'NOT met'}"
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
 def add(behavior: Callable[..., Any]) -> Callable[[Any, Any], None]:
-    """As generated code adds a servicer: one of five methods, both ways."""
+    """Adds a servicer with five methods as generated code does: by name and generically."""
 
     def add_to_server(_: Any, server: Any) -> None:
         handlers: dict[str, Any] = {
@@ -86,7 +86,7 @@ def add(behavior: Callable[..., Any]) -> Callable[[Any, Any], None]:
 
 
 async def serve(kind: str) -> None:
-    """Serve as ``kind`` of server, after its port is printed."""
+    """Print the port and serve as ``kind`` of server."""
     slots = asyncio.Semaphore(SLOTS)
 
     async def echo(request: bytes, _: Any) -> bytes:
@@ -127,7 +127,7 @@ def spin(request: bytes) -> bytes:
 
 
 def serve_with_threads(kind: str) -> None:
-    """Serve as ``kind`` of threaded server, after its port is printed."""
+    """Print the port and serve as ``kind`` of threaded server."""
     slots = threading.Semaphore(SLOTS)
 
     def work(request: bytes, _: Any) -> bytes:
@@ -146,7 +146,7 @@ def serve_with_threads(kind: str) -> None:
 
 @contextlib.contextmanager
 def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that is killed at the end."""
+    """Run a Python process, and kill it at the end."""
     started = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
@@ -159,7 +159,7 @@ def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[st
 
 @contextlib.contextmanager
 def serving(kind: str) -> Iterator[tuple[int, int]]:
-    """A server process; its pid and port."""
+    """Run a server process; yields its pid and port."""
     with process("-m", "benchmarks.server", "--serve", kind) as started:
         assert started.stdout is not None
         yield started.pid, int(started.stdout.readline())
@@ -167,7 +167,7 @@ def serving(kind: str) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def registry() -> Iterator[tuple[int, str]]:
-    """A registry process; its pid and address."""
+    """Run a registry process; yields its pid and address."""
     with process("-m", "mesh.registry", "--listen", "127.0.0.1:0") as started:
         assert started.stdout is not None
         for line in started.stdout:
@@ -190,7 +190,7 @@ def cpu(pid: int) -> float:
 
 @dataclass(slots=True)
 class Result:
-    """What became of a load."""
+    """The results of a load."""
 
     codes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -208,7 +208,7 @@ class Result:
 
 
 async def offer(call: Callable[[], Awaitable[Any]], rate: float, seconds: float) -> Result:
-    """Begin ``rate`` calls a second, whatever becomes of them (an open loop)."""
+    """Start ``rate`` calls per second, whether or not earlier ones have ended (open loop)."""
     result = Result()
 
     async def one() -> None:
@@ -233,8 +233,8 @@ async def offer(call: Callable[[], Awaitable[Any]], rate: float, seconds: float)
     return result
 
 
-async def saturate(call: Callable[[], Awaitable[Any]], times: int, at_once: int) -> float:
-    """Make so many calls, always so many at once (a closed loop); calls a second."""
+async def saturate(call: Callable[[], Awaitable[Any]], times: int, concurrency: int) -> float:
+    """Make calls, ``concurrency`` at a time (closed loop); returns calls per second."""
     left = iter(range(times))
 
     async def loop() -> None:
@@ -242,7 +242,7 @@ async def saturate(call: Callable[[], Awaitable[Any]], times: int, at_once: int)
             await call()
 
     begun = time.monotonic()
-    await asyncio.gather(*(loop() for _ in range(at_once)))
+    await asyncio.gather(*(loop() for _ in range(concurrency)))
     return times / (time.monotonic() - begun)
 
 
@@ -250,7 +250,7 @@ async def saturate(call: Callable[[], Awaitable[Any]], times: int, at_once: int)
 
 
 async def cost() -> list[Row]:
-    """CPU of a served method against a bare server's."""
+    """The CPU of a served method compared with a bare server's."""
     times, rounds = 400, 40
     with serving("bare") as bare, serving("mesh") as served:
         ratios, spent = [], []
@@ -267,21 +267,21 @@ async def cost() -> list[Row]:
                     before = cpu(pid)
                     await saturate(functools.partial(method, REQUEST, timeout=5), times, 4)
                     cpus[side] = (cpu(pid) - before) / times
-                if turn >= 2:  # warm by then
+                if turn >= 2:  # warmed up
                     ratios.append(cpus[1] / cpus[0])
                     spent.append(cpus[0])
     return [
         Row(
-            "CPU per call of a served method, everything on, against a bare grpc.aio.server",
+            "CPU per call of a served method, everything on, relative to a bare grpc.aio.server",
             statistics.median(ratios),
             1.08,
         ),
-        Row("  the bare server's own", statistics.median(spent) * 1e6, unit=" µs"),
+        Row("  the bare server's", statistics.median(spent) * 1e6, unit=" µs"),
     ]
 
 
 async def overload() -> list[Row]:
-    """Twice the capacity, with overload protection and without."""
+    """Twice the capacity, with and without overload protection."""
     seconds = 20.0
     rows = []
     kinds = {
@@ -297,7 +297,9 @@ async def overload() -> list[Row]:
         with serving(kind + "-off") as (_, port):
             unlimited = await overloaded(port, 5.0)
         rows += [
-            Row(f"twice the capacity, {what}: goodput against capacity", limited[kind].goodput, 0.95, at_least=True),
+            Row(
+                f"twice the capacity, {what}: goodput relative to capacity", limited[kind].goodput, 0.95, at_least=True
+            ),
             Row("  the same without overload protection", unlimited.goodput),
         ]
     with serving("work-off") as (_, port):
@@ -305,20 +307,20 @@ async def overload() -> list[Row]:
     critical, sheddable = limited["work"].critical, limited["work"].sheddable
     return [
         *rows,
-        Row("the first of these: CRITICAL that succeeds after the first 2 s", critical.success, 0.99, at_least=True),
-        Row("  in the first 2 s, until the method is limited", limited["work"].onset.success),
+        Row("the first of these: successful CRITICAL calls after the first 2 s", critical.success, 0.99, at_least=True),
+        Row("  in the first 2 s, before the method is limited", limited["work"].onset.success),
         Row("  after the first 2 s, without the limit", unlimited.critical.success),
-        Row("  SHEDDABLE that succeeds, with the limit", sheddable.success),
-        Row("  p99 of CRITICAL that succeeds, with the limit", critical.quantile(0.99) * 1e3, unit=" ms"),
-        Row("recovery after the overload ends, to 1.5 of the normal p99", limited["work"].recovery, 2.0, " s"),
+        Row("  successful SHEDDABLE calls, with the limit", sheddable.success),
+        Row("  p99 of successful CRITICAL calls, with the limit", critical.quantile(0.99) * 1e3, unit=" ms"),
+        Row("recovery after the overload, to 1.5 times the normal p99", limited["work"].recovery, 2.0, " s"),
         Row("  the same without the limit", unlimited.recovery, unit=" s"),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """What became of it. ``onset``: CRITICAL calls of the first 2 s; ``critical``, ``sheddable``: those after.
-    ``goodput`` is of the capacity, from the beginning; ``recovery`` in seconds."""
+    """The results of an overload. ``onset``: CRITICAL calls of the first 2 s; ``critical``, ``sheddable``: later ones.
+    ``goodput``: relative to the capacity, from the beginning. ``recovery``: in seconds."""
 
     onset: Result
     critical: Result
@@ -328,7 +330,7 @@ class Overload:
 
 
 async def overloaded(port: int, seconds: float) -> Overload:
-    """Offer a server half of its capacity in CRITICAL calls, and one and a half times as much in SHEDDABLE ones."""
+    """Offer a server 0.5 times its capacity in CRITICAL calls, and 1.5 times in SHEDDABLE ones."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         method: Any = channel.unary_unary(f"/{NAME}/Do")
 
@@ -353,7 +355,7 @@ async def overloaded(port: int, seconds: float) -> Overload:
 
 
 async def recovery(method: Any, rate: float, normal: float) -> float:
-    """Seconds until a quarter of a second's calls are as quick as they normally are."""
+    """Seconds until the calls of a quarter of a second are as fast as normal."""
     begun = time.monotonic()
     while time.monotonic() - begun < 10:
         now = await offer(lambda: method(REQUEST, timeout=DEADLINE), rate, 0.25)
@@ -363,7 +365,7 @@ async def recovery(method: Any, rate: float, normal: float) -> float:
 
 
 async def rolling() -> list[Row]:
-    """Each of three replicas is replaced under load."""
+    """Replace each of three replicas under load."""
     with registry() as (_, address), contextlib.ExitStack() as stack:
 
         def replica() -> subprocess.Popen[str]:
@@ -373,16 +375,16 @@ async def rolling() -> list[Row]:
         replicas = [replica() for _ in range(3)]
         async with mesh.aio.insecure_channel(f"mesh://{address}/{NAME}") as channel:
             method: Any = channel.unary_unary(f"/{NAME}/Do")
-            await known(address, 3)
+            await wait_registered(address, 3)
             await method(REQUEST, timeout=20, wait_for_ready=True)
             load = asyncio.create_task(offer(lambda: method(REQUEST, timeout=5), 200, 15))
             for old in replicas:
                 replica()
-                await known(address, 4)
+                await wait_registered(address, 4)
                 old.send_signal(signal.SIGTERM)
                 while old.poll() is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-                await known(address, 3)
+                await wait_registered(address, 3)
             result = await load
     return [
         Row(
@@ -393,8 +395,8 @@ async def rolling() -> list[Row]:
     ]
 
 
-async def known(address: str, count: int) -> None:
-    """Wait until the registry knows so many instances."""
+async def wait_registered(address: str, count: int) -> None:
+    """Wait until the registry lists so many instances."""
     async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(30):
         stub: Any = pb_grpc.RegistryStub(channel)
         while len((await stub.ListInstances(pb.ListInstancesRequest(service=NAME))).instances) != count:  # noqa: ASYNC110
@@ -402,14 +404,14 @@ async def known(address: str, count: int) -> None:
 
 
 def instance(number: int) -> pb.Instance:
-    """One of 10,000: ten in each of 1,000 services."""
+    """One of 10,000 instances: ten in each of 1,000 services."""
     return pb.Instance(
         id=f"i{number}", service=f"bench.S{number // 10}", address=f"10.0.{number // 250}.{number % 250}:1"
     )
 
 
 async def registered(stub: Any) -> list[str]:
-    """Register all 10,000, and return their leases."""
+    """Register all 10,000; returns their leases."""
     leases: list[str] = []
 
     async def share(numbers: range) -> None:
@@ -423,12 +425,12 @@ async def registered(stub: Any) -> list[str]:
 
 
 async def watchers() -> list[Row]:
-    """1,000 watchers, one for each of 1,000 services, and all on one of them; a change, and when all have it."""
+    """How long a change takes to reach 1,000 watchers: of 1,000 services, and all of one service."""
     with registry() as (pid, address):
         async with grpc.aio.insecure_channel(address) as channel:
             stub: Any = pb_grpc.RegistryStub(channel)
             await registered(stub)
-            heard: dict[str, list[float]] = {"all": [], "each": []}
+            received_at: dict[str, list[float]] = {"all": [], "each": []}
             arrived = asyncio.Semaphore(0)
 
             async def watch(service: str, kind: str) -> None:
@@ -436,7 +438,7 @@ async def watchers() -> list[Row]:
                 await stream.read()
                 arrived.release()
                 while (await stream.read()) is not grpc.aio.EOF:
-                    heard[kind].append(time.monotonic())
+                    received_at[kind].append(time.monotonic())
                     arrived.release()
 
             spent = 0.0
@@ -450,27 +452,27 @@ async def watchers() -> list[Row]:
                     changed.weight = change + (1 if kind == "each" else 11)
                     before, begun = cpu(pid), time.monotonic()
                     await stub.Register(pb.RegisterRequest(instance=changed))
-                    heard[kind].clear()
+                    received_at[kind].clear()
                     for _ in range(1 if kind == "each" else 1000):
                         await arrived.acquire()
                     spent = cpu(pid) - before
-                    delays += [at - begun for at in heard[kind]] or [time.monotonic() - begun]
+                    delays += [at - begun for at in received_at[kind]] or [time.monotonic() - begun]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
     return [
         Row(
-            "registry, 1,000 services × 10, 1,000 watchers: one change to all it concerns, p99",
+            "registry, 1,000 services × 10, 1,000 watchers: one change to all its watchers, p99",
             sorted(delays)[int(0.99 * len(delays))],
             1.0,
             " s",
         ),
-        Row("  the registry's CPU for a change that all 1,000 watch", spent * 1e3, unit=" ms"),
+        Row("  the registry's CPU for a change with 1,000 watchers", spent * 1e3, unit=" ms"),
     ]
 
 
 async def leases() -> list[Row]:
-    """10,000 leases, each kept alive by a process of its own, as far as the registry can see: on its own stream."""
+    """10,000 leases, each kept alive on its own stream, as by separate processes."""
     seconds = 10.0
     with registry() as (pid, address):
         async with grpc.aio.insecure_channel(address) as channel:
@@ -499,13 +501,13 @@ async def leases() -> list[Row]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
     return [
-        # This client may not manage all that is due beside the registry on the same machine.
+        # On one machine with the registry, this client may not keep up with all keep-alives.
         Row(
-            "keep-alives of 10,000 leases at TTL 10 s, one stream a process: cores, at 3,000 a second",
+            "keep-alives of 10,000 leases at TTL 10 s, one stream each: cores, at 3,000 per second",
             share * 3000 / rate,
             0.4,
         ),
-        Row("  measured at, a second", rate),
+        Row("  measured at, per second", rate),
     ]
 
 
@@ -523,7 +525,7 @@ def main() -> None:
         else:
             asyncio.run(serve(arguments.serve))
         return
-    print(f"\n{'what':<86} {'measured':>10} {'reach':>10}")
+    print(f"\n{'what':<86} {'measured':>10} {'target':>10}")
     for name, part in PARTS.items():
         if arguments.only in (None, name):
             for row in asyncio.run(part()):

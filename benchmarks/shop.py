@@ -1,11 +1,11 @@
-"""CreateOrder through the mesh, against the raw rate of the same transaction in the same database.
+"""CreateOrder through the mesh, compared with the raw rate of the same transaction in the same database.
 
-The order service is one process on one core, its client and the user service are on another. The raw rate is of the
-statements that CreateOrder sends, by the database's own driver, one transaction after the other on one core: what the
-database and the disk could do at most for one who writes. Each figure is the best of ROUNDS, as what else runs here can
-only make it worse.
+The order service is one process on one core; its client and the user service are on another. The raw rate is that of
+the statements that CreateOrder sends, with the database's own driver, one transaction after another on one core: the
+most that the database and the disk can do for a single writer. Each figure is the best of ROUNDS, as other load on the
+machine can only make it worse.
 
-``python -m benchmarks.shop [seconds for each figure]``
+``python -m benchmarks.shop [seconds per figure]``
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mesh.aio
-from services.database import Database
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.migrations import migrate
 from services.order.domain import Item, Money, Order
 from services.order.messages import event_message
 from services.order.store import VERSIONS, OrderStore
@@ -43,17 +43,17 @@ from weft.order.v1 import order_pb2, order_pb2_grpc
 from weft.user.v1 import user_pb2, user_pb2_grpc
 
 ROUNDS = 3
-AT_A_TIME = 8
+IN_FLIGHT = 8
 """Calls in flight: enough to keep the service busy."""
-WANTED = 0.25
-"""The share of SQLite's raw rate that CreateOrder through the mesh is to reach."""
+TARGET = 0.25
+"""The fraction of SQLite's raw rate that CreateOrder through the mesh should reach."""
 
 CORES = sorted(os.sched_getaffinity(0))
 SERVICE_CORE, CLIENT_CORE = CORES[0], CORES[-1]
 
 ITEMS = (Item("tea", 2, Money("EUR", 3_500_000_000)), Item("milk", 1, Money("EUR", 990_000_000)))
 
-# What a CreateOrder with ITEMS sends, in the words of each driver.
+# The statements that CreateOrder sends for ITEMS.
 STATEMENTS = (
     "SELECT fingerprint, resource_id FROM requests WHERE request_id = :request",
     "INSERT INTO requests (request_id, fingerprint, resource_id, create_time) VALUES (:request, :print, :id, :time)",
@@ -67,12 +67,12 @@ STATEMENTS = (
 
 
 def new_order() -> Order:
-    """An order that nobody has placed yet."""
+    """A new order."""
     return Order.new(str(uuid.uuid4()), user_id=str(uuid.UUID(int=1)), items=ITEMS, now=dt.datetime.now(dt.UTC))
 
 
 def values(order: Order) -> Mapping[str, object]:
-    """What STATEMENTS are sent with."""
+    """The parameters of STATEMENTS."""
     return {
         "request": str(uuid.uuid4()),
         "print": order.fingerprint,
@@ -85,7 +85,7 @@ def values(order: Order) -> Mapping[str, object]:
 
 @contextlib.contextmanager
 def core(number: int) -> Iterator[None]:
-    """This process and what it starts run on one core."""
+    """Run this process, and those it starts, on one core."""
     os.sched_setaffinity(0, {number})
     try:
         yield
@@ -94,7 +94,7 @@ def core(number: int) -> Iterator[None]:
 
 
 def rate(work: Callable[[], object], seconds: float) -> float:
-    """How often a second ``work`` can be done, one time after the other."""
+    """How many times per second ``work`` runs, one after another."""
     began = time.perf_counter()
     for done in itertools.count(1):
         work()
@@ -105,7 +105,7 @@ def rate(work: Callable[[], object], seconds: float) -> float:
 
 
 def raw_sqlite(file: Path, seconds: float) -> float:
-    """Transactions a second by the sqlite3 module."""
+    """Transactions per second with the sqlite3 module."""
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
 
         def transaction() -> None:
@@ -119,14 +119,14 @@ def raw_sqlite(file: Path, seconds: float) -> float:
 
 
 def raw_postgresql(url: str, seconds: float) -> float:
-    """Transactions a second by psycopg."""
-    spelled = [_psycopg(statement) for statement in STATEMENTS]
+    """Transactions per second with psycopg."""
+    statements = [_psycopg(statement) for statement in STATEMENTS]
     with psycopg.connect(url, autocommit=True) as connection:
 
         def transaction() -> None:
             sent = values(new_order())
             with connection.transaction(), connection.cursor() as cursor:
-                for statement in spelled:
+                for statement in statements:
                     cursor.execute(statement, sent)
 
         return max(rate(transaction, seconds) for _ in range(ROUNDS))
@@ -138,8 +138,8 @@ def _psycopg(statement: str) -> bytes:
     return statement.encode()
 
 
-def stored(database: Database, seconds: float) -> float:
-    """Orders a second by the order service's store, called one after the other in this process."""
+def store_rate(database: Database, seconds: float) -> float:
+    """Orders per second with the order service's store, called one after another in this process."""
     store = OrderStore(database)
 
     async def run() -> float:
@@ -159,7 +159,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def service(name: str, number: int, **environment: str) -> Iterator[str]:
-    """A replica of a service on one core; its address."""
+    """Run a replica of a service on one core; yields its address."""
     address = f"127.0.0.1:{free_port()}"
     quiet = {"MESH_LISTEN": address, "MESH_REGISTRY": "", "MESH_LOG_LEVEL": "error"}
     with core(number):
@@ -177,13 +177,13 @@ def service(name: str, number: int, **environment: str) -> Iterator[str]:
             process.wait()
 
 
-async def called(address: str, user_id: str, seconds: float) -> float:
-    """CreateOrder calls a second that the order service at ``address`` answers, through the mesh."""
+async def call_rate(address: str, user_id: str, seconds: float) -> float:
+    """CreateOrder calls per second through the mesh to the order service at ``address``."""
     items = [
         order_pb2.OrderItem(
             sku=item.sku,
             quantity=item.quantity,
-            unit_price=money_pb2.Money(currency_code="EUR", units=item.price.units, nanos=item.price.rest),
+            unit_price=money_pb2.Money(currency_code="EUR", units=item.price.units, nanos=item.price.fraction),
         )
         for item in ITEMS
         if item.price is not None
@@ -211,13 +211,13 @@ async def called(address: str, user_id: str, seconds: float) -> float:
         best = 0.0
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            done = await asyncio.gather(*(caller(began + seconds) for _ in range(AT_A_TIME)))
+            done = await asyncio.gather(*(caller(began + seconds) for _ in range(IN_FLIGHT)))
             best = max(best, sum(done) / (time.perf_counter() - began))
         return best
 
 
-async def a_user(address: str) -> str:
-    """The id of a user in the user service at ``address``."""
+async def create_user(address: str) -> str:
+    """Create a user in the user service at ``address``; returns its id."""
     async with mesh.aio.insecure_channel(f"static:///{address}") as channel:
         users = user_pb2_grpc.UserServiceStub(channel)
         request = user_pb2.CreateUserRequest(name="Ann", email=f"{uuid.uuid4()}@example.com")
@@ -225,26 +225,25 @@ async def a_user(address: str) -> str:
 
 
 def measure(url: str, raw: Callable[[], float], folder: Path, seconds: float) -> tuple[float, float, float]:
-    """The three rates of one database: raw, by the store, through the mesh."""
+    """The three rates of one database: raw, with the store, through the mesh."""
     database = Database(url)
     migrate(database, VERSIONS)
     with core(SERVICE_CORE):
         raw_rate = raw()
-        store_rate = stored(database, seconds)
+        by_store = store_rate(database, seconds)
     database.close()
     with (
         service("user", CLIENT_CORE, MESH_DATA=str(folder)) as users,
         service("order", SERVICE_CORE, MESH_DATABASE_URL=url, MESH_USER_SERVICE=f"static:///{users}") as orders,
         core(CLIENT_CORE),
     ):
-        user_id = asyncio.run(a_user(users))
-        return raw_rate, store_rate, asyncio.run(called(orders, user_id, seconds))
+        user_id = asyncio.run(create_user(users))
+        return raw_rate, by_store, asyncio.run(call_rate(orders, user_id, seconds))
 
 
 def main() -> int:
-    os.environ.setdefault(
-        "GRPC_VERBOSITY", "ERROR"
-    )  # processes are started while channels exist, and only to be replaced
+    # Processes are forked while channels exist, but only to exec.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
     found: dict[str, tuple[float, float, float]] = {}
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
@@ -257,15 +256,15 @@ def main() -> int:
             found["PostgreSQL"] = measure(url, lambda: raw_postgresql(url, seconds), folder, seconds)
         finally:
             server.close()
-    table = Table(title=f"CreateOrder: best of {ROUNDS} × {seconds:g} s, {AT_A_TIME} calls in flight, one core")
+    table = Table(title=f"CreateOrder: best of {ROUNDS} × {seconds:g} s, {IN_FLIGHT} calls in flight, one core")
     for column in ("database", "raw, tx/s", "store, orders/s", "mesh, calls/s", "mesh / raw"):
         table.add_column(column, justify="left" if column == "database" else "right")
     for database, (raw, store, calls) in found.items():
         table.add_row(database, f"{raw:,.0f}", f"{store:,.0f}", f"{calls:,.0f}", f"{calls / raw:.2f}")
     Console().print(table)
     raw, _, calls = found["SQLite"]
-    print(f"SQLite: {calls / raw:.2f} of the raw rate (wanted: {WANTED})")
-    return 0 if calls / raw >= WANTED else 1
+    print(f"SQLite: {calls / raw:.2f} of the raw rate (target: {TARGET})")
+    return 0 if calls / raw >= TARGET else 1
 
 
 if __name__ == "__main__":

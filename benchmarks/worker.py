@@ -1,10 +1,10 @@
-"""A replica with a fault or a load of its own: ``python -m benchmarks.worker`` prints its ports and serves until its
+"""A replica with faults or limited capacity: ``python -m benchmarks.worker`` prints its ports and serves until its
 stdin closes.
 
-``/bench.Work/Do`` answers with the first port, after ``--delay`` seconds; a ``--fail`` share of its calls is
-UNAVAILABLE at once. With ``--work`` each call, one at a time, does so many seconds of real CPU work, on a machine that
-has ``--share`` of a core (as a container with a quota has), and answers carry ORCA load reports of how busy that is.
-``/bench.Work/Count`` tells how many calls ``Do`` has seen.
+``/bench.Work/Do`` returns the first port, after ``--delay`` seconds; a fraction ``--fail`` of its calls fails
+immediately with UNAVAILABLE. With ``--work``, calls run one at a time and each takes that many CPU seconds, on
+``--share`` of a core (like a container with a quota), and responses carry ORCA load reports. ``/bench.Work/Count``
+returns how many calls ``Do`` has received.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mesh.wire import ORCA_LOAD_REPORT, WEFT_LOAD_REPORT
 
 REPORT_PERIOD = 0.1
 SMOOTHING = 0.2
-"""The share of a new period in what is reported."""
+"""The weight of the newest period in the reported load."""
 
 
 class Worker:
-    """What the calls share."""
+    """The state that calls share."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
@@ -45,12 +45,12 @@ class Worker:
     def do(self, _: bytes, context: grpc.ServicerContext) -> bytes:
         next(self._seen)
         if self._arguments.fail and self._rng.random() < self._arguments.fail:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "as asked")
+            context.abort(grpc.StatusCode.UNAVAILABLE, "on purpose")
         if self._arguments.delay:
             time.sleep(self._arguments.delay)
         if self._arguments.work:
             with self._core:
-                if context.is_active():  # who waits for it may have given up
+                if context.is_active():  # the client may have given up
                     self._work(self._arguments.work)
             context.set_trailing_metadata(self._trailers)
         return self.name
@@ -63,14 +63,14 @@ class Worker:
         until = time.thread_time() + seconds
         while time.thread_time() < until:
             sum(range(500))
-        time.sleep(seconds / self._arguments.share - seconds)  # the others' turn on the core
+        time.sleep(seconds / self._arguments.share - seconds)  # the rest of the core is for others
         self._busy += time.monotonic() - begun
         self._done += 1
 
-    def report(self, over: threading.Event) -> None:
-        """Measure the load, until it is over."""
+    def report(self, stopped: threading.Event) -> None:
+        """Measure the load until stopped."""
         last = time.monotonic()
-        while not over.wait(REPORT_PERIOD):
+        while not stopped.wait(REPORT_PERIOD):
             now = time.monotonic()
             busy, done = self._busy, self._done
             self._busy -= busy
@@ -103,11 +103,11 @@ def main() -> None:
     worker.name = str(ports[0]).encode()
     server.start()
     print(*ports, flush=True)
-    over = threading.Event()
+    stopped = threading.Event()
     if arguments.work:
-        threading.Thread(target=worker.report, args=(over,), daemon=True).start()
+        threading.Thread(target=worker.report, args=(stopped,), daemon=True).start()
     sys.stdin.read()
-    over.set()
+    stopped.set()
     server.stop(0)
 
 

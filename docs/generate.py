@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "weft/mesh/v1/service_config.proto"
 HEAD = """\
 <!-- Written by docs/generate.py from {source}. -->
-# The service config, key by key
+# Service config reference
 
 {intro}
 
@@ -55,7 +55,7 @@ def service_config_page() -> str:
         else:
             lines.append(f"\n## {message.name}\n{about}\n")
         if message.field:
-            lines.append("| key | what it is | default | change it | source |\n|---|---|---|---|---|")
+            lines.append("| key | what it is | default | when to change it | source |\n|---|---|---|---|---|")
         lines.extend(
             f"| `{field.json_name}` | {' | '.join(_cells(comments[4, index, 2, number]))} |"
             for number, field in enumerate(message.field)
@@ -70,7 +70,7 @@ def _cells(comment: str) -> Iterator[str]:
     default, _, rest = said.removeprefix("Default: ").partition(" Source: ")
     source, _, change = rest.partition(" Change: ")
     if not (default and source and change):
-        raise ValueError(f"a key's comment says its Default, Source and Change, in this order: {comment!r}")
+        raise ValueError(f"a key's comment must have Default, Source and Change, in this order: {comment!r}")
     yield from (default, change, source)
 
 
@@ -83,7 +83,8 @@ def _described() -> descriptor_pb2.FileDescriptorProto:
 
 class Limit(NamedTuple):
     """A line of docs/limits.md: a constant of a module, with a docstring, or a field of ServerSettings (which has its
-    variable's description). ``beyond``: what happens beyond it. ``change``: the setting that changes it, if any."""
+    variable's description). ``beyond``: what happens when it is exceeded. ``change``: the setting that changes it, if
+    any."""
 
     module: str
     name: str
@@ -94,7 +95,7 @@ class Limit(NamedTuple):
 
 SETTINGS = "mesh.server.settings.ServerSettings"
 
-# A constant is a line here. Those named MAX_... or MIN_... must have one: a test holds that.
+# Every constant named MAX_... or MIN_... must be listed: a test checks that.
 LIMITS: dict[str, tuple[Limit, ...]] = {
     "Service configs": (
         Limit("mesh.config.reader", "MAX_SIZE", "bytes", "The config is rejected; the previous one stays."),
@@ -106,10 +107,10 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "mesh.config.reader",
             "MAX_ATTEMPTS",
             "attempts",
-            "Higher values mean this.",
+            "More count as this many.",
             "`maxAttempts`, to lower it",
         ),
-        Limit("mesh.config.reader", "MAX_RING", "points", "Higher values mean this.", "`maxRingSize`, to lower it"),
+        Limit("mesh.config.reader", "MAX_RING", "points", "More count as this many.", "`maxRingSize`, to lower it"),
         Limit("mesh.config.reader", "MAX_WARNINGS", "warnings", "The last one says how many more there are."),
         Limit("mesh.config.sources", "MAX_FILE", "bytes", "The file is rejected; the previous configs stay."),
     ),
@@ -122,7 +123,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "mesh.policy.cluster.connecting",
             "CONNECTS_PER_PERIOD",
             "endpoints",
-            "Others wait, 0.25 s for each 16.",
+            "Others wait for their turn, 0.25 s at most for each 16.",
         ),
         Limit("mesh.policy.cluster.cluster", "METHODS", "methods", "The oldest is forgotten."),
     ),
@@ -130,33 +131,33 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.discovery.cache", "MAX_SIZE", "bytes", "The file is neither used nor written; one warning."),
         Limit("mesh.discovery.cache", "MAX_AGE", "seconds", "The file isn't used."),
         Limit("mesh.discovery.cache", "MAX_SKEW", "seconds", "The file isn't used; one warning."),
-        Limit("mesh.discovery.dns", "MIN_RESOLUTION_INTERVAL", "seconds", "An earlier lookup waits."),
+        Limit("mesh.discovery.dns", "MIN_RESOLUTION_INTERVAL", "seconds", "A lookup that is asked for sooner waits."),
         Limit("mesh.discovery.srv", "SRV_TIMEOUT", "seconds", "The lookup fails; the previous result stays."),
         Limit("mesh.discovery.registry", "MIN_BACKOFF", "seconds", "Delays start with this."),
         Limit("mesh.discovery.registry", "MAX_BACKOFF", "seconds", "Delays don't get longer."),
     ),
     "Servers": (
         Limit("mesh.listening", "MAX_SOCKET_PATH", "bytes", "The server doesn't start; the error names the length."),
-        Limit(SETTINGS, "max_concurrency", "calls", "Calls wait for their turn."),
+        Limit(SETTINGS, "max_concurrency", "calls", "Further calls are queued."),
         Limit(SETTINGS, "queue_size", "calls", "The call is refused, RESOURCE_EXHAUSTED."),
         Limit(SETTINGS, "max_streams", "streams", "The stream is refused, RESOURCE_EXHAUSTED."),
-        Limit(SETTINGS, "max_connection_streams", "streams", "Further calls wait in their client."),
+        Limit(SETTINGS, "max_connection_streams", "streams", "Further calls wait in the client."),
         Limit(SETTINGS, "max_workers", "threads", "Handlers wait for a thread."),
         Limit(SETTINGS, "max_receive_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
         Limit(SETTINGS, "max_send_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
         Limit(SETTINGS, "max_metadata_bytes", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
-        Limit(SETTINGS, "connection_age", "seconds", "The connection takes no new calls; clients make another."),
+        Limit(SETTINGS, "connection_age", "seconds", "The connection accepts no new calls; clients open another."),
         Limit(SETTINGS, "connection_age_grace", "seconds", "The calls on it end, UNAVAILABLE."),
         Limit(SETTINGS, "keepalive_timeout", "seconds", "The client counts as gone; its calls are cancelled."),
-        Limit(SETTINGS, "min_ping_interval", "seconds", "Clients that ping more often lose their connection."),
-        Limit(SETTINGS, "grace", "seconds", "In a drain: the calls that are left are cancelled."),
-        Limit(SETTINGS, "stream_grace", "seconds", "In a drain: the streams that are left end, UNAVAILABLE."),
-        Limit(SETTINGS, "deregister_timeout", "seconds", "The drain goes on without it."),
+        Limit(SETTINGS, "min_ping_interval", "seconds", "Connections of clients that ping more often are closed."),
+        Limit(SETTINGS, "grace", "seconds", "When draining: remaining calls are cancelled."),
+        Limit(SETTINGS, "stream_grace", "seconds", "When draining: remaining streams end, UNAVAILABLE."),
+        Limit(SETTINGS, "deregister_timeout", "seconds", "The drain continues without it."),
         Limit("mesh.server.thread_pool", "SPARE_THREADS", "threads", "Further calls wait for a thread."),
         Limit("mesh.server.handlers.scope", "MAX_DIGITS", "digits", "The metadata is ignored."),
         Limit("mesh.server.handlers.registrar", "CACHE_SIZE", "methods", "The oldest is forgotten."),
-        Limit("mesh.server.load_report", "MIN_INTERVAL", "seconds", "Shorter ones are taken as this."),
-        Limit("mesh.server.load_report", "MAX_INTERVAL", "seconds", "Longer ones are taken as this."),
+        Limit("mesh.server.load_report", "MIN_INTERVAL", "seconds", "Shorter ones are raised to this."),
+        Limit("mesh.server.load_report", "MAX_INTERVAL", "seconds", "Longer ones are lowered to this."),
         Limit("mesh.server.settings", "LONGEST_NUMBER", "characters", "The server doesn't start; the error names it."),
     ),
     "The registry": (
@@ -164,7 +165,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "mesh.model",
             "MAX_WEIGHT",
             "times",
-            "The registration fails, INVALID_ARGUMENT; a client takes more as this.",
+            "The registration fails, INVALID_ARGUMENT; a client counts more as this.",
         ),
         Limit("mesh.registry.limits", "MAX_TEXT", "characters", "The registration fails, INVALID_ARGUMENT."),
         Limit("mesh.registry.limits", "MAX_METADATA", "labels", "The registration fails, INVALID_ARGUMENT."),
@@ -172,29 +173,29 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("mesh.registry.limits", "MAX_SERVICE_BYTES", "bytes", "The registration fails, RESOURCE_EXHAUSTED."),
         Limit("mesh.registry.limits", "MAX_INSTANCES", "instances", "The registration fails, RESOURCE_EXHAUSTED."),
         Limit("mesh.registry.limits", "MAX_TOTAL_BYTES", "bytes", "The registration fails, RESOURCE_EXHAUSTED."),
-        Limit("mesh.registry.limits", "MAX_CONFIG", "bytes", "The config is refused, INVALID_ARGUMENT."),
-        Limit("mesh.registry.limits", "MAX_CONFIGS", "services", "The config is refused, RESOURCE_EXHAUSTED."),
-        Limit("mesh.registry.limits", "MAX_CONFIGS_BYTES", "bytes", "The config is refused, RESOURCE_EXHAUSTED."),
-        Limit("mesh.registry.limits", "MAX_CONFIGS_IN_PROGRESS", "configs", "Refused, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_CONFIG", "bytes", "The config is rejected, INVALID_ARGUMENT."),
+        Limit("mesh.registry.limits", "MAX_CONFIGS", "services", "The config is rejected, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_CONFIGS_BYTES", "bytes", "The config is rejected, RESOURCE_EXHAUSTED."),
+        Limit("mesh.registry.limits", "MAX_CONFIGS_IN_PROGRESS", "configs", "Rejected, RESOURCE_EXHAUSTED."),
         Limit("mesh.registry.limits", "WATCH_MESSAGE_BYTES", "bytes", "The rest comes in further messages."),
         Limit("mesh.registry.limits", "SEND_TIMEOUT", "seconds", "The watch ends, RESOURCE_EXHAUSTED."),
-        Limit("mesh.registry.limits", "MAX_PARTS", "parts", "They are made anew."),
+        Limit("mesh.registry.limits", "MAX_PARTS", "parts", "They are encoded again."),
         Limit("mesh.registry.limits", "MAX_MESSAGE_BYTES", "bytes", "The call fails, RESOURCE_EXHAUSTED."),
         Limit("mesh.registry.limits", "MAX_LEASE_IDS", "ids", "The stream ends, INVALID_ARGUMENT."),
-        Limit("mesh.registry.limits", "MAX_STREAMS", "streams", "Further calls wait in their client."),
+        Limit("mesh.registry.limits", "MAX_STREAMS", "streams", "Further calls wait in the client."),
         Limit("mesh.registry.limits", "HANDSHAKE_TIMEOUT", "seconds", "The connection is closed."),
         Limit("mesh.registry.limits", "MAX_PAGE", "instances", "The rest is on further pages."),
         Limit("mesh.registry.limits", "PAGE_BYTES", "bytes", "The rest is on further pages."),
         Limit("mesh.registry.paging", "MAX_TOKEN", "characters", "The call fails, INVALID_ARGUMENT."),
-        Limit("mesh.discovery.roster", "MAX_KNOWN", "instances", "A client ignores the rest; one warning."),
-        Limit("mesh.registry.service", "MIN_TTL", "seconds", "Shorter ones are taken as this."),
-        Limit("mesh.registry.service", "MAX_TTL", "seconds", "Longer ones are taken as this."),
+        Limit("mesh.discovery.roster", "MAX_KNOWN", "instances", "A client ignores the rest, with one warning."),
+        Limit("mesh.registry.service", "MIN_TTL", "seconds", "Shorter ones are raised to this."),
+        Limit("mesh.registry.service", "MAX_TTL", "seconds", "Longer ones are lowered to this."),
         Limit("mesh.registry.state", "MAX_FILE", "bytes", "The registry doesn't start; the error names the file."),
-        Limit("mesh.registry.book", "LOG_SIZE", "changes", "Who is further behind gets a new snapshot."),
+        Limit("mesh.registry.book", "LOG_SIZE", "changes", "Watchers that are further behind get a new snapshot."),
     ),
     "The shop": (
-        Limit("services.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
-        Limit("services.user.domain", "LONGEST_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
+        Limit("services.common.settings", "MAX_FILE", "bytes", "The service doesn't start; the error names the file."),
+        Limit("services.user.domain", "MAX_NAME", "characters", "The request fails, INVALID_ARGUMENT."),
         Limit("services.events", "MAX_ATTEMPTS", "attempts", "The event goes to the dead letters."),
     ),
 }
@@ -203,8 +204,8 @@ LIMITS_HEAD = """\
 <!-- Written by docs/generate.py from the constants and settings that it lists. -->
 # Limits
 
-What one peer, file or variable can ask for is bounded, and this page lists by how much. A limit whose last column is
-empty is fixed.
+What one peer, file or variable can make a process do is limited; this page lists the limits. Those without a setting
+are fixed.
 """
 
 
@@ -212,7 +213,7 @@ def limits_page() -> str:
     """The text of docs/limits.md."""
     lines = [LIMITS_HEAD.rstrip()]
     for title, limits in LIMITS.items():
-        lines.append(f"\n## {title}\n\n| name | limit | what it is | beyond it | change it |\n|---|---|---|---|---|")
+        lines.append(f"\n## {title}\n\n| name | limit | what it is | when exceeded | setting |\n|---|---|---|---|---|")
         lines.extend(_row(limit) for limit in limits)
     return "\n".join(lines) + "\n"
 

@@ -14,9 +14,9 @@ from mesh import variables
 from mesh.addresses import FORMS
 from mesh.registry.__main__ import DEFAULT_LISTEN
 from mesh.server.settings import ServerSettings
+from services.common.settings import SERVER_DEFAULTS, Settings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
-from services.settings import SERVER_DEFAULTS, Settings
 
 
 class Row(NamedTuple):

@@ -1,9 +1,9 @@
-"""A program outside this repository: the installed wheel gives it the stubs and the mesh channel; it needs no more.
+"""A program outside this repository. It only needs the installed wheel, which has the stubs and the mesh.
 
     pip install weft-*.whl
     MESH_REGISTRY=127.0.0.1:50050 python another_program.py
 
-It asks for the users page by page, and shows for each call which replicas were tried.
+It lists the users page by page, and prints for each call which replicas were tried.
 """
 
 import os

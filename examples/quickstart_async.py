@@ -1,4 +1,4 @@
-"""Creates users and orders over the mesh, many at once, with asyncio. `make run-mesh` first."""
+"""Creates users and orders concurrently through the mesh, with asyncio. Run `make run-mesh` first."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ import mesh.aio
 from weft.order.v1 import order_pb2, order_pb2_grpc
 from weft.user.v1 import user_pb2, user_pb2_grpc
 
-os.environ.setdefault("MESH_REGISTRY", "127.0.0.1:50050")  # where `make run-mesh` has it
+os.environ.setdefault("MESH_REGISTRY", "127.0.0.1:50050")  # as in `make run-mesh`
 
 
 async def main() -> None:

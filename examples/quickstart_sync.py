@@ -1,4 +1,4 @@
-"""Creates a user and an order over the mesh, with blocking calls. `make run-mesh` first."""
+"""Creates a user and an order through the mesh, with blocking calls. Run `make run-mesh` first."""
 
 import os
 import uuid
@@ -7,7 +7,7 @@ import mesh
 from weft.order.v1 import order_pb2, order_pb2_grpc
 from weft.user.v1 import user_pb2, user_pb2_grpc
 
-os.environ.setdefault("MESH_REGISTRY", "127.0.0.1:50050")  # where `make run-mesh` has it
+os.environ.setdefault("MESH_REGISTRY", "127.0.0.1:50050")  # as in `make run-mesh`
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
         items = [order_pb2.OrderItem(sku="PUNCH-CARD", quantity=100), order_pb2.OrderItem(sku="GEAR-7", quantity=2)]
         request = order_pb2.CreateOrderRequest(request_id=str(uuid.uuid4()), user_id=user.id, items=items)
         order = orders.CreateOrder(request, timeout=5).order
-        again = orders.CreateOrder(request, timeout=5).order  # the same request_id: the same order
+        again = orders.CreateOrder(request, timeout=5).order  # same request_id: same order
         print(f"order {order.id}: {', '.join(f'{item.quantity} × {item.sku}' for item in order.items)}")
         assert again.id == order.id
 
-        taken = orders.ListOrders(order_pb2.ListOrdersRequest(user_id=user.id), timeout=5).orders
-        print(f"{user.name} has {len(taken)} order")
+        listed = orders.ListOrders(order_pb2.ListOrdersRequest(user_id=user.id), timeout=5).orders
+        print(f"{user.name} has {len(listed)} order")
 
 
 if __name__ == "__main__":

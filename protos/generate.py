@@ -1,7 +1,7 @@
-"""Writes the stubs of protos/ into a folder: ``make generate``.
+"""Generates the stubs of protos/ into a folder: ``make generate``.
 
-Run by a Python that has mypy-protobuf; protoc is the one of grpcio-tools in the Python given with --protoc. It is the
-oldest that is supported, because generated code runs on its own grpcio and protobuf or newer ones.
+Run it with a Python that has mypy-protobuf. protoc is that of grpcio-tools in the Python given with --protoc: the
+oldest supported version, because generated code runs on its generator's grpcio and protobuf or newer.
 
 The stubs don't import buf/validate/validate.proto. protobuf has one descriptor pool for the whole process, and a second
 version of that file, of its messages or of its extension numbers can't be added to it: whichever package comes second
@@ -25,7 +25,7 @@ VALIDATE = "buf/validate/validate.proto"
 
 
 def generate(out: Path, protoc: str) -> None:
-    """Stubs, their types, and what makes ``weft`` a regular, typed package, into ``out``."""
+    """Write stubs, their types, and what makes ``weft`` a regular, typed package into ``out``."""
     names = sorted(path.relative_to(PROTOS).as_posix() for path in PROTOS.rglob("*.proto"))
     run = (protoc, "-m", "grpc_tools.protoc")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,8 +58,8 @@ def _without_validate(described: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes the stubs of protos/ into a folder.")
+    parser = argparse.ArgumentParser(description="Generates the stubs of protos/ into a folder.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--protoc", required=True, help="a Python that has grpcio-tools")
+    parser.add_argument("--protoc", required=True, help="a Python with grpcio-tools")
     arguments = parser.parse_args()
     generate(arguments.out, arguments.protoc)

@@ -4,9 +4,9 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # Processes are forked here only to be replaced at once; gRPC would get ready for more than that, and say so.
+    # This process forks only to exec; otherwise gRPC would prepare for forks, and log about it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-    from services.supervisor import main
+    from services.supervisor.command import main
 
     sys.exit(main())

@@ -17,9 +17,9 @@ from mesh.config.parse import parse
 from mesh.config.settings import ServiceConfig
 from mesh.config.sources import ConfigSources, Source
 from mesh.server.settings import ServerSettings
+from services.common.settings import Settings
 from services.events.settings import EventSettings
 from services.order.settings import OrderSettings
-from services.settings import Settings
 from tests.processes import Spawn
 from tests.registry.serving import USER, serving
 from weft.mesh.v1 import registry_pb2 as pb

@@ -1,4 +1,4 @@
-"""The bus in one process's memory, for unit tests: what it keeps ends with the process."""
+"""An in-memory bus for unit tests; its events are gone when the process ends."""
 
 from __future__ import annotations
 
@@ -8,50 +8,48 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from services import events
-from services.events import Again, Dead, DeadLetter, Event, Handler
+from services.events import DeadLetter, Discard, Event, Handler, Redeliver
 
 WORKERS = 8
-"""Events that are acted on at a time, under one ``consume``."""
+"""How many events one ``consume`` processes concurrently."""
 
 
 @dataclass(slots=True)
 class _Consumer:
-    """What is kept of a consumer: the events that it has yet to act on, with the attempts made."""
+    """A consumer's state: its pending events, each with the number of its next attempt, and its dead letters."""
 
     types: str
-    waiting: asyncio.Queue[tuple[Event, int]] = field(default_factory=asyncio.Queue)
-    dead: list[DeadLetter] = field(default_factory=list)
+    pending: asyncio.Queue[tuple[Event, int]] = field(default_factory=asyncio.Queue)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
 
 
 class MemoryBus:
-    """A ``Bus``. ``backoff``: seconds before an event comes again after its n-th attempt."""
+    """A ``Bus``. ``backoff``: seconds before an event is redelivered after its n-th attempt."""
 
     def __init__(self, backoff: Callable[[int], float] = events.backoff) -> None:
-        self.kept: list[Event] = []
+        self.stored: list[Event] = []
         self._ids: set[str] = set()
         self._consumers: dict[str, _Consumer] = {}
         self._backoff = backoff
 
     async def publish(self, event: Event) -> None:
-        events.check(event)
+        events.validate(event)
         if event.id in self._ids:
             return
         self._ids.add(event.id)
-        self.kept.append(event)
+        self.stored.append(event)
         for consumer in self._consumers.values():
-            if _is_of(consumer.types, event):
-                consumer.waiting.put_nowait((event, 1))
+            if _matches(consumer.types, event):
+                consumer.pending.put_nowait((event, 1))
 
     @asynccontextmanager
     async def consume(self, consumer: str, types: str, handler: Handler) -> AsyncIterator[None]:
-        known = self._consumers.get(consumer)
-        if known is None:
-            known = self._consumers[consumer] = _Consumer(types)
-            for event in self.kept:
-                if _is_of(types, event):
-                    known.waiting.put_nowait((event, 1))
+        state = self._consumers.get(consumer)
+        if state is None:
+            state = self._consumers[consumer] = _Consumer(types)
+            self.replay(consumer)
         stop = asyncio.Event()
-        workers = [asyncio.create_task(self._work(known, handler, stop)) for _ in range(WORKERS)]
+        workers = [asyncio.create_task(self._work(state, handler, stop)) for _ in range(WORKERS)]
         try:
             yield
         finally:
@@ -59,32 +57,32 @@ class MemoryBus:
             await asyncio.gather(*workers)
 
     async def dead_letters(self, consumer: str) -> list[DeadLetter]:
-        known = self._consumers.get(consumer)
-        return list(known.dead) if known is not None else []
+        state = self._consumers.get(consumer)
+        return list(state.dead_letters) if state is not None else []
 
     def replay(self, consumer: str) -> None:
-        """Have every event come again to the consumer."""
-        known = self._consumers[consumer]
-        for event in self.kept:
-            if _is_of(known.types, event):
-                known.waiting.put_nowait((event, 1))
+        """Deliver every stored event to the consumer again."""
+        state = self._consumers[consumer]
+        for event in self.stored:
+            if _matches(state.types, event):
+                state.pending.put_nowait((event, 1))
 
     async def _work(self, consumer: _Consumer, handler: Handler, stop: asyncio.Event) -> None:
         stopped = asyncio.create_task(stop.wait())
         while not stop.is_set():
-            getting = asyncio.create_task(consumer.waiting.get())
+            getting = asyncio.create_task(consumer.pending.get())
             await asyncio.wait({getting, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not getting.done():
                 getting.cancel()
                 break
             event, attempt = getting.result()
-            ending = await events.handle(handler, event, attempt, self._backoff)
-            if isinstance(ending, Again):
-                asyncio.get_running_loop().call_later(ending.delay, consumer.waiting.put_nowait, (event, attempt + 1))
-            elif isinstance(ending, Dead):
-                consumer.dead.append(DeadLetter(event, ending.reason, attempt))
+            result = await events.handle(handler, event, attempt, self._backoff)
+            if isinstance(result, Redeliver):
+                asyncio.get_running_loop().call_later(result.delay, consumer.pending.put_nowait, (event, attempt + 1))
+            elif isinstance(result, Discard):
+                consumer.dead_letters.append(DeadLetter(event, result.reason, attempt))
         await stopped
 
 
-def _is_of(types: str, event: Event) -> bool:
+def _matches(types: str, event: Event) -> bool:
     return event.type.startswith(f"{types}.")

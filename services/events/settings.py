@@ -1,18 +1,19 @@
-"""What a service that publishes or consumes events is told by its environment."""
+"""Settings of a service that publishes or consumes events."""
 
 from __future__ import annotations
 
 import pydantic
 
-from services.settings import Settings
+from services.common.settings import Settings
 
 
 class EventSettings(Settings):
-    """The settings of a service with events; a service's own stand in a subclass."""
+    """The settings of a service with events. Settings of one service are in a subclass."""
 
     nats_url: str = pydantic.Field(
         default="",
-        description="the broker, nats://host:port, several with commas between; without one, no event comes or goes",
+        description="the broker, nats://host:port, or several, comma-separated; if empty, events are neither published "
+        "nor consumed",
     )
 
     @pydantic.field_validator("nats_url")
@@ -20,5 +21,5 @@ class EventSettings(Settings):
     def _is_url(cls, url: str) -> str:
         for each in filter(None, url.split(",")):
             if not each.startswith(("nats://", "tls://")) or not each.partition("://")[2]:
-                raise ValueError("should be nats://host:port")
+                raise ValueError("expected nats://host:port")
         return url

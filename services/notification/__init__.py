@@ -1,1 +1,1 @@
-"""The notification service: what users are told of their orders."""
+"""The notification service: tells users about their orders."""

@@ -1,4 +1,4 @@
-"""Acts on the order service's events: tells users of their orders, once each, however often an event comes."""
+"""Processes the order service's events: notifies users once per event, however many times it is delivered."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from weft.order.v1 import events_pb2
 
 log = structlog.stdlib.get_logger()
 
-NAME = "notification"
-"""The name under which all replicas consume."""
+CONSUMER = "notification"
+"""The durable name under which all replicas consume."""
 
-TYPES = "weft.order.v1"
-"""The events that are consumed."""
+EVENT_TYPES = "weft.order.v1"
+"""The prefix of the events that are consumed."""
 
 Message = (
     events_pb2.OrderCreated
@@ -41,7 +41,7 @@ KINDS: Mapping[str, tuple[type[Message], Kind]] = {
         (events_pb2.OrderCancelled, Kind.ORDER_CANCELLED),
     )
 }
-"""What each type of event holds, and what is told because of it."""
+"""Each event type's message, and the kind of notification that it leads to."""
 
 
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -52,23 +52,23 @@ def _now() -> dt.datetime:
 
 
 class OrderEvents:
-    """A ``services.events.Handler`` that keeps notifications in ``store``. ``now``: the wall clock, in UTC."""
+    """A ``services.events.Handler`` that adds notifications to ``store``. ``now``: the wall clock, in UTC."""
 
     def __init__(self, store: NotificationStore, now: Callable[[], dt.datetime] = _now) -> None:
         self._store = store
         self._now = now
 
     async def __call__(self, event: Event) -> None:
-        """Tell the user of what happened. Raises RejectedError for an event that can't be understood."""
+        """Notify the user. Raises RejectedError for an invalid event."""
         if event.type not in KINDS:
-            raise RejectedError(f"is of a type that this release doesn't know: {event.type}")
+            raise RejectedError(f"unknown event type {event.type}")
         message, kind = KINDS[event.type]
         try:
             order = message.FromString(event.data).order
         except DecodeError as error:
-            raise RejectedError(f"holds no {event.type}: {error}") from None
+            raise RejectedError(f"not a {event.type}: {error}") from None
         if not _UUID.fullmatch(order.id) or not _UUID.fullmatch(order.user_id):
-            raise RejectedError("names no order, or no user, by its UUID")
+            raise RejectedError("the order's id or the user's id is not a UUID")
         notification = Notification.new(
             str(uuid.uuid4()),
             kind,
@@ -77,7 +77,7 @@ class OrderEvents:
             event_time=event.time,
             now=self._now(),
         )
-        if await self._store.act(event.id, notification):
-            log.info("notified", kind=kind.value, order_id=order.id, user_id=order.user_id)
+        if await self._store.add_once(event.id, notification):
+            log.info("user notified", kind=kind.value, order_id=order.id, user_id=order.user_id)
         else:
             log.debug("duplicate event ignored", order_id=order.id)

@@ -1,4 +1,4 @@
-"""What users are told, and of what. Pure: no clock, no chance, no storage, no gRPC."""
+"""Notifications. Pure: no clock, randomness, storage or gRPC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class Kind(enum.StrEnum):
-    """What a notification tells of."""
+    """What a notification is about."""
 
     ORDER_CREATED = "ORDER_CREATED"
     ORDER_CONFIRMED = "ORDER_CONFIRMED"
@@ -25,13 +25,12 @@ TEXTS: Mapping[Kind, str] = {
     Kind.ORDER_DELIVERED: "Your order {order} has arrived.",
     Kind.ORDER_CANCELLED: "Your order {order} is cancelled.",
 }
-"""What the user reads."""
+"""The text that the user reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """Something that a user was told. ``event_time``: when that happened of which it tells. Instants are aware and in
-    UTC."""
+    """A message to a user. ``event_time``: when what it is about happened. Times are in UTC."""
 
     id: str
     user_id: str
@@ -52,13 +51,13 @@ class Notification:
         event_time: dt.datetime,
         now: dt.datetime,
     ) -> Notification:
-        """What the user is told ``now`` of what happened to the order."""
+        """A notification about an order, made ``now``."""
         return cls(
             id=notification_id,
             user_id=user_id,
             order_id=order_id,
             kind=kind,
-            # People know an order by the beginning of its id.
+            # People refer to an order by the beginning of its id.
             text=TEXTS[kind].format(order=order_id.partition("-")[0]),
             event_time=event_time,
             create_time=now,

@@ -1,5 +1,5 @@
 """The notification service's gRPC surface, v1."""
-# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+# ruff: noqa: ARG002, N802 - gRPC defines the names and the parameters
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import grpc
 
-from services import paging
+from services.common import paging
+from services.common.rpc import stream_method, timestamp, unary_method
 from services.notification.domain import Notification
 from services.notification.store import NotificationStore
-from services.rpc import answered, answered_stream, timestamp
 from weft.notification.v1 import notification_pb2 as pb
 from weft.notification.v1 import notification_pb2_grpc
 
-POLL = 0.1
-"""Seconds between two looks for new notifications, which another replica may have made; only while someone watches."""
+POLL_INTERVAL = 0.1
+"""Seconds between two checks for new notifications of other replicas, while there are watches."""
 
-AT_A_TIME = 100
-"""Notifications that a watch reads at a time."""
+BATCH = 100
+"""How many notifications a watch reads at once."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,9 +32,9 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
 
     def __init__(self, store: NotificationStore) -> None:
         self._store = store
-        self._news = _News(store)
+        self._poller = _Poller(store)
 
-    @answered
+    @unary_method
     async def ListNotifications(
         self, request: pb.ListNotificationsRequest, context: Context
     ) -> pb.ListNotificationsResponse:
@@ -51,7 +51,7 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
             next_page_token=self._store.tokens.make(listing, page.last) if page.more else "",
         )
 
-    @answered_stream
+    @stream_method
     async def WatchNotifications(
         self, request: pb.WatchNotificationsRequest, context: Context
     ) -> AsyncIterator[pb.WatchNotificationsResponse]:
@@ -63,33 +63,33 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
             last = await self._store.last()
             yield pb.WatchNotificationsResponse(resume_token=self._store.tokens.make(watch, last))
         while True:
-            # Looked at before the rows are read: what comes in between is then read twice rather than never.
-            newest = self._news.newest
-            rows = await self._store.rows(AT_A_TIME, last, user_id=user_id)
+            # Before the rows are read, so that what is added in between is read twice rather than never.
+            newest = self._poller.newest
+            rows = await self._store.read(BATCH, last, user_id=user_id)
             for last, notification in rows:
                 yield pb.WatchNotificationsResponse(
                     notification=_message(notification), resume_token=self._store.tokens.make(watch, last)
                 )
-            if len(rows) < AT_A_TIME:
-                await self._news.after(max(newest, last))
+            if len(rows) < BATCH:
+                await self._poller.wait(max(newest, last))
 
 
-class _News:
-    """Waits for new notifications: whoever waits looks for all the others too, one at a time."""
+class _Poller:
+    """Waits for new notifications; one query at a time serves all waiters."""
 
     def __init__(self, store: NotificationStore) -> None:
         self.newest = 0
-        """The sequence number of the newest notification that was seen."""
+        """The sequence number of the newest known notification."""
         self._store = store
-        self._looking = asyncio.Lock()
+        self._polling = asyncio.Lock()
 
-    async def after(self, sequence: int) -> None:
-        """Return when there is a notification after ``sequence``. Raises what the store does."""
-        while self.newest <= sequence:
-            async with self._looking:
-                if self.newest > sequence:
+    async def wait(self, after: int) -> None:
+        """Return once there is a notification after the sequence number ``after``. Raises what the store does."""
+        while self.newest <= after:
+            async with self._polling:
+                if self.newest > after:
                     return
-                await asyncio.sleep(POLL)
+                await asyncio.sleep(POLL_INTERVAL)
                 self.newest = max(self.newest, await self._store.last())
 
 

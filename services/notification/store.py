@@ -6,10 +6,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from services import paging
-from services.database import SEQUENCE, Database, UtcDateTime
+from services.common import paging
+from services.common.database import SEQUENCE, Database, UtcDateTime
+from services.common.paging import Page, Tokens
 from services.notification.domain import Kind, Notification
-from services.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -29,7 +29,7 @@ notifications = sa.Table(
     sa.Column("create_time", UtcDateTime, nullable=False),
     sa.Index("notifications_of_user", "user_id", "sequence"),
     sa.Index("notifications_of_order", "order_id", "sequence"),
-    sqlite_autoincrement=True,  # no number is given twice, so a token never points into the past
+    sqlite_autoincrement=True,  # numbers are never reused, so a token never points into the past
 )
 
 processed_events = sa.Table(
@@ -41,35 +41,35 @@ processed_events = sa.Table(
 
 paging.add_key(metadata)
 
-# Made once: SQLAlchemy takes as long to make a statement as SQLite does to run it.
+# Built once: building a statement takes SQLAlchemy as long as running it takes SQLite.
 _PROCESSED = sa.select(processed_events.c.event_id).where(processed_events.c.event_id == sa.bindparam("event_id"))
-_REMEMBER = sa.insert(processed_events)
-_TELL = sa.insert(notifications)
+_ADD_PROCESSED = sa.insert(processed_events)
+_ADD_NOTIFICATION = sa.insert(notifications)
 _LAST = sa.select(sa.func.max(notifications.c.sequence))
 
-_TURNS = 0x6E6F7469  # "noti": any number that nothing else locks in the same database
+_POSTGRESQL_LOCK = 0x6E6F7469  # "noti": any number that nothing else locks in the same database
 
 
 class NotificationStore:
-    """Keeps the notifications. Each method is one transaction, and may raise what ``Database`` does."""
+    """Stores notifications. Each method is one transaction, and may raise what ``Database`` does."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.tokens = Tokens.of(database)
 
-    async def act(self, event_id: str, notification: Notification) -> bool:
-        """Keep what the user is told because of the event; False, and nothing is kept, when the event came before."""
+    async def add_once(self, event_id: str, notification: Notification) -> bool:
+        """Add a notification, unless the event was processed before; returns whether it was added."""
 
         def work(connection: sa.Connection) -> bool:
             if connection.dialect.name == "postgresql":
-                # One writer at a time, as with SQLite: a row then never shows up behind one with a higher number,
-                # where whoever watches has already been.
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURNS)))
+                # One writer at a time, as with SQLite: so a row never appears after one with a higher number, which
+                # watches may have passed already.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_POSTGRESQL_LOCK)))
             if connection.execute(_PROCESSED, {"event_id": event_id}).first() is not None:
                 return False
-            connection.execute(_REMEMBER, {"event_id": event_id, "process_time": notification.create_time})
+            connection.execute(_ADD_PROCESSED, {"event_id": event_id, "process_time": notification.create_time})
             connection.execute(
-                _TELL,
+                _ADD_NOTIFICATION,
                 {
                     "id": notification.id,
                     "user_id": notification.user_id,
@@ -84,12 +84,12 @@ class NotificationStore:
 
         return await self._database.write(work)
 
-    async def rows(
+    async def read(
         self, size: int, after: int = 0, *, user_id: str = "", order_id: str = ""
     ) -> list[tuple[int, Notification]]:
-        """At most ``size`` notifications with their sequence numbers, in their order, from after ``after``.
+        """At most ``size`` notifications with their sequence numbers, in order, after the number ``after``.
 
-        ``user_id``, ``order_id``: only those of this user, about this order; all when empty.
+        ``user_id``, ``order_id``: only those of this user and about this order; all if empty.
         """
         query = sa.select(notifications).where(notifications.c.sequence > after)
         if user_id:
@@ -118,10 +118,10 @@ class NotificationStore:
         return await self._database.read(work)
 
     async def list(self, size: int, after: int = 0, *, user_id: str = "", order_id: str = "") -> Page[Notification]:
-        """A page of the notifications that ``rows`` gives."""
-        found = await self.rows(size + 1, after, user_id=user_id, order_id=order_id)
+        """A page of the notifications that ``read`` returns."""
+        found = await self.read(size + 1, after, user_id=user_id, order_id=order_id)
         return Page.cut(found, size)
 
     async def last(self) -> int:
-        """The sequence number of the newest notification; 0 without any."""
+        """The sequence number of the newest notification; 0 if there is none."""
         return await self._database.read(lambda connection: connection.execute(_LAST).scalar() or 0)

@@ -1,1 +1,1 @@
-"""The order service: who ordered what."""
+"""The order service: orders, their states and their events."""

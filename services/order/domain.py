@@ -1,4 +1,4 @@
-"""What an order is. Pure: no clock, no chance, no storage, no gRPC."""
+"""Orders. Pure: no clock, randomness, storage or gRPC."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.errors import FailedPreconditionError, InvalidFieldError, NotFoundError
-from services.idempotency import Content, fingerprint
+from services.common.errors import FailedPreconditionError, InvalidFieldError, NotFoundError
+from services.common.idempotency import Content, fingerprint
 
 NANOS = 10**9
-"""Billionths in a unit of money."""
+"""Nanos in a unit of a currency."""
 
-MOST_UNITS = 2**63 - 1
-"""Units of a currency that google.type.Money can carry."""
+MAX_UNITS = 2**63 - 1
+"""The largest ``units`` of google.type.Money."""
 
 
 class OrderNotFoundError(NotFoundError):
-    """No order has the id."""
+    """There is no order with this id."""
 
     def __init__(self, order_id: str) -> None:
-        super().__init__("ORDER_NOT_FOUND", f"no order has the id {order_id}", order_id=order_id)
+        super().__init__("ORDER_NOT_FOUND", f"order {order_id} not found", order_id=order_id)
 
 
 class UserNotFoundError(NotFoundError):
-    """The user who would order doesn't exist."""
+    """The ordering user doesn't exist."""
 
     def __init__(self, user_id: str) -> None:
-        super().__init__("USER_NOT_FOUND", f"no user has the id {user_id}", user_id=user_id)
+        super().__init__("USER_NOT_FOUND", f"user {user_id} not found", user_id=user_id)
 
 
 class UserDeletedError(FailedPreconditionError):
-    """The user who would order is deleted."""
+    """The ordering user is deleted."""
 
     def __init__(self, user_id: str) -> None:
-        super().__init__("USER_DELETED", f"the user {user_id} is deleted", user_id=user_id)
+        super().__init__("USER_DELETED", f"user {user_id} is deleted", user_id=user_id)
 
 
 class State(enum.Enum):
-    """Where an order stands."""
+    """An order's state."""
 
     PENDING = "PENDING"
     CONFIRMED = "CONFIRMED"
@@ -51,28 +51,28 @@ class State(enum.Enum):
     CANCELLED = "CANCELLED"
 
     @property
-    def last(self) -> bool:
-        """No other follows."""
-        return not NEXT[self]
+    def final(self) -> bool:
+        """Whether no other state can follow."""
+        return not TRANSITIONS[self]
 
 
-NEXT: Mapping[State, frozenset[State]] = {
+TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.PENDING: frozenset({State.CONFIRMED, State.CANCELLED}),
     State.CONFIRMED: frozenset({State.SHIPPED, State.CANCELLED}),
     State.SHIPPED: frozenset({State.DELIVERED}),
     State.DELIVERED: frozenset(),
     State.CANCELLED: frozenset(),
 }
-"""The state machine: what may follow each state."""
+"""The state machine: which states may follow each state."""
 
 
 class WrongStateError(FailedPreconditionError):
-    """The order can't go where the request wants it from where it stands."""
+    """The order can't go to the requested state from its current one."""
 
     def __init__(self, order: Order, wanted: State) -> None:
         super().__init__(
             "WRONG_STATE",
-            f"the order {order.id} is {order.state.value} and can't be {wanted.value}",
+            f"order {order.id} is {order.state.value} and can't become {wanted.value}",
             order_id=order.id,
             state=order.state.value,
             wanted=wanted.value,
@@ -88,13 +88,15 @@ class Money:
 
     @classmethod
     def of(cls, field: str, currency: str, units: int, nanos: int) -> Money:
-        """What a google.type.Money says. ``field``: where it stands, for the InvalidFieldError that this raises."""
+        """The amount of a google.type.Money. Raises InvalidFieldError for ``field``."""
         if not re.fullmatch("[A-Z]{3}", currency):
-            raise InvalidFieldError(f"{field}.currency_code", "INVALID_CURRENCY", "should be three capitals (ISO 4217)")
+            raise InvalidFieldError(
+                f"{field}.currency_code", "INVALID_CURRENCY", "must be three capital letters (ISO 4217)"
+            )
         if units < 0:
             raise InvalidFieldError(f"{field}.units", "NEGATIVE_AMOUNT", "must not be negative")
         if not 0 <= nanos < NANOS:
-            raise InvalidFieldError(f"{field}.nanos", "INVALID_NANOS", f"should be 0 to {NANOS - 1}")
+            raise InvalidFieldError(f"{field}.nanos", "INVALID_NANOS", f"must be 0 to {NANOS - 1}")
         return cls(currency, units * NANOS + nanos)
 
     @property
@@ -103,14 +105,14 @@ class Money:
         return self.nanos // NANOS
 
     @property
-    def rest(self) -> int:
-        """The billionths beyond the whole units."""
+    def fraction(self) -> int:
+        """The nanos beyond the whole units."""
         return self.nanos % NANOS
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of an order: ``quantity`` pieces of the article ``sku``, at ``price`` each (unknown, without one)."""
+    """One line of an order: ``quantity`` pieces of the article ``sku``, at ``price`` each (None if unknown)."""
 
     sku: str
     quantity: int
@@ -118,15 +120,15 @@ class Item:
 
     @property
     def content(self) -> Content:
-        """What tells it from other lines; the same in every release."""
+        """What its fingerprint covers; the same in every release."""
         content: list[Content] = [self.sku, self.quantity]
         return content if self.price is None else [*content, self.price.currency, self.price.nanos]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """An order. Instants are aware and in UTC. ``version``: grows with every change. ``user_stale``: the user service
-    could not be asked about the user."""
+    """An order. Times are in UTC. ``version``: grows with every change. ``user_stale``: the user was not verified, as
+    the user service was unavailable."""
 
     id: str
     user_id: str
@@ -139,33 +141,33 @@ class Order:
 
     @classmethod
     def new(cls, order_id: str, *, user_id: str, items: tuple[Item, ...], now: dt.datetime) -> Order:
-        """An order taken ``now``. Raises InvalidFieldError when it costs more than can be said."""
-        if any(total.units > MOST_UNITS for total in totals(items)):
-            raise InvalidFieldError("items", "TOTAL_TOO_LARGE", "cost more than google.type.Money can carry")
+        """An order created ``now``. Raises InvalidFieldError if the total is too large for google.type.Money."""
+        if any(total.units > MAX_UNITS for total in totals(items)):
+            raise InvalidFieldError("items", "TOTAL_TOO_LARGE", "the total is too large for google.type.Money")
         return cls(id=order_id, user_id=user_id, items=items, create_time=now, update_time=now)
 
     @property
     def fingerprint(self) -> str:
-        """What tells the content of one CreateOrder request from another's."""
+        """A hash of the content of a CreateOrder request."""
         return fingerprint([self.user_id, [item.content for item in self.items]])
 
     @property
     def totals(self) -> list[Money]:
-        """What it costs, in each currency."""
+        """The order's total in each currency."""
         return totals(self.items)
 
     def moved(self, state: State, now: dt.datetime) -> Order:
-        """The order in ``state``; the same one when that is where it stands. Raises WrongStateError."""
+        """The order in ``state``; the same order if that is its state. Raises WrongStateError."""
         if state is self.state:
             return self
-        if state not in NEXT[self.state]:
+        if state not in TRANSITIONS[self.state]:
             raise WrongStateError(self, state)
-        # Replicas' clocks differ; an order's history shall not run backwards for that.
+        # Replicas' clocks differ; an order's history must not go backwards.
         return dataclasses.replace(self, state=state, version=self.version + 1, update_time=max(now, self.update_time))
 
 
 def totals(items: Sequence[Item]) -> list[Money]:
-    """What ``items`` cost: one exact sum for each currency, in the order of their codes."""
+    """The totals of ``items``: one exact sum per currency, sorted by currency code."""
     sums: dict[str, int] = collections.defaultdict(int)
     for item in items:
         if item.price is not None:

@@ -1,4 +1,4 @@
-"""Orders as the contract has them: in answers and in events."""
+"""Orders as protobuf messages, in responses and events."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from google.protobuf.message import Message
 from google.type import money_pb2  # type: ignore[import-untyped]
 
+from services.common.rpc import timestamp
 from services.order.domain import Item, Money, Order, State
-from services.rpc import timestamp
 from weft.order.v1 import events_pb2, order_pb2
 
 _EVENTS: Mapping[State, type[Message]] = {
@@ -21,7 +21,7 @@ _EVENTS: Mapping[State, type[Message]] = {
 
 
 def order_message(order: Order) -> order_pb2.Order:
-    """The order as the contract has it."""
+    """The order as a message."""
     return order_pb2.Order(
         id=order.id,
         user_id=order.user_id,
@@ -35,12 +35,12 @@ def order_message(order: Order) -> order_pb2.Order:
 
 
 def event_message(order: Order) -> Message:
-    """The event of the change that brought ``order`` where it stands."""
+    """The event for the change that brought ``order`` to its state."""
     return _EVENTS[order.state](order=order_message(order))
 
 
 def items(request: order_pb2.CreateOrderRequest) -> tuple[Item, ...]:
-    """What a request orders. Raises InvalidFieldError for a price that is none."""
+    """The items of a request. Raises InvalidFieldError for an invalid price."""
     return tuple(
         Item(item.sku, item.quantity, _price(f"items[{position}].unit_price", item))
         for position, item in enumerate(request.items)
@@ -60,4 +60,4 @@ def _item_message(item: Item) -> order_pb2.OrderItem:
 
 
 def _money_message(money: Money) -> money_pb2.Money:
-    return money_pb2.Money(currency_code=money.currency, units=money.units, nanos=money.rest)
+    return money_pb2.Money(currency_code=money.currency, units=money.units, nanos=money.fraction)

@@ -1,4 +1,4 @@
-"""What the order service is told, beside what every service is."""
+"""The order service's settings."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from services.events.settings import EventSettings
 
 
 class OrderSettings(EventSettings):
-    """The order service's own settings."""
+    """Settings of the order service only, beside those of every service."""
 
     user_service: str = pydantic.Field(
-        default="mesh:///weft.user.v1.UserService", description="the user service, as a target of the mesh"
+        default="mesh:///weft.user.v1.UserService", description="the user service's target"
     )
     user_away: Literal["refuse", "accept"] = pydantic.Field(
         default="refuse",
-        description="what becomes of orders while the user service is away: refuse them, or accept them for users that "
-        "it has answered for before",
+        description="what happens to new orders while the user service is unavailable: refuse all, or accept those of "
+        "users it has confirmed before",
     )
     user_timeout: float = pydantic.Field(
-        default=2.0, gt=0, le=60, description="seconds that the user service has to answer before it counts as away"
+        default=2.0, gt=0, le=60, description="seconds after which the user service counts as unavailable"
     )
     watch_interval: float = pydantic.Field(
-        default=0.25, gt=0, le=60, description="seconds between two looks for what other replicas changed, for watches"
+        default=0.25,
+        gt=0,
+        le=60,
+        description="seconds between two checks for changes made by other replicas, for watches",
     )

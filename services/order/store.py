@@ -12,13 +12,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters, paging
-from services.database import SEQUENCE, Database, UtcDateTime
-from services.idempotency import Requests
+from services.common import filters, paging
+from services.common.database import SEQUENCE, Database, UtcDateTime
+from services.common.idempotency import Requests
+from services.common.paging import Page, Tokens
+from services.events.outbox import Outbox
 from services.order.domain import NANOS, Item, Money, Order, OrderNotFoundError, State
 from services.order.messages import event_message
-from services.outbox import Outbox
-from services.paging import Page, Tokens
 
 VERSIONS = Path(__file__).parent / "versions"
 """The migrations of this database."""
@@ -38,7 +38,7 @@ orders = sa.Table(
     sa.Column("user_stale", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("orders_of_user", "user_id", "sequence"),
     sa.Index("orders_in_state", "state", "sequence"),
-    sqlite_autoincrement=True,  # no number is given twice, so a page token never points into the past
+    sqlite_autoincrement=True,  # numbers are never reused, so a page token never points into the past
 )
 
 items = sa.Table(
@@ -48,13 +48,13 @@ items = sa.Table(
     sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("sku", sa.Text, nullable=False),
     sa.Column("quantity", sa.Integer, nullable=False),
-    # The price of one: all three, or none.
+    # The unit price: all three, or none.
     sa.Column("currency", sa.String(3)),
     sa.Column("units", sa.BigInteger),
     sa.Column("nanos", sa.Integer),
 )
 
-# How each order came to its state: a row for each version after the first, which is how it was created.
+# The history of each order: a row for each version after the first, which is the order as it was created.
 changes = sa.Table(
     "changes",
     metadata,
@@ -64,7 +64,7 @@ changes = sa.Table(
     sa.Column("time", UtcDateTime, nullable=False),
 )
 
-# The users that the user service has answered for, for the time when it doesn't answer.
+# Users that the user service has confirmed, for when it is unavailable.
 known_users = sa.Table("known_users", metadata, sa.Column("user_id", sa.String(36), primary_key=True))
 
 requests = Requests(metadata)
@@ -72,38 +72,38 @@ outbox = Outbox(metadata, "/weft/order")
 paging.add_key(metadata)
 
 _ITEMS = (items.c.order_id, items.c.sku, items.c.quantity, items.c.currency, items.c.units, items.c.nanos)
-# Statements that are made once: making one costs more than SQLite takes to perform it.
+# Built once: building a statement takes longer than SQLite takes to run it.
 _ADD_ORDER = sa.insert(orders).inline()
 _ADD_ITEMS = sa.insert(items)
 _GET = sa.select(orders).where(orders.c.id == sa.bindparam("id"))
 _GET_TO_CHANGE = _GET.with_for_update()
 
-_COMPARED = {
+_FILTERS = {
     "state": filters.choice(orders.c.state, [state.value for state in State]),
     "create_time": filters.instant(orders.c.create_time),
     "update_time": filters.instant(orders.c.update_time),
 }
-_MOST_REMEMBERED = 100_000  # users, at 100 bytes each
-_MOST_AT_A_TIME = 1_000  # ids in a query; SQLite takes 32,766
+_MAX_CACHED_USERS = 100_000  # at 100 bytes each
+_MAX_IDS = 1_000  # ids in a query; SQLite accepts 32,766
 
-MOST_ITEMS = 5_000
-"""Items of a page's orders from which on the page ends: 1,000 orders of 100 items are more than a client takes (4 MiB),
-and would hold others up."""
+MAX_ITEMS = 5_000
+"""A page ends once its orders have this many items: 1,000 orders of 100 items are more than a client accepts (4 MiB),
+and would delay others."""
 
-_ORDERS_AT_A_TIME = 50
-"""Orders whose items are read at a time."""
+_ORDER_BATCH = 50
+"""How many orders' items are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Which orders, in the words of a request. ``user_id``: whose; everybody's, when empty."""
+    """Which orders a request lists. ``user_id``: whose orders; everybody's if empty."""
 
     user_id: str = ""
     filter: str = ""
 
 
 class OrderStore:
-    """Keeps the orders, and writes their events into the outbox, in one transaction with what they tell of.
+    """Stores orders, and writes their events to the outbox in the same transaction.
 
     Each method is one transaction, and may raise what ``Database`` does besides what it says.
     """
@@ -111,24 +111,24 @@ class OrderStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         self.tokens = Tokens.of(database)
-        self._remembered: set[str] = set()  # of known_users; saves looking there again
+        self._confirmed_users: set[str] = set()  # a cache of known_users
 
     async def find(self, order: Order, request_id: str) -> Order | None:
-        """The order that the same request made before; None when it is new. Raises RequestIdReusedError."""
+        """The order that the same request created before; None if it is new. Raises RequestIdReusedError."""
         return await self._database.read(lambda connection: _find(connection, order, request_id))
 
     async def create(self, order: Order, request_id: str, trace: Mapping[str, str] = {}) -> Order:
-        """Take an order; give back the one that the same request made before. ``trace``: goes with its event.
+        """Add an order; returns the one that the same request created before, if any. ``trace``: for its event.
 
         Raises RequestIdReusedError.
         """
-        remember = not order.user_stale and order.user_id not in self._remembered
+        remember = not order.user_stale and order.user_id not in self._confirmed_users
 
         def work(connection: sa.Connection) -> Order:
             earlier = _find(connection, order, request_id)
             if earlier is not None:
                 return earlier
-            # Above the rest, because replicas that get the same request at once then wait here for the first.
+            # First, so that replicas that get the same request at the same time wait here for each other.
             requests.add(connection, request_id, order.fingerprint, order.id, order.create_time)
             connection.execute(
                 _ADD_ORDER,
@@ -151,40 +151,40 @@ class OrderStore:
             _add_event(connection, order, trace)
             return order
 
-        taken = await self._database.write(work)
+        created = await self._database.write(work)
         if remember:
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered.add(order.user_id)
-        return taken
+            if len(self._confirmed_users) >= _MAX_CACHED_USERS:
+                self._confirmed_users.clear()
+            self._confirmed_users.add(order.user_id)
+        return created
 
     async def get(self, order_id: str) -> Order:
         """One order. Raises OrderNotFoundError."""
         return await self._database.read(lambda connection: _get(connection, order_id))
 
     async def list(self, size: int, after: int = 0, listing: Listing = Listing()) -> Page[Order]:
-        """At most ``size`` orders, in the order of their creation, from after the sequence number ``after``. Fewer when
-        they have MOST_ITEMS items or more.
+        """At most ``size`` orders, in order of creation, after the sequence number ``after``; fewer once they have
+        MAX_ITEMS items.
 
-        Raises InvalidFieldError when ``listing`` can't be read.
+        Raises InvalidFieldError if ``listing`` is invalid.
         """
-        query = sa.select(orders).where(orders.c.sequence > after, *filters.conditions(listing.filter, _COMPARED))
+        query = sa.select(orders).where(orders.c.sequence > after, *filters.conditions(listing.filter, _FILTERS))
         if listing.user_id:
             query = query.where(orders.c.user_id == listing.user_id)
         query = query.order_by(orders.c.sequence).limit(size + 1)
 
         def work(connection: sa.Connection) -> Page[Order]:
             rows = connection.execute(query).all()
-            whole: list[Order] = []
-            while len(whole) < min(len(rows), size) and sum(len(order.items) for order in whole) < MOST_ITEMS:
-                whole += _with_items(connection, rows[len(whole) : min(len(whole) + _ORDERS_AT_A_TIME, size)])
-            last = rows[len(whole) - 1].sequence if whole else 0
-            return Page(whole, last, more=len(rows) > len(whole))
+            page: list[Order] = []
+            while len(page) < min(len(rows), size) and sum(len(order.items) for order in page) < MAX_ITEMS:
+                page += _with_items(connection, rows[len(page) : min(len(page) + _ORDER_BATCH, size)])
+            last = rows[len(page) - 1].sequence if page else 0
+            return Page(page, last, more=len(rows) > len(page))
 
         return await self._database.read(work)
 
     async def move(self, order_id: str, state: State, now: dt.datetime, trace: Mapping[str, str] = {}) -> Order:
-        """Bring an order to ``state``, unless it stands there. ``trace``: goes with its event.
+        """Change an order's state to ``state``, if it isn't already. ``trace``: for its event.
 
         Raises OrderNotFoundError and WrongStateError.
         """
@@ -210,11 +210,11 @@ class OrderStore:
         return await self._database.write(work)
 
     async def history(self, order_id: str, after: int) -> Sequence[Order]:
-        """The order as each of its changes left it, from after the version ``after``. Raises OrderNotFoundError."""
+        """The order after each of its changes, from the version after ``after``. Raises OrderNotFoundError."""
 
         def work(connection: sa.Connection) -> list[Order]:
             order = _get(connection, order_id)
-            created = dataclasses.replace(order, state=State.PENDING, version=1, update_time=order.create_time)
+            original = dataclasses.replace(order, state=State.PENDING, version=1, update_time=order.create_time)
             rows = connection.execute(
                 sa.select(changes.c.version, changes.c.state, changes.c.time)
                 .where(changes.c.order_id == order_id, changes.c.version > after)
@@ -224,7 +224,7 @@ class OrderStore:
                 dataclasses.replace(order, state=State(state), version=version, update_time=time)
                 for version, state, time in rows
             ]
-            return later if after else [created, *later]
+            return later if after else [original, *later]
 
         return await self._database.read(work)
 
@@ -235,21 +235,21 @@ class OrderStore:
 
         def work(connection: sa.Connection) -> dict[str, int]:
             found: dict[str, int] = {}
-            for begin in range(0, len(ids), _MOST_AT_A_TIME):
-                some = orders.c.id.in_(ids[begin : begin + _MOST_AT_A_TIME])
+            for begin in range(0, len(ids), _MAX_IDS):
+                some = orders.c.id.in_(ids[begin : begin + _MAX_IDS])
                 found.update((row.id, row.version) for row in connection.execute(query.where(some)))
             return found
 
         return await self._database.read(work)
 
     async def knows(self, user_id: str) -> bool:
-        """Whether the user service has answered for the user, and has not since said that it is gone."""
+        """Whether the user service has confirmed the user, and has not reported it deleted since."""
         return await self._database.read(lambda connection: _knows(connection, user_id))
 
     async def forget(self, user_id: str) -> None:
-        """Know the user no longer."""
+        """Forget that the user service has confirmed the user."""
         if await self.knows(user_id):
-            self._remembered.discard(user_id)
+            self._confirmed_users.discard(user_id)
             await self._database.write(
                 lambda connection: connection.execute(sa.delete(known_users).where(known_users.c.user_id == user_id))
             )
@@ -311,5 +311,5 @@ def _item_values(order_id: str, position: int, item: Item) -> dict[str, Any]:
         "quantity": item.quantity,
         "currency": None if price is None else price.currency,
         "units": None if price is None else price.units,
-        "nanos": None if price is None else price.rest,
+        "nanos": None if price is None else price.fraction,
     }

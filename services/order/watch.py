@@ -1,4 +1,4 @@
-"""Waiting for orders to change, wherever they are changed: by this replica or another."""
+"""Waits for orders to change, whether through this replica or another."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Versions = Callable[[Collection[str]], Awaitable[Mapping[str, int]]]
 
 
 class Watches:
-    """Who waits for which orders.
+    """The waiters for each order.
 
-    One look at the database every ``interval`` seconds serves all who wait; what this replica changes wakes them at
-    once. ``versions``: the versions of orders, by their ids.
+    One query every ``interval`` seconds serves all waiters; changes made by this replica wake them immediately.
+    ``versions``: reads the versions of orders by their ids.
     """
 
     def __init__(self, versions: Versions, interval: float) -> None:
@@ -23,27 +23,27 @@ class Watches:
         self._waiting: dict[str, set[asyncio.Event]] = collections.defaultdict(set)
         self._seen: dict[str, int] = {}
         self._failed: Exception | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Watches orders={len(self._waiting)} waiting={sum(map(len, self._waiting.values()))}>"
 
     def changed(self, order_id: str, version: int) -> None:
-        """Tell who waits for the order that it has this version now."""
+        """Wake those who wait for the order, which now has this version."""
         if order_id in self._waiting:
             self._seen[order_id] = max(version, self._seen.get(order_id, 0))
             for event in self._waiting[order_id]:
                 event.set()
 
     async def wait(self, order_id: str, after: int) -> None:
-        """Wait until the order has a version above ``after``. Raises what looking at the database raised."""
+        """Wait until the order has a version above ``after``. Raises what reading the versions raised."""
         event = asyncio.Event()
         self._waiting[order_id].add(event)
         try:
             while self._seen.get(order_id, 0) <= after:
-                if self._looking is None or self._looking.done():
+                if self._polling is None or self._polling.done():
                     self._failed = None
-                    self._looking = asyncio.create_task(self._look(), name="watches")
+                    self._polling = asyncio.create_task(self._poll(), name="watches")
                 event.clear()
                 await event.wait()
                 if self._failed is not None:
@@ -53,11 +53,11 @@ class Watches:
             if not self._waiting[order_id]:
                 del self._waiting[order_id]
                 self._seen.pop(order_id, None)
-                if not self._waiting and self._looking is not None:
-                    self._looking.cancel()
-                    self._looking = None
+                if not self._waiting and self._polling is not None:
+                    self._polling.cancel()
+                    self._polling = None
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while self._waiting:
                 await asyncio.sleep(self._interval)

@@ -1,1 +1,1 @@
-"""The user service: who may order."""
+"""The user service: users, who may place orders."""

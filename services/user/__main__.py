@@ -4,10 +4,10 @@ import sys
 
 import mesh.aio
 from mesh.server.settings import ServerSettings
-from services import process
-from services.database import Database
-from services.rpc import readable
-from services.settings import Settings
+from services.common import process
+from services.common.database import Database
+from services.common.rpc import reject_unparsable
+from services.common.settings import Settings
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2
 from services.user.store import VERSIONS, UserStore
@@ -15,13 +15,13 @@ from weft.user.v1 import user_pb2_grpc
 from weft.user.v2 import user_pb2_grpc as user_v2_pb2_grpc
 
 
-async def serve(database: Database, own: Settings, server: ServerSettings) -> int:  # noqa: ARG001 - it has none
-    """Serve the users in ``database``, in both versions, until told to stop; returns the exit code."""
+async def serve(database: Database, own: Settings, server: ServerSettings) -> int:  # noqa: ARG001
+    """Serve the users in ``database``, in both API versions, until signalled to stop; returns the exit code."""
     store = UserStore(database)
     return await mesh.aio.serve(
         [
-            (readable(user_pb2_grpc.add_UserServiceServicer_to_server), UserServicer(store)),
-            (readable(user_v2_pb2_grpc.add_UserServiceServicer_to_server), UserServicerV2(store)),
+            (reject_unparsable(user_pb2_grpc.add_UserServiceServicer_to_server), UserServicer(store)),
+            (reject_unparsable(user_v2_pb2_grpc.add_UserServiceServicer_to_server), UserServicerV2(store)),
         ],
         server,
     )

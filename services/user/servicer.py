@@ -1,5 +1,5 @@
-"""The user service's gRPC surface, v1. v2 (``servicer_v2``) differs in its names alone, and serves the same users."""
-# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+"""The user service's gRPC surface, v1. v2 (``servicer_v2``) serves the same users and differs only in their names."""
+# ruff: noqa: ARG002, N802 - gRPC defines the names and the parameters
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import datetime as dt
 import uuid
 from collections.abc import Callable
 
-from services import paging
-from services.rpc import Context, answered, masked, timestamp
+from services.common import paging
+from services.common.rpc import Context, fields_to_update, timestamp, unary_method
 from services.user.domain import Name, User
 from services.user.store import Listing, UserStore
 from weft.user.v1 import user_pb2 as pb
 from weft.user.v1 import user_pb2_grpc
 
-CHANGEABLE = ("name", "email")
-GIVEN_BY_US = ("id", "etag", "create_time", "update_time", "delete_time")
+UPDATABLE = ("name", "email")
+OUTPUT_ONLY = ("id", "etag", "create_time", "update_time", "delete_time")
 
 
 def utc_now() -> dt.datetime:
@@ -24,7 +24,7 @@ def utc_now() -> dt.datetime:
 
 
 class UserServicer(user_pb2_grpc.UserServiceServicer):
-    """Serves the users of ``store``. ``now``: the wall clock, in UTC."""
+    """Serves the users in ``store``. ``now``: the wall clock, in UTC."""
 
     error_domain = "user.weft"
 
@@ -32,22 +32,22 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         self._store = store
         self._now = now
 
-    @answered
+    @unary_method
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
-        name = Name.of_whole(request.name)
+        name = Name.of_full(request.name)
         user = User.new(str(uuid.uuid4()), name=name, email=request.email, now=self._now())
         return pb.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
 
-    @answered
+    @unary_method
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
         return pb.GetUserResponse(user=_message(await self._store.get(request.id.lower())))
 
-    @answered
+    @unary_method
     async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> pb.BatchGetUsersResponse:
         users = await self._store.get_all([user_id.lower() for user_id in request.ids])
         return pb.BatchGetUsersResponse(users=map(_message, users))
 
-    @answered
+    @unary_method
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         listing = Listing(request.filter, request.order_by, request.show_deleted)
         key = f"weft.user.v1.UserService/ListUsers?{listing}"
@@ -56,11 +56,11 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         token = self._store.tokens.make(key, *page.last) if page.more else ""
         return pb.ListUsersResponse(users=map(_message, page.items), next_page_token=token)
 
-    @answered
+    @unary_method
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> pb.UpdateUserResponse:
         given = request.user
-        mask = masked(request.update_mask, given, CHANGEABLE, GIVEN_BY_US)
-        name = Name.of_whole(given.name) if "name" in mask else None
+        mask = fields_to_update(request.update_mask, given, UPDATABLE, OUTPUT_ONLY)
+        name = Name.of_full(given.name) if "name" in mask else None
         email = given.email if "email" in mask else None
         now = self._now()
         user = await self._store.change(
@@ -68,15 +68,15 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         )
         return pb.UpdateUserResponse(user=_message(user))
 
-    @answered
+    @unary_method
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         now = self._now()
         user = await self._store.change(
-            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+            request.id.lower(), request.etag, lambda user: user.deleted(now, allow_deleted=request.allow_missing)
         )
         return pb.DeleteUserResponse(user=_message(user))
 
-    @answered
+    @unary_method
     async def UndeleteUser(self, request: pb.UndeleteUserRequest, context: Context) -> pb.UndeleteUserResponse:
         now = self._now()
         user = await self._store.change(request.id.lower(), request.etag, lambda user: user.undeleted(now))
@@ -86,7 +86,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
 def _message(user: User) -> pb.User:
     return pb.User(
         id=user.id,
-        name=user.name.whole,
+        name=user.name.full,
         email=user.email,
         create_time=timestamp(user.create_time),
         update_time=timestamp(user.update_time),

@@ -1,5 +1,5 @@
-"""The user service's gRPC surface, v2: the users of v1, with names in their parts."""
-# ruff: noqa: ARG002, N802 - gRPC gives the names and the parameters
+"""The user service's gRPC surface, v2: the users of v1, with names in parts."""
+# ruff: noqa: ARG002, N802 - gRPC defines the names and the parameters
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import datetime as dt
 import uuid
 from collections.abc import Callable
 
-from services import paging
-from services.rpc import Context, answered, masked, timestamp
+from services.common import paging
+from services.common.rpc import Context, fields_to_update, timestamp, unary_method
 from services.user.domain import Name, User
-from services.user.servicer import GIVEN_BY_US, utc_now
+from services.user.servicer import OUTPUT_ONLY, utc_now
 from services.user.store import Listing, UserStore
 from weft.user.v2 import user_pb2 as pb
 from weft.user.v2 import user_pb2_grpc
 
-CHANGEABLE = ("name", "name.given", "name.family", "email")
+UPDATABLE = ("name", "name.given", "name.family", "email")
 
 
 class UserServicerV2(user_pb2_grpc.UserServiceServicer):
-    """Serves the users of ``store``. ``now``: the wall clock, in UTC."""
+    """Serves the users in ``store``. ``now``: the wall clock, in UTC."""
 
     error_domain = "user.weft"
 
@@ -27,22 +27,22 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
         self._store = store
         self._now = now
 
-    @answered
+    @unary_method
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
         name = Name.of_parts(request.name.given, request.name.family)
         user = User.new(str(uuid.uuid4()), name=name, email=request.email, now=self._now())
         return pb.CreateUserResponse(user=_message(await self._store.create(user, request.request_id.lower())))
 
-    @answered
+    @unary_method
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
         return pb.GetUserResponse(user=_message(await self._store.get(request.id.lower())))
 
-    @answered
+    @unary_method
     async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> pb.BatchGetUsersResponse:
         users = await self._store.get_all([user_id.lower() for user_id in request.ids])
         return pb.BatchGetUsersResponse(users=map(_message, users))
 
-    @answered
+    @unary_method
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         listing = Listing(request.filter, request.order_by, request.show_deleted)
         key = f"weft.user.v2.UserService/ListUsers?{listing}"
@@ -51,10 +51,10 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
         token = self._store.tokens.make(key, *page.last) if page.more else ""
         return pb.ListUsersResponse(users=map(_message, page.items), next_page_token=token)
 
-    @answered
+    @unary_method
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> pb.UpdateUserResponse:
         given = request.user
-        mask = masked(request.update_mask, given, CHANGEABLE, GIVEN_BY_US)
+        mask = fields_to_update(request.update_mask, given, UPDATABLE, OUTPUT_ONLY)
         email = given.email if "email" in mask else None
         now = self._now()
         user = await self._store.change(
@@ -64,15 +64,15 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
         )
         return pb.UpdateUserResponse(user=_message(user))
 
-    @answered
+    @unary_method
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> pb.DeleteUserResponse:
         now = self._now()
         user = await self._store.change(
-            request.id.lower(), request.etag, lambda user: user.deleted(now, again=request.allow_missing)
+            request.id.lower(), request.etag, lambda user: user.deleted(now, allow_deleted=request.allow_missing)
         )
         return pb.DeleteUserResponse(user=_message(user))
 
-    @answered
+    @unary_method
     async def UndeleteUser(self, request: pb.UndeleteUserRequest, context: Context) -> pb.UndeleteUserResponse:
         now = self._now()
         user = await self._store.change(request.id.lower(), request.etag, lambda user: user.undeleted(now))
@@ -80,7 +80,7 @@ class UserServicerV2(user_pb2_grpc.UserServiceServicer):
 
 
 def _changed(name: Name, given: pb.UserName, mask: set[str]) -> Name | None:
-    """The name with those parts of ``given`` that ``mask`` names; None when it names none."""
+    """The name with the parts in ``mask`` taken from ``given``; None if ``mask`` has none of them."""
     parts = {"name", "name.given", "name.family"} & mask
     if not parts:
         return None

@@ -9,11 +9,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from services import filters, paging
-from services.database import SEQUENCE, TEXT, Database, UtcDateTime
-from services.errors import EtagMismatchError
-from services.idempotency import Requests
-from services.paging import Page, Position, Tokens
+from services.common import filters, paging
+from services.common.database import SEQUENCE, TEXT, Database, UtcDateTime
+from services.common.errors import EtagMismatchError
+from services.common.idempotency import Requests
+from services.common.paging import Page, Position, Tokens
 from services.user.domain import EmailTakenError, Name, User, UserNotFoundError, email_key
 
 VERSIONS = Path(__file__).parent / "versions"
@@ -33,12 +33,12 @@ users = sa.Table(
     sa.Column("update_time", UtcDateTime, nullable=False),
     sa.Column("version", sa.Integer, nullable=False, server_default="1"),
     sa.Column("delete_time", UtcDateTime),
-    # Both or neither: neither for a name that was given whole.
+    # Both, or neither if the name was set as a full name.
     sa.Column("given_name", sa.Text),
     sa.Column("family_name", sa.Text),
     sa.Index("users_by_name", "name", "sequence"),
     sa.Index("users_by_create_time", "create_time", "sequence"),
-    sqlite_autoincrement=True,  # no number is given twice, so a page token never points into the past
+    sqlite_autoincrement=True,  # numbers are never reused, so a page token never points into the past
 )
 
 requests = Requests(metadata)
@@ -59,9 +59,9 @@ _GET = sa.select(*_USER).where(users.c.id == sa.bindparam("id"))
 _GET_TO_CHANGE = _GET.with_for_update()
 
 ORDERS = {"name": users.c.name, "email": users.c.email_key, "create_time": users.c.create_time}
-"""What users may be listed by; each has an index that ends with the sequence number, or is unique."""
+"""The columns that users may be sorted by; each has an index that ends with the sequence number, or is unique."""
 
-_COMPARED = {
+_FILTERS = {
     "name": filters.text(users.c.name),
     "email": filters.text(users.c.email_key, email_key),
     "create_time": filters.instant(users.c.create_time),
@@ -71,7 +71,7 @@ _COMPARED = {
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Which users, and in which order, in the words of a request."""
+    """Which users a request lists, and in which order."""
 
     filter: str = ""
     order_by: str = ""
@@ -79,14 +79,14 @@ class Listing:
 
 
 class UserStore:
-    """Keeps the users. Each method is one transaction, and may raise what ``Database`` does besides what it says."""
+    """Stores users. Each method is one transaction, and may raise what ``Database`` does beside what it says."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.tokens = Tokens.of(database)
 
     async def create(self, user: User, request_id: str = "") -> User:
-        """Add a user; give back the one that the same request added before. ``request_id``: empty when there is none.
+        """Add a user; returns the one that the same request created before, if any. ``request_id``: may be empty.
 
         Raises RequestIdReusedError and EmailTakenError.
         """
@@ -96,8 +96,10 @@ class UserStore:
                 earlier = requests.find(connection, request_id, user.fingerprint)
                 if earlier is not None:
                     return _get(connection, earlier)
-            _require_free(connection, user)
-            connection.execute(sa.insert(users).values(id=user.id, create_time=user.create_time, **_changing(user)))
+            _require_unique_email(connection, user)
+            connection.execute(
+                sa.insert(users).values(id=user.id, create_time=user.create_time, **_mutable_values(user))
+            )
             if request_id:
                 requests.add(connection, request_id, user.fingerprint, user.id, user.create_time)
             return user
@@ -109,7 +111,7 @@ class UserStore:
         return await self._database.read(lambda connection: _get(connection, user_id))
 
     async def get_all(self, user_ids: Sequence[str]) -> list[User]:
-        """Several users, in the order of ``user_ids``. Raises UserNotFoundError when one of them is not there."""
+        """Several users, in the order of ``user_ids``. Raises UserNotFoundError if one of them doesn't exist."""
         query = sa.select(*_USER).where(users.c.id.in_(user_ids))
         rows = await self._database.read(lambda connection: connection.execute(query).all())
         found = {row.id: _user(row) for row in rows}
@@ -121,12 +123,12 @@ class UserStore:
     async def list(
         self, size: int, after: Position | None = None, listing: Listing = Listing()
     ) -> Page[User, Position]:
-        """At most ``size`` users, from after the position ``after``; from the first, without one.
+        """At most ``size`` users, after the position ``after`` (default: from the first).
 
-        Raises InvalidFieldError when ``listing`` can't be read, or ``after`` is no position in it.
+        Raises InvalidFieldError if ``listing`` is invalid, or ``after`` is not a position in it.
         """
         order = filters.order(listing.order_by, ORDERS, users.c.sequence)
-        query = sa.select(*order.columns, *_USER).where(*filters.conditions(listing.filter, _COMPARED))
+        query = sa.select(*order.columns, *_USER).where(*filters.conditions(listing.filter, _FILTERS))
         if not listing.show_deleted:
             query = query.where(users.c.delete_time.is_(None))
         if after is not None:
@@ -141,7 +143,7 @@ class UserStore:
         return await self._database.read(work)
 
     async def change(self, user_id: str, etag: str, change: Callable[[User], User]) -> User:
-        """What ``change`` makes of a user, kept. ``etag``: of the state that may be changed; empty: of any.
+        """Replace a user with what ``change`` returns. ``etag``: of the state that may be changed; any if empty.
 
         Raises UserNotFoundError, EtagMismatchError, EmailTakenError, and what ``change`` does.
         """
@@ -154,8 +156,8 @@ class UserStore:
             if changed == user:
                 return user
             if email_key(changed.email) != email_key(user.email):
-                _require_free(connection, changed)
-            connection.execute(sa.update(users).where(users.c.id == user_id).values(**_changing(changed)))
+                _require_unique_email(connection, changed)
+            connection.execute(sa.update(users).where(users.c.id == user_id).values(**_mutable_values(changed)))
             return changed
 
         return await self._database.write(work)
@@ -175,11 +177,11 @@ def _user(row: Iterable[Any]) -> User:
     return User(user_id, Name(name, parts), email, create_time, update_time, version, delete_time)
 
 
-def _changing(user: User) -> dict[str, Any]:
-    """The values of the columns that may change."""
+def _mutable_values(user: User) -> dict[str, Any]:
+    """The values of the mutable columns."""
     given, family = user.name.parts or (None, None)
     return {
-        "name": user.name.whole,
+        "name": user.name.full,
         "given_name": given,
         "family_name": family,
         "email": user.email,
@@ -190,7 +192,7 @@ def _changing(user: User) -> dict[str, Any]:
     }
 
 
-def _require_free(connection: sa.Connection, user: User) -> None:
-    """Raises EmailTakenError when another has the user's email: a deleted one, too, who may come back."""
+def _require_unique_email(connection: sa.Connection, user: User) -> None:
+    """Raise EmailTakenError if another user has the email, even a deleted one, which may be undeleted."""
     if connection.execute(sa.select(users.c.id).where(users.c.email_key == email_key(user.email))).first() is not None:
         raise EmailTakenError(user.email)

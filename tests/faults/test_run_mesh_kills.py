@@ -49,7 +49,7 @@ class Victims:
         """Note which have come back."""
         said = self._shop.process.said
         whole = said.rfind("\n") + 1
-        for name, pid in re.findall(r"^(\S+) is back \(pid (\d+)\)$", said[self._read : whole], re.MULTILINE):
+        for name, pid in re.findall(r"^(\S+) is ready again \(pid (\d+)\)$", said[self._read : whole], re.MULTILINE):
             self._up[name] = int(pid)
             self.delays.append(started(int(pid)) - self._killed.pop(name))
         self._read = whole

@@ -16,7 +16,7 @@ import nats
 import pytest
 
 import mesh.aio
-from services.notification.consumer import NAME
+from services.notification.consumer import CONSUMER
 from tests.faults.shop import Shop, buy, insist
 from tests.processes import Spawn, eventually
 from weft.order.v1 import order_pb2, order_pb2_grpc
@@ -116,11 +116,11 @@ async def test_kills_lose_nothing_and_tell_nobody_twice(shop: Shop) -> None:
     client = await nats.connect(shop.nats_url)
     try:
         js = client.jetstream()
-        await js.delete_consumer("events", NAME)
+        await js.delete_consumer("events", CONSUMER)
         async with asyncio.timeout(SETTLED_WITHIN):
             while True:
                 try:
-                    found = await js.consumer_info("events", NAME)
+                    found = await js.consumer_info("events", CONSUMER)
                 except nats.js.errors.NotFoundError:
                     continue
                 if found.num_pending == 0 and found.num_ack_pending == 0:
@@ -148,7 +148,7 @@ async def test_orders_are_taken_while_the_broker_is_away_and_events_arrive_after
         assert shop.waiting() == sum(shopper.expected.values()) - 1
         assert sum(shop.notifications().values()) == 1
         said = shop.said("order-1") + shop.said("order-2")
-        assert "outbox lags" in said
+        assert "outbox is behind" in said
         shop.start_one("broker")
         shop.settled(shopper.expected, SETTLED_WITHIN)
     assert slowest < OUTAGE / 2, "an order waited for the broker"
@@ -172,11 +172,11 @@ async def test_a_relay_that_hangs_is_followed_by_another(shop: Shop) -> None:
     async with shopping(shop) as shopper:
         await shopper.order()
         shop.settled(shopper.expected, SETTLED_WITHIN)
-        holder = "order-1" if "relay works" in shop.said("order-1") else "order-2"
+        holder = "order-1" if "relay took the lease" in shop.said("order-1") else "order-2"
         shop.send(holder, signal.SIGSTOP)
         try:
             await shopper.order()
-            eventually(lambda: shop.waiting() == 0, SETTLED_WITHIN, "another relay works")
+            eventually(lambda: shop.waiting() == 0, SETTLED_WITHIN, "another relay took over")
         finally:
             shop.send(holder, signal.SIGCONT)
         shop.settled(shopper.expected, SETTLED_WITHIN)

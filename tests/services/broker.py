@@ -1,4 +1,4 @@
-"""A real NATS server for one test: on a port of its own, with a store that outlives its process."""
+"""A real NATS server for one test: on its own port, with a store that outlives its process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NATS_SERVER = Path(sys.executable).with_name("nats-server")
 
 
 class Broker:
-    """Starts, kills and starts again a broker at ``url``."""
+    """Starts, kills and restarts a broker at ``url``."""
 
     def __init__(self, spawn: Spawn, store: Path) -> None:
         self.port = free_ports(1)[0]
@@ -29,6 +29,6 @@ class Broker:
         self._process.wait_for("Server is ready")
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         assert self._process is not None
         assert self._process.end(signal.SIGKILL) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""What tests of the shop's servicers share: calls that fail, and what their errors say."""
+"""What tests of the shop's servicers share: calls that fail, and the details of their errors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
-"""An id that nothing has."""
+"""An unused id."""
 
 
 async def failure(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
-    """The error that the call ends with."""
+    """The error of a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     return raised.value
 
 
 def error_info(error: grpc.aio.AioRpcError) -> tuple[str, str, dict[str, str]]:
-    """The reason, domain and metadata of the error's one detail."""
+    """The reason, domain and metadata in the error's only detail."""
     (detail,) = rpc_status.from_call(error).details
     info = error_details_pb2.ErrorInfo()
     assert detail.Unpack(info)
@@ -36,7 +36,7 @@ def reason(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
 
 
 def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:
-    """The rule that each field violates, from the error's one detail."""
+    """The rule that each field violates, from the error's only detail."""
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     (detail,) = rpc_status.from_call(error).details
     bad = error_details_pb2.BadRequest()

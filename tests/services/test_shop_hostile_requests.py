@@ -1,4 +1,4 @@
-"""Requests that a caller forged, or made too large: INVALID_ARGUMENT with its cause, in time, and no email in a log."""
+"""Forged or oversized requests: a quick INVALID_ARGUMENT with its cause, and no email in the log."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 import structlog
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from services.common.paging import InvalidTokenError
+from services.common.rpc import reject_unparsable
 from services.notification import store as notification_store
 from services.notification.servicer import NotificationServicer
 from services.notification.store import NotificationStore
 from services.order import store as order_store
 from services.order.store import OrderStore
-from services.paging import InvalidTokenError
-from services.rpc import readable
 from services.user import store as user_store
 from services.user.store import UserStore
 from tests.services.calling import NOBODY, failure, violations
@@ -61,7 +61,7 @@ def packed(position: object) -> bytes:
 
 
 def with_checksum(position: object) -> str:
-    """A token as an earlier release made it, and as anybody can."""
+    """A token of an earlier release, which anybody can make."""
     checksum = hashlib.sha256(packed(position) + LISTING.encode()).digest()[:8]
     return base64.urlsafe_b64encode(checksum + packed(position)).decode()
 
@@ -81,15 +81,15 @@ async def test_a_forged_page_token_is_an_invalid_argument(
     assert violations(error) == {"page_token": "INVALID_PAGE_TOKEN"}
 
 
-async def test_a_position_that_was_signed_by_mistake_is_an_invalid_argument_too(open_database: Open) -> None:
-    """Behind the key, too, nothing reaches the database that it can't compare."""
+async def test_a_signed_token_with_an_invalid_position_is_an_invalid_argument(open_database: Open) -> None:
+    """Even with a valid signature, nothing reaches the database that it can't compare."""
     users = UserStore(open_database("user", user_store.VERSIONS))
     for at in ("0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "yesterday"):
         with pytest.raises(InvalidTokenError):
             await users.list(1, (at, 1), user_store.Listing(order_by="create_time"))
 
 
-async def test_a_page_token_of_one_replica_works_at_another_and_of_another_service_nowhere(
+async def test_page_tokens_work_at_all_replicas_of_a_service_and_at_no_other_service(
     open_database: Open,
 ) -> None:
     first, second = (UserStore(open_database("user", user_store.VERSIONS)) for _ in range(2))
@@ -102,7 +102,7 @@ async def test_a_page_token_of_one_replica_works_at_another_and_of_another_servi
             other.tokens.position("list", token)
 
 
-async def test_any_changed_character_of_a_token_is_found(open_sqlite: Open) -> None:
+async def test_every_changed_character_of_a_token_is_detected(open_sqlite: Open) -> None:
     tokens = UserStore(open_sqlite("user", user_store.VERSIONS)).tokens
     token = tokens.make("list", "ann@example.com", 7)
     for at in range(len(token)):
@@ -112,7 +112,7 @@ async def test_any_changed_character_of_a_token_is_found(open_sqlite: Open) -> N
 
 
 def requests() -> dict[str, tuple[str, Any]]:
-    """Requests that are too large, by name, each with its method."""
+    """Oversized requests, by name, each with its method."""
     user, order = "weft.user.v1.UserService", "weft.order.v1.OrderService"
     nobody = user_pb2.User(id=NOBODY)
     a = "state = PENDING AND "
@@ -149,7 +149,7 @@ def requests() -> dict[str, tuple[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "request_"), requests().values(), ids=requests())
-async def test_a_request_that_is_too_large_is_an_invalid_argument_and_holds_nobody_up(
+async def test_a_request_that_is_too_large_is_an_invalid_argument_and_delays_no_other(
     open_sqlite: Open, method: str, request_: Any
 ) -> None:
     async with shop(open_sqlite) as channel:
@@ -158,14 +158,14 @@ async def test_a_request_that_is_too_large_is_an_invalid_argument_and_holds_nobo
         began = time.process_time()
         error = await failure(stub(request_.SerializeToString(), timeout=10))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error
-        # CPU of client and server together: what another caller of this one loop would wait.
+        # CPU of client and server together: how long another caller on this loop would wait.
         assert time.process_time() - began < 0.4
         assert len(str(error.details()).encode()) <= 503
         if len(request_.SerializeToString()) > 65536:
-            assert "and 65536 are allowed" in str(error.details())
+            assert "the limit is 65536" in str(error.details())
 
 
-async def test_50_conditions_in_a_filter_are_answered(open_database: Open) -> None:
+async def test_a_filter_may_have_50_conditions(open_database: Open) -> None:
     async with shop(open_database) as channel:
         orders = order_pb2_grpc.OrderServiceStub(channel)
         request = order_pb2.ListOrdersRequest(filter=" AND ".join(["state = PENDING"] * 50))
@@ -174,14 +174,14 @@ async def test_50_conditions_in_a_filter_are_answered(open_database: Open) -> No
 
 async def test_a_forged_resume_token_is_an_invalid_argument(open_database: Open) -> None:
     servicer = NotificationServicer(NotificationStore(open_database("notification", notification_store.VERSIONS)))
-    add = readable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
+    add = reject_unparsable(notification_pb2_grpc.add_NotificationServiceServicer_to_server)
     async with serving(lambda server: add(servicer, server)) as channel:
         request = notification_pb2.WatchNotificationsRequest(user_id=NOBODY, resume_token=with_guessed_key([1]))
         watch = notification_pb2_grpc.NotificationServiceStub(channel).WatchNotifications(request, timeout=10)
         assert violations(await failure(watch.read())) == {"resume_token": "INVALID_RESUME_TOKEN"}
 
 
-async def test_a_trace_that_is_too_long_is_not_kept_and_the_order_is_taken(open_database: Open) -> None:
+async def test_a_trace_that_is_too_long_is_dropped_and_the_order_is_created(open_database: Open) -> None:
     async with shop(open_database) as channel:
         store = OrderStore(open_database("order", order_store.VERSIONS))
         user = await user_pb2_grpc.UserServiceStub(channel).CreateUser(
@@ -195,13 +195,13 @@ async def test_a_trace_that_is_too_long_is_not_kept_and_the_order_is_taken(open_
             ),
             metadata=[("traceparent", "00-1-2-01"), ("tracestate", "x" * 5_000)],
         )
-        (row,) = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 9))
+        (row,) = await store._database.read(lambda connection: order_store.outbox.pending(connection, 9))
         assert not isinstance(row.event, Exception)
         assert row.event.trace == {"traceparent": "00-1-2-01"}
 
 
 @pytest.mark.slow
-async def test_a_page_of_orders_with_100_items_each_is_never_more_than_a_client_takes(open_sqlite: Open) -> None:
+async def test_a_page_of_large_orders_never_exceeds_what_a_client_accepts(open_sqlite: Open) -> None:
     database = open_sqlite("order", order_store.VERSIONS)
     ids = [str(uuid.UUID(int=n)) for n in range(1, 501)]
     now = dt.datetime.now(dt.UTC)
@@ -232,9 +232,7 @@ EMAIL = "ada.lovelace@example.com"
 
 
 @pytest.mark.parametrize("failing", ["taken", "as an id", "in a filter", "in a mask", "database"])
-async def test_no_line_of_a_log_has_an_email(
-    open_database: Open, caplog: pytest.LogCaptureFixture, failing: str
-) -> None:
+async def test_logs_contain_no_email(open_database: Open, caplog: pytest.LogCaptureFixture, failing: str) -> None:
     caplog.set_level(logging.DEBUG)
     database = open_database("user", user_store.VERSIONS)
     with structlog.testing.capture_logs() as lines:
@@ -266,7 +264,7 @@ async def test_no_line_of_a_log_has_an_email(
 
 
 def _whole(line: Any) -> str:
-    """The line as it is written, with its traceback."""
+    """The log line as written, with its traceback."""
     return str(
         structlog.processors.JSONRenderer()(None, "", structlog.processors.format_exc_info(None, "", dict(line)))
     )

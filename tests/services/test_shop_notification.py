@@ -1,4 +1,4 @@
-"""What the notification service promises: a user is told once of what happened to an order, however often it hears."""
+"""What the notification service promises: one notification per event, however many times it is delivered."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alembic.runtime.migration import MigrationContext
 
 from mesh.server.aio import Server
 from mesh.server.settings import ServerSettings
-from services.database import Database
-from services.errors import UnavailableError
+from services.common.database import Database
+from services.common.errors import UnavailableError
 from services.events import Event
 from services.events.memory import MemoryBus
 from services.notification import store as notification_store
-from services.notification.consumer import NAME, TYPES, Message, OrderEvents
+from services.notification.consumer import CONSUMER, EVENT_TYPES, Message, OrderEvents
 from services.notification.servicer import NotificationServicer
 from services.notification.store import NotificationStore
 from tests.services.conftest import Open, serving
@@ -84,7 +84,7 @@ async def service(servicer: NotificationServicer) -> AsyncIterator[NotificationS
         yield notification_pb2_grpc.NotificationServiceStub(channel)
 
 
-async def test_the_migrations_make_what_the_code_expects(database: Database) -> None:
+async def test_the_migrations_create_what_the_code_expects(database: Database) -> None:
     changes = await database.read(
         lambda c: compare_metadata(MigrationContext.configure(c), notification_store.metadata)
     )
@@ -129,7 +129,9 @@ def test_no_event_and_no_kind_is_left_out() -> None:
     assert {pb.Notification.KIND_UNSPECIFIED, *KINDS.values()} == {*pb.Notification.Kind.values()}
 
 
-async def test_an_event_that_comes_often_is_acted_on_once(act: OrderEvents, store: NotificationStore) -> None:
+async def test_an_event_that_is_delivered_repeatedly_is_processed_once(
+    act: OrderEvents, store: NotificationStore
+) -> None:
     event = happened()
     await asyncio.gather(*(act(event) for _ in range(10)))
     assert len((await store.list(10)).items) == 1
@@ -147,32 +149,32 @@ async def test_replaying_all_events_from_the_start_changes_nothing(act: OrderEve
         await act(event)
         seen += 1
 
-    async with bus.consume(NAME, TYPES, count):
+    async with bus.consume(CONSUMER, EVENT_TYPES, count):
         await until(lambda: seen == len(happenings))
-        before = await store.rows(100)
-        bus.replay(NAME)
+        before = await store.read(100)
+        bus.replay(CONSUMER)
         await until(lambda: seen == 2 * len(happenings))
     assert len(before) == len(happenings)
-    assert await store.rows(100) == before
+    assert await store.read(100) == before
 
 
 @pytest.mark.parametrize(
     ("type", "data", "reason"),
     [
-        ("weft.order.v1.OrderEaten", b"", "of a type that this release doesn't know: weft.order.v1.OrderEaten"),
-        ("weft.order.v1.OrderCreated", b"\xff", "holds no weft.order.v1.OrderCreated"),
-        ("weft.order.v1.OrderCreated", b"", "names no order, or no user"),
+        ("weft.order.v1.OrderEaten", b"", "unknown event type weft.order.v1.OrderEaten"),
+        ("weft.order.v1.OrderCreated", b"\xff", "not a weft.order.v1.OrderCreated"),
+        ("weft.order.v1.OrderCreated", b"", "is not a UUID"),
     ],
 )
-async def test_an_event_that_cannot_be_understood_is_a_dead_letter(
+async def test_an_invalid_event_is_a_dead_letter(
     act: OrderEvents, store: NotificationStore, type: str, data: bytes, reason: str
 ) -> None:
     bus = MemoryBus()
     bad = Event(str(uuid.uuid4()), "/weft/order", type, "order", NOW, data)
     await bus.publish(bad)
-    async with bus.consume(NAME, TYPES, act):
+    async with bus.consume(CONSUMER, EVENT_TYPES, act):
         await bus.publish(good := happened())
-        while not (letters := await bus.dead_letters(NAME)):  # noqa: ASYNC110 - bounded by the test's timeout
+        while not (letters := await bus.dead_letters(CONSUMER)):  # noqa: ASYNC110 - bounded by the test's timeout
             await asyncio.sleep(0.005)
     assert [letter.event for letter in letters] == [bad]
     assert reason in letters[0].reason
@@ -203,7 +205,7 @@ async def test_a_list_is_paged_and_filtered(act: OrderEvents, service: Notificat
 
 
 @pytest.mark.parametrize("wrong", [{"user_id": "ann"}, {"page_size": -1}, {"page_token": "mine"}])
-async def test_a_wrong_request_is_an_invalid_argument(
+async def test_an_invalid_request_is_an_invalid_argument(
     service: NotificationServiceAsyncStub, wrong: dict[str, object]
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -211,7 +213,7 @@ async def test_a_wrong_request_is_an_invalid_argument(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_watch_shows_what_comes_and_resumes_at_any_replica(
+async def test_a_watch_streams_new_notifications_and_resumes_at_any_replica(
     act: OrderEvents, service: NotificationServiceAsyncStub, open_database: Open
 ) -> None:
     await act(happened())
@@ -221,7 +223,7 @@ async def test_a_watch_shows_what_comes_and_resumes_at_any_replica(
     assert not begin.HasField("notification")
 
     first, second, third = (happened() for _ in range(3))
-    # Another replica's work.
+    # As another replica would do it.
     other = OrderEvents(NotificationStore(open_database("notification", notification_store.VERSIONS)))
     await other(first)
     await other(happened(user_id=BEN))
@@ -250,7 +252,7 @@ async def test_a_resume_token_of_another_watch_is_an_invalid_argument(service: N
     assert "resume_token" in str(caught.value.details())
 
 
-async def test_watches_end_with_the_server_so_that_they_resume_elsewhere(servicer: NotificationServicer) -> None:
+async def test_watches_end_with_the_server_so_that_clients_resume_at_another(servicer: NotificationServicer) -> None:
     settings = ServerSettings(listen="127.0.0.1:0", drain_wait=0, stream_grace=0)
     add = notification_pb2_grpc.add_NotificationServiceServicer_to_server
     async with Server([(add, servicer)], settings) as server, grpc.aio.insecure_channel(server.address) as channel:
@@ -266,7 +268,7 @@ async def test_watches_end_with_the_server_so_that_they_resume_elsewhere(service
 
 
 @pytest.mark.slow
-async def test_a_watch_misses_nothing_while_replicas_write_at_once(
+async def test_a_watch_misses_nothing_while_replicas_write_concurrently(
     service: NotificationServiceAsyncStub, open_database: Open
 ) -> None:
     watch = service.WatchNotifications(pb.WatchNotificationsRequest())
@@ -281,7 +283,7 @@ async def test_a_watch_misses_nothing_while_replicas_write_at_once(
             try:
                 return await act(event)
             except UnavailableError:
-                pass  # locked by another replica; the bus would bring it again, too
+                pass  # locked by another replica; the bus would redeliver it, too
 
     working = asyncio.gather(*(told(replicas[n % 3], event) for n, event in enumerate(happenings)))
     seen = [(await read(watch)).notification.order_id for _ in happenings]

@@ -1,4 +1,4 @@
-"""The notification service as a process: what it is told, and how it ends."""
+"""The notification service as a process: its settings, and how it stops."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def test_help_names_the_broker() -> None:
     assert "  MESH_DATABASE_URL " in told.stdout
 
 
-def test_a_wrong_broker_is_said_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_broker_url_is_a_one_line_error(tmp_path: Path) -> None:
     told = run(MESH_NATS_URL="localhost:4222", MESH_DATA=str(tmp_path))
     assert told.returncode == 2
     assert told.stderr.startswith("notification: MESH_NATS_URL='localhost:4222': ")
-    assert "should be nats://host:port" in told.stderr
+    assert "expected nats://host:port" in told.stderr
     assert told.stderr.count("\n") == 1
 
 
-def test_it_serves_and_drains_while_the_broker_is_away(
+def test_it_serves_and_drains_while_the_broker_is_unavailable(
     tmp_path: Path, spawn: Spawn, free_port: Callable[[], int]
 ) -> None:
     address = f"127.0.0.1:{free_port()}"

@@ -1,4 +1,4 @@
-"""Orders in full: exact money, states, events with every change, watches, and users who can't be asked about."""
+"""Orders: exact money, states, an event for every change, watches, and an unavailable user service."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from google.type import money_pb2  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.rpc import reject_unparsable
 from services.events import Event
 from services.order import store as order_store
 from services.order.domain import NANOS, Item, Money, Order, State, WrongStateError, totals
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
 from services.order.store import OrderStore
-from services.rpc import readable
 from tests.services.calling import NOBODY, failure, reason, violations
 from tests.services.conftest import Open, serving
 from weft.order.v1 import events_pb2, order_pb2, order_pb2_grpc
@@ -36,7 +36,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 class Users(user_pb2_grpc.UserServiceServicer):
-    """A user service with one user for every id, until it is told otherwise."""
+    """A user service that has a user for every id, unless the test sets otherwise."""
 
     def __init__(self) -> None:
         self.fails: grpc.StatusCode | None = None
@@ -64,7 +64,7 @@ async def order_service(
         servicer = OrderServicer(
             store, user_pb2_grpc.UserServiceStub(channel), settings or OrderSettings(watch_interval=0.02), lambda: NOW
         )
-        add = readable(order_pb2_grpc.add_OrderServiceServicer_to_server)
+        add = reject_unparsable(order_pb2_grpc.add_OrderServiceServicer_to_server)
         async with serving(lambda server: add(servicer, server)) as front:
             yield order_pb2_grpc.OrderServiceStub(front)
 
@@ -86,7 +86,7 @@ async def orders(store: OrderStore, users: Users) -> AsyncIterator[OrderServiceA
 
 
 def line(sku: str, quantity: int, price: str = "", nanos: int = 0) -> order_pb2.OrderItem:
-    """``price``: "12 EUR"; none when empty."""
+    """``price``: "12 EUR"; none if empty."""
     units, _, currency = price.partition(" ")
     money = money_pb2.Money(units=int(units), nanos=nanos, currency_code=currency) if price else None
     return order_pb2.OrderItem(sku=sku, quantity=quantity, unit_price=money)
@@ -117,14 +117,14 @@ def move(orders: OrderServiceAsyncStub, state: State, order_id: str) -> Awaitabl
 
 
 async def read(watch: Any) -> order_pb2.WatchOrderResponse:
-    """The next change that a watch tells of."""
+    """The next change in a watch."""
     change = await watch.read()
     assert isinstance(change, order_pb2.WatchOrderResponse)
     return change
 
 
 async def rest(watch: Any) -> list[order_pb2.Order]:
-    """The order as every change left it that is still to come, until the end."""
+    """The order after each remaining change, until the stream ends."""
     found = []
     while isinstance(change := await watch.read(), order_pb2.WatchOrderResponse):
         found.append(change.order)
@@ -133,7 +133,7 @@ async def rest(watch: Any) -> list[order_pb2.Order]:
 
 async def waiting(store: OrderStore) -> Sequence[tuple[str, Any]]:
     """The events in the outbox: type and message."""
-    rows = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 100))
+    rows = await store._database.read(lambda connection: order_store.outbox.pending(connection, 100))
     events = [row.event for row in rows if isinstance(row.event, Event)]
     names = [event.type.removeprefix("weft.order.v1.") for event in events]
     return [(name, getattr(events_pb2, name).FromString(e.data)) for name, e in zip(names, events, strict=True)]
@@ -158,11 +158,11 @@ def test_totals_are_exact_in_each_currency(items: list[Item]) -> None:
             ),
             Fraction(0),
         )
-        assert total.units + Fraction(total.rest, NANOS) == exact
-        assert 0 <= total.rest < NANOS
+        assert total.units + Fraction(total.fraction, NANOS) == exact
+        assert 0 <= total.fraction < NANOS
 
 
-async def test_an_order_says_what_it_costs_in_each_currency(orders: OrderServiceAsyncStub) -> None:
+async def test_an_order_has_a_total_for_each_currency(orders: OrderServiceAsyncStub) -> None:
     taken = await take(
         orders,
         line("tea", 3, "0 EUR", 100_000_000),
@@ -190,14 +190,14 @@ async def test_an_order_says_what_it_costs_in_each_currency(orders: OrderService
     ],
     ids=["lower case", "no currency", "negative", "negative nanos", "nanos", "total"],
 )
-async def test_a_price_that_is_none_is_refused(
+async def test_an_invalid_price_is_rejected(
     orders: OrderServiceAsyncStub, price: Any, expected: dict[str, str]
 ) -> None:
     wrong = asked(line("tea", 1), order_pb2.OrderItem(sku="milk", quantity=2, unit_price=price))
     assert violations(await failure(orders.CreateOrder(wrong))) == expected
 
 
-async def test_another_price_is_another_content(orders: OrderServiceAsyncStub) -> None:
+async def test_orders_with_different_prices_have_different_contents(orders: OrderServiceAsyncStub) -> None:
     request = asked(line("tea", 1, "1 EUR"))
     first = await orders.CreateOrder(request)
     assert await orders.CreateOrder(request) == first
@@ -208,9 +208,9 @@ async def test_another_price_is_another_content(orders: OrderServiceAsyncStub) -
     )
 
 
-def test_requests_from_before_there_were_prices_keep_their_fingerprint() -> None:
+def test_requests_without_prices_keep_their_fingerprint() -> None:
     order = Order.new("1", user_id="ann", items=(Item("tea", 1), Item("milk", 2)), now=NOW)
-    # Kept by release 0001 for this content.
+    # As stored by release 0001 for this content.
     assert order.fingerprint == "6190ccd72dceb16d66e27c51002f3a36a76a1bf98bde2a3e3f3bca0012b93b18"
 
 
@@ -236,15 +236,15 @@ def test_an_order_goes_from_state_to_state_and_is_cancelled_until_it_is_shipped(
         moved = order.moved(after, NOW - dt.timedelta(seconds=1))
         assert (moved.state, moved.version, moved.update_time) == (after, 2, NOW)
     else:
-        with pytest.raises(WrongStateError, match=f"is {before.value} and can't be {after.value}"):
+        with pytest.raises(WrongStateError, match=f"is {before.value} and can't become {after.value}"):
             order.moved(after, NOW)
 
 
-def test_two_states_are_the_end() -> None:
-    assert {state for state in State if state.last} == {State.DELIVERED, State.CANCELLED}
+def test_two_states_are_final() -> None:
+    assert {state for state in State if state.final} == {State.DELIVERED, State.CANCELLED}
 
 
-async def test_every_change_leaves_one_event_with_the_order_as_it_left_it(
+async def test_every_change_writes_one_event_with_the_changed_order(
     orders: OrderServiceAsyncStub, store: OrderStore
 ) -> None:
     request = asked()
@@ -258,7 +258,7 @@ async def test_every_change_leaves_one_event_with_the_order_as_it_left_it(
     assert [event.order for _, event in events] == steps
 
 
-async def test_a_refused_change_leaves_nothing(orders: OrderServiceAsyncStub, store: OrderStore) -> None:
+async def test_a_refused_change_writes_nothing(orders: OrderServiceAsyncStub, store: OrderStore) -> None:
     taken = await take(orders)
     error = await failure(move(orders, State.DELIVERED, taken.id))
     assert reason(error) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE")
@@ -268,7 +268,7 @@ async def test_a_refused_change_leaves_nothing(orders: OrderServiceAsyncStub, st
     assert [kind for kind, _ in await waiting(store)] == ["OrderCreated"]
 
 
-async def test_of_two_who_decide_at_once_one_wins_and_there_is_one_event(
+async def test_of_two_concurrent_changes_one_succeeds_with_one_event(
     orders: OrderServiceAsyncStub, store: OrderStore
 ) -> None:
     taken = await take(orders)
@@ -285,12 +285,12 @@ async def test_an_event_carries_the_trace_of_the_call_that_caused_it(
     orders: OrderServiceAsyncStub, store: OrderStore
 ) -> None:
     await orders.CreateOrder(asked(), metadata=[("traceparent", TRACE), ("other", "1")])
-    (row,) = await store._database.read(lambda connection: order_store.outbox.waiting(connection, 9))
+    (row,) = await store._database.read(lambda connection: order_store.outbox.pending(connection, 9))
     assert isinstance(row.event, Event)
     assert row.event.trace == {"traceparent": TRACE}
 
 
-async def test_any_number_of_replicas_and_retries_make_one_order_and_one_event(
+async def test_concurrent_retries_at_several_replicas_create_one_order_and_one_event(
     open_database: Open, users: Users
 ) -> None:
     stores = [OrderStore(open_database("order", order_store.VERSIONS)) for _ in range(3)]
@@ -358,7 +358,7 @@ async def test_a_watch_sees_what_another_replica_does(open_database: Open, users
             assert [order.state for order in await rest(watch)] == [State_.STATE_CANCELLED]
 
 
-async def test_a_watch_resumes_after_the_last_change_that_was_seen(orders: OrderServiceAsyncStub) -> None:
+async def test_a_watch_resumes_after_the_last_received_change(orders: OrderServiceAsyncStub) -> None:
     taken = await take(orders)
     watch = orders.WatchOrder(order_pb2.WatchOrderRequest(id=taken.id))
     token = (await read(watch)).resume_token
@@ -381,7 +381,7 @@ async def test_a_watch_resumes_after_the_last_change_that_was_seen(orders: Order
     assert [change.order.state for change in await resumed("")] == [State_.STATE_DELIVERED]
 
 
-async def test_a_watch_of_nothing_ends_at_once(orders: OrderServiceAsyncStub) -> None:
+async def test_a_watch_of_a_missing_order_fails_immediately(orders: OrderServiceAsyncStub) -> None:
     missing = await failure(orders.WatchOrder(order_pb2.WatchOrderRequest(id=NOBODY)).read())
     assert reason(missing) == (grpc.StatusCode.NOT_FOUND, "ORDER_NOT_FOUND")
     malformed = await failure(orders.WatchOrder(order_pb2.WatchOrderRequest(id="1")).read())
@@ -409,14 +409,14 @@ async def test_a_watch_ends_as_unavailable_when_its_database_does(open_sqlite: O
         assert reason(error) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_AWAY")
 
 
-# Users who can't be asked about
+# An unavailable user service
 
 
-AWAY = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED]
+UNAVAILABLE = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
-@pytest.mark.parametrize("code", AWAY)
-async def test_told_to_accept_it_takes_orders_for_users_it_has_seen_and_says_so(
+@pytest.mark.parametrize("code", UNAVAILABLE)
+async def test_with_accept_it_creates_orders_of_confirmed_users_and_marks_them_stale(
     store: OrderStore, users: Users, code: grpc.StatusCode
 ) -> None:
     async with order_service(store, users, OrderSettings(user_away="accept")) as orders:
@@ -432,7 +432,7 @@ async def test_told_to_accept_it_takes_orders_for_users_it_has_seen_and_says_so(
         assert not (await orders.CreateOrder(asked())).order.user_stale
 
 
-async def test_told_to_refuse_it_refuses_and_goes_on_with_the_orders_it_has(store: OrderStore, users: Users) -> None:
+async def test_with_refuse_it_rejects_new_orders_and_serves_existing_ones(store: OrderStore, users: Users) -> None:
     async with order_service(store, users, OrderSettings(user_away="refuse")) as orders:
         taken = (await orders.CreateOrder(asked())).order
         users.fails = grpc.StatusCode.UNAVAILABLE
@@ -443,7 +443,9 @@ async def test_told_to_refuse_it_refuses_and_goes_on_with_the_orders_it_has(stor
         assert (await move(orders, State.CANCELLED, taken.id)).order.state == State_.STATE_CANCELLED
 
 
-async def test_a_deleted_user_orders_no_more_even_while_nobody_can_be_asked(store: OrderStore, users: Users) -> None:
+async def test_a_deleted_user_can_not_order_while_the_user_service_is_unavailable(
+    store: OrderStore, users: Users
+) -> None:
     async with order_service(store, users, OrderSettings(user_away="accept")) as orders:
         await orders.CreateOrder(asked())
         users.deleted = True

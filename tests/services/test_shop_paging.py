@@ -1,4 +1,4 @@
-"""A page of a long list costs what the first page does: counted in what the database does, not in seconds."""
+"""Every page of a long list costs the same, measured in the database's steps, not in seconds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from services.database import Database
-from services.paging import Position
+from services.common.database import Database
+from services.common.paging import Position
 from services.user import store as user_store
 from services.user.store import Listing, UserStore
 from tests.services.conftest import Open
 
 USERS = 100_000
 SIZE = 1_000
-EVERY = 50  # steps of SQLite's machine that are counted at a time
+EVERY = 50  # virtual machine steps of SQLite between two callbacks
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def many(open_database: Open) -> Database:
-    """A database with 100,000 users, whose names and emails are in another order than they came."""
+    """A database with 100,000 users, whose names and emails are not sorted like their creation."""
     database = open_database("user", user_store.VERSIONS)
     columns = "(id, name, email, email_key, create_time, update_time)"
     if database.file is None:
@@ -33,7 +33,7 @@ def many(open_database: Open) -> Database:
             f"timestamptz '2026-01-01 00:00:00Z' + n * interval '1 second', now() FROM generate_series(1, {USERS}) n"
         )
     else:
-        # As scrambled as a hash is: multiplied by a number that has no factor in common with 2^32.
+        # Scrambled like a hash: multiplied by a number without a common factor with 2^32.
         values = (
             f"WITH RECURSIVE counted(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counted WHERE n < {USERS}), "
             "rows(n, h) AS (SELECT n, printf('%08x', (n * 2654435761) & 4294967295) FROM counted) "
@@ -53,7 +53,7 @@ def many(open_database: Open) -> Database:
 
 @pytest.fixture
 def steps(many: Database) -> Callable[[], int]:
-    """What the database has done since it was last asked: steps of SQLite's machine, rows that PostgreSQL read."""
+    """What the database has done since the last call: SQLite's virtual machine steps, or rows that PostgreSQL read."""
     done = 0
     if many.file is not None:
 
@@ -88,7 +88,7 @@ def steps(many: Database) -> Callable[[], int]:
 
 
 def _rows_read(plan: dict[str, Any]) -> int:
-    """Rows that the leaves of a plan read, those that a filter then dropped included."""
+    """Rows that the leaves of a plan read, including those that a filter dropped."""
     below = plan.get("Plans", [])
     if below:
         return sum(map(_rows_read, below))
@@ -112,6 +112,6 @@ async def test_every_page_of_100_000_users_costs_the_same(many: Database, steps:
             after = page.last
         assert len(seen) == USERS
         assert len(costs) == USERS // SIZE
-        # The first page is cheaper by a comparison a row (8 steps instead of 12 in SQLite), and PostgreSQL may sort the
-        # last two in memory. A page that read those before it would cost up to 100 times the first.
+        # The first page is cheaper by one comparison per row (8 steps instead of 12 in SQLite), and PostgreSQL may sort
+        # the last two in memory. A page that read all earlier ones would cost up to 100 times the first.
         assert 0 < max(costs) <= 3 * min(costs)

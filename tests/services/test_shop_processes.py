@@ -1,4 +1,4 @@
-"""A service as a process: it says in one line why it can't start, lists its settings, and ends when it is told to."""
+"""A service as a process: one-line startup errors, --help, and how it stops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 FIFO = "a FIFO"
-"""Stands for a file that is one."""
+"""A placeholder for a FIFO."""
 
 
 def run(service: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,18 +55,16 @@ def test_help_lists_every_variable_with_its_default(service: str) -> None:
         ({"MESH_LISTEN": "nowhere"}, "user: MESH_LISTEN='nowhere': expected host:port"),
         (
             {"MESH_DATA": "{tmp}/file/data"},
-            "user: MESH_DATA='{tmp}/file/data': can't be a data folder: Not a directory",
+            "user: MESH_DATA='{tmp}/file/data': can't create the data folder: Not a directory",
         ),
-        ({"MESH_DATABASE_URL": "nonsense"}, "user: MESH_DATABASE_URL: should be a SQLAlchemy URL"),
-        ({"MESH_DATABASE_URL": "sqlite://"}, "user: a SQLite database needs a file"),
+        ({"MESH_DATABASE_URL": "nonsense"}, "user: MESH_DATABASE_URL: expected a SQLAlchemy URL"),
+        ({"MESH_DATABASE_URL": "sqlite://"}, "user: SQLite needs a file"),
         ({"MESH_DATABASE_URL": "sqlite:///{tmp}/file"}, "user: file is not a database"),
         ({"MESH_DATABASE_URL": "sqlite:///{tmp}/none/user.db"}, "No such file or directory"),
     ],
     ids=["log level", "listen", "data", "url", "memory", "no database", "no folder"],
 )
-def test_what_keeps_it_from_starting_is_said_in_one_line(
-    tmp_path: Path, environment: dict[str, str], line: str
-) -> None:
+def test_a_startup_failure_is_a_one_line_error(tmp_path: Path, environment: dict[str, str], line: str) -> None:
     (tmp_path / "file").write_text("This is not a database, and no folder either. " * 100)
     wrong = {name: value.format(tmp=tmp_path) for name, value in environment.items()}
     told = run("user", **{"MESH_DATA": str(tmp_path / "data"), "MESH_LISTEN": "127.0.0.1:0", **wrong})
@@ -76,7 +74,7 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("service", ["user", "order"])
-def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None:
+def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, service: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         told = run(service, MESH_DATA=str(tmp_path), MESH_LISTEN=listen, MESH_USER_SERVICE="127.0.0.1:1")
@@ -88,19 +86,22 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        (None, "MESH_CONFIG='{file}': can't be read: No such file or directory"),
-        (FIFO, "MESH_CONFIG='{file}': can't be read: not a regular file"),
-        ("#" * (1024 * 1024 + 1), "MESH_CONFIG='{file}': can't be read: 1048577 bytes; the limit is 1048576"),
-        ('MESH_ZONE = "\\u0000"', "MESH_CONFIG='{file}': MESH_ZONE can't be a variable: embedded null byte"),
-        ("MESH_PORT = 0x" + "f" * 9_000, "MESH_CONFIG='{file}': MESH_PORT can't be a variable: Exceeds the limit"),
-        ("MESH_LOG_LEVEL = loud", "MESH_CONFIG='{file}': should be TOML: Invalid value (at line 1, column 18)"),
-        ("log_level = 'info'", "MESH_CONFIG='{file}': log_level is no variable: these begin with MESH_, OTEL_, GRPC_"),
-        ("MESH_LISTEN = ['a']", "MESH_CONFIG='{file}': MESH_LISTEN should be a string, a number, true or false"),
+        (None, "MESH_CONFIG='{file}': can't read it: No such file or directory"),
+        (FIFO, "MESH_CONFIG='{file}': can't read it: not a regular file"),
+        ("#" * (1024 * 1024 + 1), "MESH_CONFIG='{file}': can't read it: 1048577 bytes; the limit is 1048576"),
+        ('MESH_ZONE = "\\u0000"', "MESH_CONFIG='{file}': MESH_ZONE can't be set: embedded null byte"),
+        ("MESH_PORT = 0x" + "f" * 9_000, "MESH_CONFIG='{file}': MESH_PORT can't be set: Exceeds the limit"),
+        ("MESH_LOG_LEVEL = loud", "MESH_CONFIG='{file}': invalid TOML: Invalid value (at line 1, column 18)"),
+        (
+            "log_level = 'info'",
+            "MESH_CONFIG='{file}': unknown variable log_level; expected a name that begins with MESH_, OTEL_, GRPC_",
+        ),
+        ("MESH_LISTEN = ['a']", "MESH_CONFIG='{file}': MESH_LISTEN must be a string, a number, true or false"),
         ("MESH_LOG_LEVEL = 'loud'", "MESH_LOG_LEVEL='loud': Input should be 'debug', 'info'"),
         ("MESH_USER_AWAY = 'shrug'", "MESH_USER_AWAY='shrug': Input should be 'refuse' or 'accept'"),
         ("MESH_USER_TIMEOUT = 0", "MESH_USER_TIMEOUT='0': Input should be greater than 0"),
         ("MESH_REGISTRY = ''", "MESH_USER_SERVICE='mesh:///weft.user.v1.UserService': "),
-        ("MESH_DATABASE_URL = 'mysql://host/name'", "a database is SQLite or PostgreSQL"),
+        ("MESH_DATABASE_URL = 'mysql://host/name'", "unsupported database mysql; expected sqlite:///..."),
     ],
     ids=[
         "none",
@@ -118,7 +119,9 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path, service: str) -> None
         "database",
     ],
 )
-def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Path, file: str | None, line: str) -> None:
+def test_an_invalid_value_in_the_file_is_named_before_anything_starts(
+    tmp_path: Path, file: str | None, line: str
+) -> None:
     path = tmp_path / "order.toml"
     if file == FIFO:
         os.mkfifo(path)
@@ -130,7 +133,7 @@ def test_a_wrong_value_in_the_file_is_named_before_anything_starts(tmp_path: Pat
     assert told.stderr.count("\n") == 1
 
 
-def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
+def test_the_environment_takes_precedence_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "user.toml"
     path.write_text("MESH_LOG_LEVEL = 'loud'\nMESH_LISTEN = 'nowhere'\n")
     told = run("user", MESH_CONFIG=str(path), MESH_DATA=str(tmp_path), MESH_LOG_LEVEL="info")
@@ -155,7 +158,7 @@ def test_it_serves_keeps_its_users_and_drains_on_sigterm(
     assert "ann@example.com" not in service.said
     lines = [json.loads(line) for line in service.said.splitlines()]
     assert {line["service"] for line in lines} == {"user"}
-    assert [line["event"] for line in lines if line["logger"] == "services.process"] == ["starting", "stopped"]
+    assert [line["event"] for line in lines if line["logger"] == "services.common.process"] == ["starting", "stopped"]
     assert [line["database"] for line in lines if "database" in line] == [str(tmp_path / "data" / "user.db")]
 
     again = spawn.python("-m", "services.user", environment=environment)

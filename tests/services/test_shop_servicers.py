@@ -1,4 +1,4 @@
-"""What a caller of the shop sees: answers, and errors with their code and details, over a real socket."""
+"""What a caller of the shop sees: responses, and errors with their code and details, over a real socket."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import grpc.aio
 import pytest
 import structlog
 
-from services import logs
-from services.database import Database
+from services.common import logs
+from services.common.database import Database
 from services.order import store as order_store
 from services.order.servicer import OrderServicer
 from services.order.settings import OrderSettings
@@ -88,7 +88,7 @@ async def test_a_taken_email_already_exists(users: UserServiceAsyncStub) -> None
     assert error_info(error) == ("EMAIL_TAKEN", "user.weft", {"email": "ANN@example.com"})
 
 
-async def test_a_request_id_stands_for_one_content(users: UserServiceAsyncStub) -> None:
+async def test_a_request_id_can_not_be_reused_with_different_content(users: UserServiceAsyncStub) -> None:
     request_id = str(uuid.uuid4())
     first = await users.CreateUser(ann(request_id=request_id))
     assert await users.CreateUser(ann(request_id=request_id.upper())) == first
@@ -108,13 +108,13 @@ async def test_a_request_id_stands_for_one_content(users: UserServiceAsyncStub) 
     ],
     ids=["empty", "long name", "NUL", "email", "request_id"],
 )
-async def test_a_malformed_user_is_refused_field_by_field(
+async def test_an_invalid_user_is_rejected_with_all_its_violations(
     users: UserServiceAsyncStub, request_: user_pb2.CreateUserRequest, expected: dict[str, str]
 ) -> None:
     assert violations(await failure(users.CreateUser(request_))) == expected
 
 
-async def test_an_id_that_is_no_uuid_is_refused(users: UserServiceAsyncStub) -> None:
+async def test_an_id_that_is_not_a_uuid_is_rejected(users: UserServiceAsyncStub) -> None:
     error = await failure(users.GetUser(user_pb2.GetUserRequest(id="42")))
     assert violations(error) == {"id": "string.uuid"}
     assert error.details() == "id: must be a valid UUID"
@@ -136,14 +136,14 @@ async def test_users_are_listed_page_by_page(users: UserServiceAsyncStub) -> Non
     assert list((await users.ListUsers(user_pb2.ListUsersRequest(page_size=2**31 - 1))).users) == created
 
 
-async def test_a_malformed_list_request_is_refused(users: UserServiceAsyncStub) -> None:
+async def test_an_invalid_list_request_is_rejected(users: UserServiceAsyncStub) -> None:
     negative = await failure(users.ListUsers(user_pb2.ListUsersRequest(page_size=-1)))
     assert violations(negative) == {"page_size": "int32.gte"}
     made_up = await failure(users.ListUsers(user_pb2.ListUsersRequest(page_token="made up")))
     assert violations(made_up) == {"page_token": "INVALID_PAGE_TOKEN"}
 
 
-async def test_an_order_is_taken_read_and_listed(users: UserServiceAsyncStub, orders: OrderServiceAsyncStub) -> None:
+async def test_an_order_is_created_read_and_listed(users: UserServiceAsyncStub, orders: OrderServiceAsyncStub) -> None:
     user_id = (await users.CreateUser(ann())).user.id
     request = tea(user_id)
     taken = (await orders.CreateOrder(request)).order
@@ -156,7 +156,7 @@ async def test_an_order_is_taken_read_and_listed(users: UserServiceAsyncStub, or
     assert list((await orders.ListOrders(order_pb2.ListOrdersRequest(user_id=NOBODY))).orders) == []
 
 
-async def test_a_token_of_one_users_orders_is_refused_for_anothers(
+async def test_a_token_of_one_users_orders_is_invalid_for_another_users(
     users: UserServiceAsyncStub, orders: OrderServiceAsyncStub
 ) -> None:
     user_id = (await users.CreateUser(ann())).user.id
@@ -174,14 +174,14 @@ async def test_a_missing_order_is_not_found(orders: OrderServiceAsyncStub) -> No
     assert error_info(error) == ("ORDER_NOT_FOUND", "order.weft", {"order_id": NOBODY})
 
 
-async def test_nobody_can_not_order(orders: OrderServiceAsyncStub) -> None:
+async def test_an_unknown_user_can_not_order(orders: OrderServiceAsyncStub) -> None:
     error = await failure(orders.CreateOrder(tea(NOBODY)))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert error_info(error) == ("USER_NOT_FOUND", "order.weft", {"user_id": NOBODY})
     assert list((await orders.ListOrders(order_pb2.ListOrdersRequest())).orders) == []
 
 
-async def test_a_malformed_order_is_refused_field_by_field(orders: OrderServiceAsyncStub) -> None:
+async def test_an_invalid_order_is_rejected_with_all_its_violations(orders: OrderServiceAsyncStub) -> None:
     empty = await failure(orders.CreateOrder(order_pb2.CreateOrderRequest()))
     assert violations(empty) == {
         "request_id": "string.uuid_empty",
@@ -194,14 +194,16 @@ async def test_a_malformed_order_is_refused_field_by_field(orders: OrderServiceA
     assert violations(lines) == {"items[1].sku": "string.pattern", "items[1].quantity": "int32.gte_lte"}
 
 
-async def test_concurrent_retries_make_one_order(users: UserServiceAsyncStub, orders: OrderServiceAsyncStub) -> None:
+async def test_concurrent_retries_create_one_order(users: UserServiceAsyncStub, orders: OrderServiceAsyncStub) -> None:
     request = tea((await users.CreateUser(ann())).user.id)
     taken = await asyncio.gather(*(orders.CreateOrder(request) for _ in range(20)))
     assert all(each == taken[0] for each in taken)
     assert list((await orders.ListOrders(order_pb2.ListOrdersRequest())).orders) == [taken[0].order]
 
 
-async def test_a_request_id_stands_for_one_order(users: UserServiceAsyncStub, orders: OrderServiceAsyncStub) -> None:
+async def test_a_request_id_can_not_be_reused_for_another_order(
+    users: UserServiceAsyncStub, orders: OrderServiceAsyncStub
+) -> None:
     request = tea((await users.CreateUser(ann())).user.id)
     await orders.CreateOrder(request)
     request.items[0].quantity = 2
@@ -211,7 +213,7 @@ async def test_a_request_id_stands_for_one_order(users: UserServiceAsyncStub, or
 
 
 class AilingUsers(user_pb2_grpc.UserServiceServicer):
-    """A user service that answers every GetUser with ``code``; never, without one."""
+    """A user service that fails every GetUser with ``code``, or never responds if there is none."""
 
     def __init__(self, code: grpc.StatusCode | None) -> None:
         self.code = code
@@ -230,14 +232,14 @@ class AilingUsers(user_pb2_grpc.UserServiceServicer):
 @pytest.mark.parametrize(
     ("code", "answer", "details"),
     [
-        (None, grpc.StatusCode.UNAVAILABLE, "the user service could not be asked: DEADLINE_EXCEEDED"),
-        (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, "could not be asked: UNAVAILABLE: on purpose"),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, "could not be asked: RESOURCE_EXHAUSTED"),
+        (None, grpc.StatusCode.UNAVAILABLE, "the user service is unavailable: DEADLINE_EXCEEDED"),
+        (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, "is unavailable: UNAVAILABLE: on purpose"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, "is unavailable: RESOURCE_EXHAUSTED"),
         (grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL, "internal error"),
     ],
     ids=["hangs", "away", "overloaded", "broken"],
 )
-async def test_no_order_is_taken_while_the_user_service_ails(
+async def test_no_order_is_created_while_the_user_service_fails(
     open_database: Open,
     code: grpc.StatusCode | None,
     answer: grpc.StatusCode,
@@ -257,7 +259,7 @@ async def test_no_order_is_taken_while_the_user_service_ails(
     assert list((await store.list(10)).items) == []
 
 
-async def test_a_repeated_request_gets_its_order_while_the_user_service_is_away(
+async def test_a_repeated_request_gets_its_order_while_the_user_service_is_unavailable(
     users: UserServiceAsyncStub, orders: OrderServiceAsyncStub, open_database: Open
 ) -> None:
     request = tea((await users.CreateUser(ann())).user.id)
@@ -272,10 +274,10 @@ async def test_a_repeated_request_gets_its_order_while_the_user_service_is_away(
 
 @pytest.fixture
 def json_logs() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """The lines that the service has logged."""
+    """The service's log lines."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    root.handlers.clear()  # or they are closed
+    root.handlers.clear()  # so that they aren't closed
     lines = io.StringIO()
     logs.configure("user", "info", lines)
     yield lambda: [json.loads(line) for line in lines.getvalue().splitlines()]
@@ -301,7 +303,7 @@ async def test_a_bug_is_internal_and_its_traceback_stays_in_the_log(
     await database.write(lambda connection: connection.exec_driver_sql("ALTER TABLE users RENAME TO lost"))
     error = await failure(users.GetUser(user_pb2.GetUserRequest(id=NOBODY)))
     assert error.code() is grpc.StatusCode.INTERNAL
-    assert error.details() == "internal error; the service's log has the details"
+    assert error.details() == "internal error; see the service's log"
     raised, failed = json_logs()
     assert (raised["service"], raised["level"]) == ("user", "error")
     assert re.search("no such table: users|relation .users. does not exist", raised["exception"])

@@ -1,4 +1,4 @@
-"""What the databases of the shop promise: what is written once is there once, whoever else writes."""
+"""What the shop's databases promise: what is written once is stored once, whatever other writers do."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from services.database import Database
-from services.errors import ExhaustedError, RequestIdReusedError, UnavailableError
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.errors import ExhaustedError, RequestIdReusedError, UnavailableError
+from services.common.migrations import migrate
 from services.order import store as order_store
 from services.order.domain import Item, Order, OrderNotFoundError
 from services.order.store import Listing, OrderStore
@@ -43,7 +43,7 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
 def user(email: str = "ann@example.com", name: str = "Ann") -> User:
-    return User.new(str(uuid.uuid4()), name=Name.of_whole(name), email=email, now=NOW)
+    return User.new(str(uuid.uuid4()), name=Name.of_full(name), email=email, now=NOW)
 
 
 def order(user_id: str = "ann", *items: Item) -> Order:
@@ -67,38 +67,38 @@ def orders(open_database: Open) -> OrderStore:
     return OrderStore(open_database("order", order_store.VERSIONS))
 
 
-async def test_a_user_comes_back_as_it_went_in(users: UserStore) -> None:
+async def test_a_user_is_read_as_it_was_written(users: UserStore) -> None:
     ann = await users.create(user())
     assert await users.get(ann.id) == ann
     assert (await users.get(ann.id)).create_time.tzinfo is dt.UTC
 
 
-async def test_instants_of_other_zones_are_kept_in_utc(users: UserStore) -> None:
+async def test_times_in_other_zones_are_stored_in_utc(users: UserStore) -> None:
     tokyo = NOW.astimezone(dt.timezone(dt.timedelta(hours=9)))
-    ann = await users.create(User.new(str(uuid.uuid4()), name=Name.of_whole("Ann"), email="ann@example.com", now=tokyo))
+    ann = await users.create(User.new(str(uuid.uuid4()), name=Name.of_full("Ann"), email="ann@example.com", now=tokyo))
     assert (await users.get(ann.id)).create_time.isoformat() == NOW.isoformat()
 
 
-async def test_a_user_who_is_not_there_is_not_found(users: UserStore) -> None:
+async def test_a_missing_user_is_not_found_in_the_store(users: UserStore) -> None:
     with pytest.raises(UserNotFoundError):
         await users.get(str(uuid.uuid4()))
 
 
-async def test_an_email_is_one_users_whatever_its_case(users: UserStore) -> None:
+async def test_an_email_is_unique_whatever_its_case(users: UserStore) -> None:
     await users.create(user("Ann@Example.com"))
     with pytest.raises(EmailTakenError):
         await users.create(user("aNN@example.COM"))
     assert len((await users.list(10)).items) == 1
 
 
-async def test_the_same_request_makes_one_user(users: UserStore) -> None:
+async def test_the_same_request_creates_one_user(users: UserStore) -> None:
     first = await users.create(user(), "r1")
     assert await users.create(user(), "r1") == first
     with pytest.raises(RequestIdReusedError):
         await users.create(user(name="Anne"), "r1")
 
 
-async def test_a_failed_request_is_not_remembered(users: UserStore) -> None:
+async def test_a_failed_request_is_not_recorded(users: UserStore) -> None:
     await users.create(user())
     with pytest.raises(EmailTakenError):
         await users.create(user(), "r1")
@@ -106,7 +106,7 @@ async def test_a_failed_request_is_not_remembered(users: UserStore) -> None:
     assert other.email == "bob@example.com"
 
 
-async def test_users_written_between_two_pages_move_nobody(users: UserStore) -> None:
+async def test_users_written_between_two_pages_shift_no_others(users: UserStore) -> None:
     created = [await users.create(user(f"{n}@example.com")) for n in range(5)]
     first = await users.list(3)
     late = await users.create(user("late@example.com"))
@@ -115,7 +115,7 @@ async def test_users_written_between_two_pages_move_nobody(users: UserStore) -> 
     assert (first.more, second.more) == (True, False)
 
 
-async def test_an_order_comes_back_with_its_items_in_their_order(orders: OrderStore) -> None:
+async def test_an_order_is_read_with_its_items_in_order(orders: OrderStore) -> None:
     lines = [Item(f"sku-{n}", n + 1) for n in range(12)]
     taken = await orders.create(order("ann", *lines), "r1")
     assert await orders.get(taken.id) == taken
@@ -132,7 +132,7 @@ async def test_orders_are_listed_for_everybody_and_for_one_user(orders: OrderSto
     assert list((await orders.list(1, page.last, Listing("bob"))).items) == [taken[3]]
 
 
-async def test_the_same_request_makes_one_order(orders: OrderStore) -> None:
+async def test_the_same_request_creates_one_order(orders: OrderStore) -> None:
     assert await orders.find(order(), "r1") is None
     first = await orders.create(order(), "r1")
     assert await orders.create(order(), "r1") == first
@@ -142,7 +142,7 @@ async def test_the_same_request_makes_one_order(orders: OrderStore) -> None:
     assert list((await orders.list(10)).items) == [first]
 
 
-async def test_replicas_racing_with_the_same_request_make_one_order(open_database: Open) -> None:
+async def test_replicas_racing_with_the_same_request_create_one_order(open_database: Open) -> None:
     replicas = [OrderStore(open_database("order", order_store.VERSIONS)) for _ in range(3)]
     taken = await asyncio.gather(*(replicas[n % 3].create(order(), "r1") for n in range(30)))
     assert len({each.id for each in taken}) == 1
@@ -151,8 +151,8 @@ async def test_replicas_racing_with_the_same_request_make_one_order(open_databas
 
 RACER = """
 import asyncio, datetime as dt, sys, uuid
-from services.database import Database
-from services.migrations import migrate
+from services.common.database import Database
+from services.common.migrations import migrate
 from services.order.domain import Item, Order
 from services.order.store import VERSIONS, OrderStore
 
@@ -171,7 +171,7 @@ database.close()
 
 
 @pytest.mark.slow
-def test_processes_that_start_and_write_at_once_agree_on_every_order(tmp_path: Path) -> None:
+def test_processes_that_start_and_write_concurrently_agree_on_every_order(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACER, str(tmp_path / "order.db")]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = [racer.communicate(timeout=30)[0] for racer in racers]
@@ -180,7 +180,7 @@ def test_processes_that_start_and_write_at_once_agree_on_every_order(tmp_path: P
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_replicas_that_migrate_at_once_all_succeed(tmp_path: Path) -> None:
+def test_replicas_that_migrate_concurrently_all_succeed(tmp_path: Path) -> None:
     databases = [Database(f"sqlite:///{tmp_path}/user.db") for _ in range(8)]
     start = threading.Barrier(len(databases))
 
@@ -196,14 +196,14 @@ def test_replicas_that_migrate_at_once_all_succeed(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_replica_that_starts_waits_for_the_one_that_migrates(tmp_path: Path) -> None:
+def test_a_starting_replica_waits_for_one_that_migrates(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/user.db")
     with (tmp_path / "user.db.lock").open("w") as lock, ThreadPoolExecutor(1) as replica:
         fcntl.flock(lock, fcntl.LOCK_EX)
         inode = f":{os.fstat(lock.fileno()).st_ino} "
         migrated = replica.submit(migrate, database, user_store.VERSIONS)
         try:
-            # A waiter's line in /proc/locks begins with an arrow.
+            # A waiter's line in /proc/locks starts with an arrow.
             eventually(
                 lambda: any("->" in held and inode in held for held in Path("/proc/locks").read_text().splitlines()),
                 what="the replica waits for the lock",
@@ -216,13 +216,13 @@ def test_a_replica_that_starts_waits_for_the_one_that_migrates(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("store", [user_store, order_store], ids=["user", "order"])
-def test_migrations_make_the_tables_that_the_store_uses(open_database: Open, store: object) -> None:
+def test_migrations_create_the_tables_that_the_store_uses(open_database: Open, store: object) -> None:
     database = open_database("any", store.VERSIONS)  # type: ignore[attr-defined]
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), store.metadata) == []  # type: ignore[attr-defined]
 
 
-async def test_a_database_newer_than_the_program_is_left_as_it_is(open_database: Open) -> None:
+async def test_a_database_newer_than_the_program_is_left_alone(open_database: Open) -> None:
     newer = open_database("user", user_store.VERSIONS)
     with newer.engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
@@ -231,7 +231,7 @@ async def test_a_database_newer_than_the_program_is_left_as_it_is(open_database:
     assert await older.get(ann.id) == ann
 
 
-async def test_while_another_process_holds_the_lock_reads_go_on_and_writes_are_refused(
+async def test_while_another_process_holds_the_lock_reads_continue_and_writes_fail(
     open_sqlite: Open, tmp_path: Path
 ) -> None:
     users = UserStore(open_sqlite("user", user_store.VERSIONS))
@@ -248,7 +248,7 @@ async def test_while_another_process_holds_the_lock_reads_go_on_and_writes_are_r
     await users.create(user("bob@example.com"))
 
 
-async def test_a_full_database_refuses_orders_whole(open_sqlite: Open) -> None:
+async def test_a_full_database_stores_no_part_of_an_order(open_sqlite: Open) -> None:
     database = open_sqlite("order", order_store.VERSIONS)
     orders = OrderStore(database)
     many = [Item("sku", 1)] * 100
@@ -265,7 +265,7 @@ async def test_a_full_database_refuses_orders_whole(open_sqlite: Open) -> None:
     assert await orders.find(order("ann", *many), "r19") is None
 
 
-async def test_a_read_only_database_refuses_writes_and_goes_on_reading(open_sqlite: Open) -> None:
+async def test_a_read_only_database_refuses_writes_and_serves_reads(open_sqlite: Open) -> None:
     database = open_sqlite("user", user_store.VERSIONS)
     users = UserStore(database)
     ann = await users.create(user())
@@ -275,12 +275,12 @@ async def test_a_read_only_database_refuses_writes_and_goes_on_reading(open_sqli
     assert await users.get(ann.id) == ann
 
 
-# The same on PostgreSQL, each by its own means.
+# The same on PostgreSQL.
 
 
 @pytest.fixture
 def open_postgresql(postgresql: PostgreSQL) -> Iterator[Callable[..., Database]]:
-    """Opens a migrated database in PostgreSQL, the same one each time; with settings of its own."""
+    """Opens the same migrated PostgreSQL database each time, with given settings."""
     url = postgresql.empty()
     opened = []
 
@@ -301,7 +301,7 @@ def open_postgresql(postgresql: PostgreSQL) -> Iterator[Callable[..., Database]]
 @pytest.mark.slow
 @pytest.mark.xdist_group("postgresql")
 class TestPostgreSQL:
-    async def test_while_another_holds_the_lock_reads_go_on_and_writes_are_refused(
+    async def test_while_another_holds_the_lock_reads_continue_and_writes_fail(
         self, open_postgresql: Callable[..., Database]
     ) -> None:
         database = open_postgresql(user_store.VERSIONS)
@@ -314,12 +314,12 @@ class TestPostgreSQL:
             assert await users.get(ann.id) == ann
         await users.create(user("bob@example.com"))
 
-    async def test_a_full_disk_refuses_orders_whole(self, open_postgresql: Callable[..., Database]) -> None:
+    async def test_a_full_disk_stores_no_part_of_an_order(self, open_postgresql: Callable[..., Database]) -> None:
         database = open_postgresql(order_store.VERSIONS)
         orders = OrderStore(database)
 
         def fill(connection: sa.Connection) -> None:
-            # The server says what it says when its disk is full, at the last of the statements.
+            # Raises the server's error for a full disk, in the last statement.
             connection.exec_driver_sql(
                 "CREATE FUNCTION full() RETURNS trigger LANGUAGE plpgsql AS "
                 "$$ BEGIN RAISE 'No space left on device' USING ERRCODE = 'disk_full'; END $$"
@@ -327,14 +327,14 @@ class TestPostgreSQL:
             connection.exec_driver_sql("CREATE TRIGGER t BEFORE INSERT ON outbox EXECUTE FUNCTION full()")
 
         await database.write(fill)
-        with pytest.raises(ExhaustedError, match="no room"):
+        with pytest.raises(ExhaustedError, match="out of resources"):
             await orders.create(order(), "r1")
         assert list((await orders.list(10)).items) == []
         await database.write(lambda connection: connection.exec_driver_sql("DROP TRIGGER t ON outbox"))
         assert await orders.find(order(), "r1") is None
         await orders.create(order(), "r1")
 
-    async def test_a_read_only_database_refuses_writes_and_goes_on_reading(
+    async def test_a_read_only_database_refuses_writes_and_serves_reads(
         self, open_postgresql: Callable[..., Database]
     ) -> None:
         ann = await UserStore(open_postgresql(user_store.VERSIONS)).create(user())
@@ -343,13 +343,13 @@ class TestPostgreSQL:
             await users.create(user("bob@example.com"))
         assert await users.get(ann.id) == ann
 
-    async def test_lost_connections_are_made_again(
+    async def test_lost_connections_are_reopened(
         self, open_postgresql: Callable[..., Database], postgresql: PostgreSQL
     ) -> None:
         database = open_postgresql(user_store.VERSIONS)
         users = UserStore(database)
         ann = await users.create(user())
-        # One after the other, all that is done here is done on one connection.
+        # Sequential units of work all use one connection.
         pid = await database.read(lambda c: c.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
         postgresql.execute(f"SELECT pg_terminate_backend({pid})")
         eventually(lambda: not postgresql.execute(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
@@ -357,14 +357,14 @@ class TestPostgreSQL:
             await users.get(ann.id)
         assert await users.get(ann.id) == ann
 
-    async def test_a_server_that_is_not_there_is_unavailable(self, tmp_path: Path) -> None:
+    async def test_a_missing_server_is_unavailable(self, tmp_path: Path) -> None:
         database = Database(f"postgresql://nobody@/none?host={tmp_path}")
         with pytest.raises(UnavailableError, match="connection"):
             await UserStore(database).get("any")
         database.close()
 
 
-async def test_what_is_lost_to_another_writer_is_looked_at_again(open_database: Open) -> None:
+async def test_a_write_that_lost_to_another_writer_runs_again(open_database: Open) -> None:
     database = open_database("user", user_store.VERSIONS)
     runs = 0
 
@@ -384,7 +384,7 @@ def test_a_sqlite_database_needs_a_file(url: str) -> None:
         Database(url)
 
 
-async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_harms_nobody(open_database: Open) -> None:
+async def test_in_a_group_commit_one_that_fails_is_rolled_back_without_affecting_others(open_database: Open) -> None:
     database = open_database("user", user_store.VERSIONS)
     users = UserStore(database)
     begun, go_on = threading.Event(), threading.Event()
@@ -399,7 +399,7 @@ async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_har
 
     first = asyncio.create_task(database.write(hold))
     await asyncio.to_thread(begun.wait, 10)
-    # Meanwhile these wait, and are then written together.
+    # Meanwhile these wait, and are then committed as a group.
     writes = [asyncio.create_task(users.create(user(f"{n}@example.com"))) for n in range(5)]
     writes.insert(3, asyncio.create_task(database.write(fail)))  # type: ignore[arg-type]
     writes.append(asyncio.create_task(users.create(user("3@example.com"))))
@@ -410,22 +410,20 @@ async def test_of_those_who_write_together_one_that_fails_leaves_nothing_and_har
     await first
     ended = await asyncio.gather(*writes, return_exceptions=True)
     assert type(ended[3]) is RuntimeError
-    # Two have one address: which of them is first is not promised.
+    # Two have the same email; either may be first.
     assert Counter(type(ending) for ending in ended) == {User: 5, EmailTakenError: 1, RuntimeError: 1}
     kept = await users.list(10)
-    assert {each.name.whole for each in kept.items} == {"Ann"}
+    assert {each.name.full for each in kept.items} == {"Ann"}
     assert {each.email for each in kept.items} - {"gone@example.com"} == {f"{n}@example.com" for n in range(5)}
 
 
-async def test_many_who_write_while_the_database_is_locked_wait_no_longer_than_one(
-    open_sqlite: Open, tmp_path: Path
-) -> None:
+async def test_many_writers_of_a_locked_database_wait_no_longer_than_one(open_sqlite: Open, tmp_path: Path) -> None:
     users = UserStore(open_sqlite("user", user_store.VERSIONS))
     other = sqlite3.connect(tmp_path / "user.db", isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
         writes = [users.create(user(f"{n}@example.com")) for n in range(50)]
-        async with asyncio.timeout(5):  # each by itself: 10 s
+        async with asyncio.timeout(5):  # one by one: 10 s
             ended = await asyncio.gather(*writes, return_exceptions=True)
     finally:
         other.close()

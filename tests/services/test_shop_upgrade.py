@@ -1,4 +1,4 @@
-"""A new release beside the old one: on a database that holds data and is written to, with no error on either side."""
+"""A new release beside the old one: on a database with data and writers, without errors on either side."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from services.database import Database
+from services.common.database import Database
+from services.common.migrations import migrate
+from services.common.paging import Page
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.migrations import migrate
 from services.notification import store as notification_store
 from services.notification.store import NotificationStore
 from services.order import store as order_store
 from services.order.domain import Item, Money, Order, State
 from services.order.store import OrderStore
-from services.paging import Page
 from services.user import store as user_store
 from services.user.domain import Name, User
 from services.user.store import Listing, UserStore
@@ -41,7 +41,7 @@ VERSIONS = {
 
 @pytest.fixture
 def old(database_url: Callable[[str], str], tmp_path: Path) -> Iterator[Callable[..., Database]]:
-    """The database of a service as the first release left it, or a later revision."""
+    """A service's database, as created by the first release or by a later revision."""
     with contextlib.ExitStack() as stack:
 
         def old(service: str, revision: int = 1) -> Database:
@@ -99,8 +99,8 @@ async def test_orders_of_the_old_release_are_orders_of_the_new(old: Callable[...
     assert [order.id for order in page.items] == [before, after, new.id]
 
 
-async def test_events_that_waited_in_the_outbox_of_revision_2_are_published(old: Callable[..., Database]) -> None:
-    """A replica of revision 2 writes beside the new one, which publishes the events of both."""
+async def test_pending_events_in_the_outbox_of_revision_2_are_published(old: Callable[..., Database]) -> None:
+    """A replica of revision 2 writes beside the new one, which publishes both replicas' events."""
     database = old("order", 2)
     kind = "TIMESTAMPTZ" if database.file is None else "TEXT"
     add = sa.text(
@@ -113,9 +113,9 @@ async def test_events_that_waited_in_the_outbox_of_revision_2_are_published(old:
     await database.write(lambda connection: connection.execute(add, {"id": after, "subject": after, "data": b""}))
     bus = MemoryBus()
     async with Relay(database, order_store.outbox, bus, "new"), asyncio.timeout(10):
-        while len(bus.kept) < 2:  # noqa: ASYNC110 - the bus has no event for it
+        while len(bus.stored) < 2:  # noqa: ASYNC110 - the bus has no asyncio.Event for it
             await asyncio.sleep(0.01)
-    assert [event.subject for event in bus.kept] == [before, after]
+    assert [event.subject for event in bus.stored] == [before, after]
 
 
 async def test_notifications_of_the_old_release_get_a_key_for_their_tokens(old: Callable[..., Database]) -> None:
@@ -127,10 +127,10 @@ async def test_notifications_of_the_old_release_get_a_key_for_their_tokens(old: 
 
 START = """
 import sys
-from services.database import Database
+from services.common.database import Database
 from services.events.memory import MemoryBus
 from services.events.relay import Relay
-from services.migrations import migrate
+from services.common.migrations import migrate
 from services.notification import store as notification_store
 from services.notification.store import NotificationStore
 from services import {service}
@@ -146,7 +146,7 @@ database.close()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("service", ["user", "order"])
-async def test_two_replicas_migrate_at_once_while_one_of_the_old_release_writes(
+async def test_two_replicas_migrate_concurrently_while_one_of_the_old_release_writes(
     old: Callable[..., Database], database_url: Callable[[str], str], service: str
 ) -> None:
     database = old(service)
@@ -167,6 +167,6 @@ async def test_two_replicas_migrate_at_once_while_one_of_the_old_release_writes(
 
 
 def _start(service: str, url: str) -> subprocess.Popen[str]:
-    """A process that migrates the database once it is told to."""
+    """A process that migrates the database when it is signalled."""
     command = [sys.executable, "-c", START.format(service=service), url]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)

@@ -1,4 +1,4 @@
-"""Users in full, in both versions of the contract: changed, deleted, brought back, filtered, ordered, paged."""
+"""Users in both API versions: changed, deleted, undeleted, filtered, sorted, paged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from mesh.testing import FakeClock
-from services.rpc import readable
+from services.common.rpc import reject_unparsable
 from services.user import store as user_store
 from services.user.domain import Name
 from services.user.servicer import UserServicer
@@ -33,7 +33,7 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 
 @pytest.fixture
 async def both(open_database: Open) -> AsyncIterator[tuple[UsersV1, UsersV2]]:
-    """One user service, by both versions of its contract. Its clock moves a second whenever it is looked at."""
+    """A user service with both API versions. Its clock advances a second whenever it is read."""
     clock = FakeClock(tick=1.0)
 
     def now() -> dt.datetime:
@@ -42,8 +42,8 @@ async def both(open_database: Open) -> AsyncIterator[tuple[UsersV1, UsersV2]]:
     store = UserStore(open_database("user", user_store.VERSIONS))
 
     def add(server: grpc.aio.Server) -> None:
-        readable(v1_grpc.add_UserServiceServicer_to_server)(UserServicer(store, now), server)
-        readable(v2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(store, now), server)
+        reject_unparsable(v1_grpc.add_UserServiceServicer_to_server)(UserServicer(store, now), server)
+        reject_unparsable(v2_grpc.add_UserServiceServicer_to_server)(UserServicerV2(store, now), server)
 
     async with serving(add) as channel:
         yield v1_grpc.UserServiceStub(channel), v2_grpc.UserServiceStub(channel)
@@ -88,7 +88,7 @@ async def names(users: UsersV1, page_size: int = 2, **listing: str | bool) -> li
             return found
 
 
-async def test_an_update_changes_what_its_mask_names_and_nothing_else(users: UsersV1) -> None:
+async def test_an_update_changes_only_the_fields_in_its_mask(users: UsersV1) -> None:
     ann = await create(users)
     changed = (await users.UpdateUser(update(ann.id, "name", name="Anne", email="other@example.com"))).user
     assert (changed.name, changed.email) == ("Anne", "ann@example.com")
@@ -98,13 +98,13 @@ async def test_an_update_changes_what_its_mask_names_and_nothing_else(users: Use
     assert await get(users, ann.id) == changed
 
 
-async def test_without_a_mask_what_is_filled_is_changed(users: UsersV1) -> None:
+async def test_without_a_mask_all_set_fields_are_changed(users: UsersV1) -> None:
     ann = await create(users)
     changed = (await users.UpdateUser(update(ann.id, email="anne@example.com"))).user
     assert (changed.name, changed.email) == ("Ann", "anne@example.com")
 
 
-async def test_an_update_that_changes_nothing_leaves_the_etag(users: UsersV1) -> None:
+async def test_an_update_that_changes_nothing_keeps_the_etag(users: UsersV1) -> None:
     ann = await create(users)
     assert (await users.UpdateUser(update(ann.id, "name", "email", name="Ann", email=ann.email))).user == ann
 
@@ -121,25 +121,25 @@ async def test_an_update_that_changes_nothing_leaves_the_etag(users: UsersV1) ->
     ],
     ids=["unknown", "empty", "long", "email", "id", "no user"],
 )
-async def test_a_malformed_update_is_refused(
+async def test_an_invalid_update_is_rejected(
     users: UsersV1, request_: v1.UpdateUserRequest, expected: dict[str, str]
 ) -> None:
     assert violations(await failure(users.UpdateUser(request_))) == expected
 
 
-async def test_an_email_can_not_be_emptied(users: UsersV1) -> None:
+async def test_an_email_can_not_be_removed(users: UsersV1) -> None:
     ann = await create(users)
     assert violations(await failure(users.UpdateUser(update(ann.id, "*", name="Ann")))) == {"user.email": "EMPTY"}
 
 
-async def test_fields_that_only_the_service_gives_are_no_error_in_a_mask(users: UsersV1) -> None:
+async def test_output_only_fields_in_a_mask_are_ignored(users: UsersV1) -> None:
     ann = await create(users)
     changed = (await users.UpdateUser(update(ann.id, "create_time", "name", name="Anne"))).user
     assert changed.create_time == ann.create_time
     assert changed.name == "Anne"
 
 
-async def test_who_changes_what_another_has_changed_is_told_so(users: UsersV1) -> None:
+async def test_a_change_with_an_outdated_etag_is_aborted(users: UsersV1) -> None:
     ann = await create(users)
     first = (await users.UpdateUser(update(ann.id, "name", name="Anne", etag=ann.etag))).user
     for late in (
@@ -151,7 +151,7 @@ async def test_who_changes_what_another_has_changed_is_told_so(users: UsersV1) -
     assert await get(users, ann.id) == first
 
 
-async def test_an_email_that_another_has_can_not_be_taken_over(users: UsersV1) -> None:
+async def test_an_email_of_another_user_can_not_be_taken(users: UsersV1) -> None:
     ann, bob = await create(users), await create(users, "Bob", "bob@example.com")
     error = await failure(users.UpdateUser(update(bob.id, "email", email="ANN@example.com")))
     assert reason(error) == (grpc.StatusCode.ALREADY_EXISTS, "EMAIL_TAKEN")
@@ -159,7 +159,7 @@ async def test_an_email_that_another_has_can_not_be_taken_over(users: UsersV1) -
     assert (await get(users, ann.id)).email == "ANN@example.com"
 
 
-async def test_a_deleted_user_can_be_read_and_brought_back_and_nothing_else(users: UsersV1) -> None:
+async def test_a_deleted_user_can_only_be_read_and_undeleted(users: UsersV1) -> None:
     ann = await create(users)
     deleted = (await users.DeleteUser(v1.DeleteUserRequest(id=ann.id))).user
     assert deleted.HasField("delete_time")
@@ -178,7 +178,7 @@ async def test_a_deleted_user_can_be_read_and_brought_back_and_nothing_else(user
     assert await names(users) == ["Ann"]
 
 
-async def test_deleting_twice_is_an_error_unless_the_caller_says_otherwise(users: UsersV1) -> None:
+async def test_deleting_twice_is_an_error_unless_allowed(users: UsersV1) -> None:
     ann = await create(users)
     deleted = (await users.DeleteUser(v1.DeleteUserRequest(id=ann.id))).user
     again = await failure(users.DeleteUser(v1.DeleteUserRequest(id=ann.id)))
@@ -186,13 +186,13 @@ async def test_deleting_twice_is_an_error_unless_the_caller_says_otherwise(users
     assert (await users.DeleteUser(v1.DeleteUserRequest(id=ann.id, allow_missing=True))).user == deleted
 
 
-async def test_a_user_who_is_there_is_not_brought_back(users: UsersV1) -> None:
+async def test_a_user_that_is_not_deleted_can_not_be_undeleted(users: UsersV1) -> None:
     ann = await create(users)
     error = await failure(users.UndeleteUser(v1.UndeleteUserRequest(id=ann.id)))
     assert reason(error) == (grpc.StatusCode.ALREADY_EXISTS, "USER_NOT_DELETED")
 
 
-async def test_a_batch_comes_in_the_order_asked_for_whole_or_not_at_all(users: UsersV1) -> None:
+async def test_a_batch_is_returned_in_request_order_or_not_at_all(users: UsersV1) -> None:
     created = [await create(users, f"User {n}", f"{n}@example.com") for n in range(3)]
     wanted = [created[2], created[0], created[2]]
     found = await users.BatchGetUsers(v1.BatchGetUsersRequest(ids=[user.id.upper() for user in wanted]))
@@ -215,7 +215,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("order_by", "expected"), ORDERS, ids=[order_by or "none" for order_by, _ in ORDERS])
 @pytest.mark.parametrize("page_size", [1, 2, 5])
-async def test_lists_come_in_the_order_asked_for_on_pages_of_any_size(
+async def test_lists_are_sorted_on_pages_of_any_size(
     users: UsersV1, order_by: str, expected: list[str], page_size: int
 ) -> None:
     for n, name in enumerate(["bob", "Ann", "cid", "Ann", "Äsop"]):
@@ -237,7 +237,7 @@ async def test_lists_come_in_the_order_asked_for_on_pages_of_any_size(
         ('name = "no \\"one\\""', []),
     ],
 )
-async def test_lists_hold_what_their_filter_asks_for(users: UsersV1, filter: str, expected: list[str]) -> None:
+async def test_lists_contain_what_matches_their_filter(users: UsersV1, filter: str, expected: list[str]) -> None:
     for name in ["Ann", "Anne", "bob", "Ann*e"]:
         await create(
             users, name, f"{name.lower().replace('*', '')}-{name[3:4] == '*'}@example.com".replace("-False", "")
@@ -264,18 +264,18 @@ async def test_lists_hold_what_their_filter_asks_for(users: UsersV1, filter: str
         "(name = Ann)",
     ],
 )
-async def test_a_filter_that_can_not_be_read_is_refused(users: UsersV1, filter: str) -> None:
+async def test_an_invalid_filter_is_rejected(users: UsersV1, filter: str) -> None:
     error = await failure(users.ListUsers(v1.ListUsersRequest(filter=filter)))
     assert violations(error) == {"filter": "INVALID_FILTER"}
 
 
 @pytest.mark.parametrize("order_by", ["id", "name up", "name desc desc", "name, email", "-name"])
-async def test_an_order_that_is_not_offered_is_refused(users: UsersV1, order_by: str) -> None:
+async def test_an_unsupported_order_is_rejected(users: UsersV1, order_by: str) -> None:
     error = await failure(users.ListUsers(v1.ListUsersRequest(order_by=order_by)))
     assert violations(error) == {"order_by": "INVALID_ORDER_BY"}
 
 
-async def test_a_token_is_good_for_the_same_list_alone(users: UsersV1) -> None:
+async def test_a_token_is_only_valid_for_the_same_list(users: UsersV1) -> None:
     for n in range(3):
         await create(users, f"User {n}", f"{n}@example.com")
     token = (await users.ListUsers(v1.ListUsersRequest(page_size=1, order_by="name"))).next_page_token
@@ -289,9 +289,7 @@ async def test_a_token_is_good_for_the_same_list_alone(users: UsersV1) -> None:
 
 
 @pytest.mark.parametrize("order_by", ["", "name", "email desc"])
-async def test_who_is_there_all_along_is_listed_once_whatever_is_written_between_pages(
-    users: UsersV1, order_by: str
-) -> None:
+async def test_existing_users_are_listed_once_whatever_is_written_between_pages(users: UsersV1, order_by: str) -> None:
     there = [(await create(users, f"User {n:02}", f"{n:02}@example.com")).id for n in range(10)]
     gone = [(await create(users, f"Gone {n}", f"gone{n}@example.com")).id for n in range(3)]
     seen: list[str] = []
@@ -332,7 +330,7 @@ async def test_v2_serves_the_users_of_v1_with_their_names_in_parts(users: UsersV
     assert list((await users_v2.BatchGetUsers(v2.BatchGetUsersRequest(ids=[by_v2.id]))).users) == [by_v2]
 
 
-async def test_a_name_comes_back_by_each_version_as_that_gave_it(users: UsersV1, users_v2: UsersV2) -> None:
+async def test_each_version_returns_a_name_as_it_was_set_through_it(users: UsersV1, users_v2: UsersV2) -> None:
     ann = await create(users, "Ann  Marie Smith ")
     assert ann.name == "Ann  Marie Smith "
     split = (await users_v2.GetUser(v2.GetUserRequest(id=ann.id))).user.name
@@ -349,7 +347,7 @@ async def test_a_name_comes_back_by_each_version_as_that_gave_it(users: UsersV1,
     assert (alone.given, alone.family) == ("Cher", "")
 
 
-async def test_v2_deletes_and_brings_back(users: UsersV1, users_v2: UsersV2) -> None:
+async def test_v2_deletes_and_undeletes(users: UsersV1, users_v2: UsersV2) -> None:
     ann = await create(users)
     deleted = (await users_v2.DeleteUser(v2.DeleteUserRequest(id=ann.id, etag=ann.etag))).user
     assert deleted.HasField("delete_time")
@@ -358,7 +356,7 @@ async def test_v2_deletes_and_brings_back(users: UsersV1, users_v2: UsersV2) -> 
     assert (await get(users, ann.id)).etag == back.etag
 
 
-async def test_v2_refuses_names_without_a_given_name(users_v2: UsersV2) -> None:
+async def test_v2_rejects_names_without_a_given_name(users_v2: UsersV2) -> None:
     unnamed = v2.CreateUserRequest(name=v2.UserName(family="Smith"), email="ann@example.com")
     assert violations(await failure(users_v2.CreateUser(unnamed))) == {"name.given": "EMPTY"}
     without = v2.CreateUserRequest(email="ann@example.com")
@@ -370,5 +368,5 @@ async def test_v2_refuses_names_without_a_given_name(users_v2: UsersV2) -> None:
     [("Ann", "Ann", ""), ("Ann Smith", "Ann", "Smith"), (" Ann B. Smith ", "Ann B.", "Smith"), (" ", "", "")],
 )
 def test_the_last_of_several_words_is_the_family_name(whole: str, given: str, family: str) -> None:
-    name = Name.of_whole(whole)
+    name = Name.of_full(whole)
     assert (name.given, name.family) == (given, family)

@@ -1,4 +1,4 @@
-"""The order service's stubs. Orders carry google.type.Money, whose stub comes with googleapis-common-protos."""
+"""The order service's stubs. Orders contain google.type.Money, whose stub is in googleapis-common-protos."""
 
 try:
     import google.type.money_pb2  # noqa: F401

@@ -1,4 +1,4 @@
-"""Notifications, and the events that were acted on."""
+"""Notifications, and the events that were processed."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,6 +1,6 @@
-"""The key of the page tokens."""
+"""The page tokens' key."""
 
-from services import paging
+from services.common import paging
 
 revision = "0002"
 down_revision = "0001"

@@ -1,4 +1,4 @@
-"""Orders, their items, and the requests that made them."""
+"""Orders, their items, and the requests that created them."""
 
 import sqlalchemy as sa
 from alembic import op

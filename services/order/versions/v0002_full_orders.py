@@ -1,12 +1,12 @@
 """Orders with prices, states and their history, and the outbox.
 
-A replica of 0001 writes and reads on as it did: what it takes is PENDING, has no prices, and no event tells of it.
+Replicas of 0001 keep working: orders that they create are PENDING, and have no prices and no event.
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-from services import outbox
+from services.events import outbox
 
 revision = "0002"
 down_revision = "0001"

@@ -1,9 +1,10 @@
-"""Events that are set aside because they can't be published, and the key of the page tokens.
+"""Events that are set aside because they can't be published, and the page tokens' key.
 
-A replica of 0002 relays on as it did: it doesn't count its attempts, and sets nothing aside.
+Replicas of 0002 keep working: their relays don't count attempts, and set nothing aside.
 """
 
-from services import outbox, paging
+from services.common import paging
+from services.events import outbox
 
 revision = "0003"
 down_revision = "0002"

@@ -1,4 +1,4 @@
-"""Users, and the requests that made them."""
+"""Users, and the requests that created them."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -6,7 +6,7 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
-# By code points in both databases, so that lists and prefixes are the same.
+# Compared by code points in both databases, so that sorting and prefixes are the same.
 TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 

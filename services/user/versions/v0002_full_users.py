@@ -1,4 +1,4 @@
-"""Users who change, are deleted, and have names in parts. A replica of 0001 writes and reads on as it did."""
+"""Users that can be changed and deleted, with names in parts. Replicas of 0001 keep working."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Locality(_message.Message):
-    """Where an instance runs, from the largest to the smallest."""
+    """Where an instance runs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -29,9 +29,9 @@ class Locality(_message.Message):
     ZONE_FIELD_NUMBER: _builtins.int
     SUB_ZONE_FIELD_NUMBER: _builtins.int
     region: _builtins.str
-    """The region, "eu-west" say."""
+    """The region, such as "eu-west"."""
     zone: _builtins.str
-    """The zone in the region."""
+    """The zone within the region."""
     sub_zone: _builtins.str
     """The part of the zone."""
     def __init__(
@@ -82,22 +82,22 @@ class Instance(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The instance's id, unique in its service: the same process keeps it when it registers again."""
+    """The instance's id, unique within its service. A process keeps it when it registers again."""
     service: _builtins.str
     """The service's full name, "weft.user.v1.UserService"."""
     address: _builtins.str
-    """Where it may be called: "host:port", or "unix:path". Loopback and link-local addresses and sockets of one host are
-    accepted from the registry's own host only.
+    """Its address: "host:port" or "unix:path". Loopback addresses, link-local addresses and unix sockets are only accepted from
+    the registry's own host.
     """
     weight: _builtins.int
-    """Its share of the load against other instances, from 1 to 1,000; 0 counts as 1."""
+    """Its weight relative to other instances, from 1 to 1,000; 0 counts as 1."""
     @_builtins.property
     def locality(self) -> Global___Locality:
         """Where it runs."""
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Labels for choosing among instances, such as "version"."""
+        """Labels, such as "version"."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ Global___Instance: _TypeAlias = Instance  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
-    """What Register takes."""
+    """The request of Register."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -131,7 +131,7 @@ class RegisterRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the instance is known without a keep-alive. Unset: 10 s. Taken into [1 s, 300 s]."""
+        """How long the instance stays registered without a keep-alive. Default: 10 s. Clamped to 1 s to 300 s."""
 
     def __init__(
         self,
@@ -149,17 +149,17 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
-    """What Register returns."""
+    """The response of Register."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
-    """The lease, to keep alive and to deregister. It is a secret: no other method returns it."""
+    """The lease, for KeepAlive and Deregister. It is a secret: no other method returns it."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """The time to live that was granted."""
+        """The time to live, as granted."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
 
 @_typing.final
 class KeepAliveRequest(_message.Message):
-    """A round of keep-alives."""
+    """Renews leases."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -201,14 +201,14 @@ Global___KeepAliveRequest: _TypeAlias = KeepAliveRequest  # noqa: Y015
 
 @_typing.final
 class KeepAliveResponse(_message.Message):
-    """The answer to one KeepAliveRequest."""
+    """The response to one KeepAliveRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     UNKNOWN_LEASE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def unknown_lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Those of the leases that the registry doesn't know: register their instances again."""
+        """The leases that the registry doesn't know: register their instances again."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ Global___KeepAliveResponse: _TypeAlias = KeepAliveResponse  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):
-    """What Deregister takes."""
+    """The request of Deregister."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -247,7 +247,7 @@ Global___DeregisterRequest: _TypeAlias = DeregisterRequest  # noqa: Y015
 
 @_typing.final
 class DeregisterResponse(_message.Message):
-    """What Deregister returns."""
+    """The response of Deregister."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -264,7 +264,7 @@ Global___DeregisterResponse: _TypeAlias = DeregisterResponse  # noqa: Y015
 
 @_typing.final
 class ListInstancesRequest(_message.Message):
-    """What ListInstances takes."""
+    """The request of ListInstances."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -274,9 +274,9 @@ class ListInstancesRequest(_message.Message):
     service: _builtins.str
     """The service's full name; empty for every service."""
     page_size: _builtins.int
-    """The most instances to return. 0, and more than 1,000: 1,000. A page of large instances may have fewer."""
+    """The most instances to return, up to 1,000, which is also the default. A page of large instances may have fewer."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same service; empty for the first page."""
+    """The next_page_token of the previous page, for the same service; empty for the first page."""
     def __init__(
         self,
         *,
@@ -294,7 +294,7 @@ Global___ListInstancesRequest: _TypeAlias = ListInstancesRequest  # noqa: Y015
 
 @_typing.final
 class ListInstancesResponse(_message.Message):
-    """What ListInstances returns."""
+    """The response of ListInstances."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -303,14 +303,14 @@ class ListInstancesResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
-    """Which life of the registry this is."""
+    """Identifies this run of the registry: it changes with every restart."""
     revision: _builtins.int
-    """How far the registry's book had come."""
+    """The registry's revision."""
     next_page_token: _builtins.str
-    """What the request for the next page takes; empty when there is none."""
+    """The page_token for the next page; empty on the last page."""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
-        """The instances, by service and id."""
+        """The instances, sorted by service and id."""
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ Global___ListInstancesResponse: _TypeAlias = ListInstancesResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
-    """What Watch takes."""
+    """The request of Watch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -340,9 +340,9 @@ class WatchRequest(_message.Message):
     service: _builtins.str
     """The service's full name."""
     epoch: _builtins.str
-    """The epoch of the last answer that the watcher saw; empty to begin."""
+    """The epoch of the last response that the watcher received; empty for a new watch."""
     revision: _builtins.int
-    """The revision of the last answer that the watcher saw; only meaningful in its epoch."""
+    """The revision of the last response that the watcher received; only meaningful with its epoch."""
     def __init__(
         self,
         *,
@@ -370,20 +370,20 @@ class WatchResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
-    """Which life of the registry this is; revisions of one epoch can't be compared with another's."""
+    """Identifies this run of the registry: it changes with every restart, and revisions of different epochs can't be compared."""
     revision: _builtins.int
-    """How far the registry's book had come with this step; 0 where it is a part of a snapshot, and the next one is to come."""
+    """The registry's revision after this step; 0 for all but the last part of a snapshot."""
     more: _builtins.bool
-    """Whether this is a part of a snapshot that the following steps complete; they come at once. What a watcher knew before
-    may be used until then.
+    """Whether this is part of a snapshot that the following steps complete; they are sent without delay. Until then, watchers
+    may use what they knew before.
     """
     @_builtins.property
     def snapshot(self) -> Global___Snapshot:
-        """All instances of the service: forget what was known."""
+        """All instances of the service; replaces what was known."""
 
     @_builtins.property
     def delta(self) -> Global___Delta:
-        """What changed since the step before."""
+        """What changed since the previous step."""
 
     def __init__(
         self,
@@ -413,7 +413,7 @@ class Snapshot(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
     service_config: _builtins.str
-    """The service config's JSON; empty when none is set."""
+    """The service config's JSON; empty if none is set."""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
         """The instances."""
@@ -434,7 +434,7 @@ Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):
-    """What changed among the instances of a service."""
+    """Changes of a service's instances."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -442,14 +442,14 @@ class Delta(_message.Message):
     REMOVED_IDS_FIELD_NUMBER: _builtins.int
     SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
     service_config: _builtins.str
-    """The service config's JSON, when it has changed; empty when it was taken back."""
+    """The service config's JSON, if it has changed; empty if it was removed."""
     @_builtins.property
     def upserted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
-        """Instances that are new, or replace the one with their id."""
+        """Instances that are new, or replace the one with the same id."""
 
     @_builtins.property
     def removed_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of instances that are gone."""
+        """Ids of instances that were removed."""
 
     def __init__(
         self,
@@ -470,7 +470,7 @@ Global___Delta: _TypeAlias = Delta  # noqa: Y015
 
 @_typing.final
 class SetServiceConfigRequest(_message.Message):
-    """What SetServiceConfig takes."""
+    """The request of SetServiceConfig."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,7 +479,7 @@ class SetServiceConfigRequest(_message.Message):
     service: _builtins.str
     """The service's full name."""
     service_config: _builtins.str
-    """The service config's JSON, as service_config.proto defines it; empty to take back what is set."""
+    """The service config's JSON, as service_config.proto defines it; empty to remove the config."""
     def __init__(
         self,
         *,
@@ -496,14 +496,14 @@ Global___SetServiceConfigRequest: _TypeAlias = SetServiceConfigRequest  # noqa: 
 
 @_typing.final
 class SetServiceConfigResponse(_message.Message):
-    """What SetServiceConfig returns."""
+    """The response of SetServiceConfig."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What is unknown in the config and was ignored, each with its path and the nearest known name: keys, and methods of
+        """What was ignored in the config, each with its path and the nearest known name: unknown keys, and unknown methods of
         services whose descriptors the registry has.
         """
 
@@ -522,7 +522,7 @@ Global___SetServiceConfigResponse: _TypeAlias = SetServiceConfigResponse  # noqa
 
 @_typing.final
 class GetServiceConfigRequest(_message.Message):
-    """What GetServiceConfig takes."""
+    """The request of GetServiceConfig."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -544,13 +544,13 @@ Global___GetServiceConfigRequest: _TypeAlias = GetServiceConfigRequest  # noqa: 
 
 @_typing.final
 class GetServiceConfigResponse(_message.Message):
-    """What GetServiceConfig returns."""
+    """The response of GetServiceConfig."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_CONFIG_FIELD_NUMBER: _builtins.int
     service_config: _builtins.str
-    """The service config's JSON; empty when none is set."""
+    """The service config's JSON; empty if none is set."""
     def __init__(
         self,
         *,

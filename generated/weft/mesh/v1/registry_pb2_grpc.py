@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RegistryStub(object):
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
@@ -75,40 +75,39 @@ class RegistryStub(object):
 
 
 class RegistryServicer(object):
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
     def Register(self, request, context):
-        """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-        retried or restarted registration leaves one. Unknown fields are dropped.
+        """Register adds an instance, with a lease. Registering an id again replaces the instance and its lease, so a retried
+        registration leaves only one. Unknown fields are dropped.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED if a limit on instances is reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request_iterator, context):
-        """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
-        holder registers again.
+        """KeepAlive renews leases: one stream per process, and each message has all its leases. The registry responds to each
+        message with the leases that it doesn't know (expired, or lost in a restart), whose instances must register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Deregister(self, request, context):
-        """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error.
+        """Deregister ends a lease immediately, and watchers are notified. An unknown lease is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListInstances(self, request, context):
-        """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
-        read may be missing or listed.
+        """ListInstances returns the registered instances, in pages (AIP-158). Instances that are added or removed between pages
+        may or may not be listed.
 
         Errors: INVALID_ARGUMENT with BadRequest field violations.
         """
@@ -117,32 +116,31 @@ class RegistryServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
-        that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
-        snapshot comes in parts: a snapshot with the first, deltas with the rest.
+        """Watch sends a snapshot of a service's instances and its config, and then changes, each with its revision. A watcher that
+        was disconnected resumes with its last epoch and revision: it gets the deltas since then, or a snapshot if the registry
+        no longer has them. A watcher that falls behind gets a snapshot instead of the deltas. A large snapshot comes in parts: a
+        snapshot with the first part, deltas with the rest.
 
-        Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
+        Errors: RESOURCE_EXHAUSTED if the watcher doesn't read for 10 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetServiceConfig(self, request, context):
-        """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
-        whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-        answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
-        (MESH_REGISTRY_STATE).
+        """SetServiceConfig sets or removes the config that a service's clients use, and notifies watchers. An invalid config is
+        rejected as a whole. Unknown keys are ignored, and returned as warnings. Configs are lost when the registry restarts,
+        unless it keeps them on disk (MESH_REGISTRY_STATE).
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
-        RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
+        Errors: INVALID_ARGUMENT with BadRequest field violations, with the path of what is invalid in the config;
+        RESOURCE_EXHAUSTED if there are too many configs, or too many concurrent requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServiceConfig(self, request, context):
-        """GetServiceConfig returns the config that is set for a service.
+        """GetServiceConfig returns a service's config.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,8 +193,8 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry(object):
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RegistryStub:
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
@@ -37,94 +37,90 @@ class RegistryStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RegistryAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RegisterRequest, _registry_pb2.RegisterResponse]
-    """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-    retried or restarted registration leaves one. Unknown fields are dropped.
+    """Register adds an instance, with a lease. Registering an id again replaces the instance and its lease, so a retried
+    registration leaves only one. Unknown fields are dropped.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED if a limit on instances is reached.
     """
     KeepAlive: _grpc.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]
-    """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
-    holder registers again.
+    """KeepAlive renews leases: one stream per process, and each message has all its leases. The registry responds to each
+    message with the leases that it doesn't know (expired, or lost in a restart), whose instances must register again.
     """
     Deregister: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]
-    """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error."""
+    """Deregister ends a lease immediately, and watchers are notified. An unknown lease is not an error."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]
-    """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
-    read may be missing or listed.
+    """ListInstances returns the registered instances, in pages (AIP-158). Instances that are added or removed between pages
+    may or may not be listed.
 
     Errors: INVALID_ARGUMENT with BadRequest field violations.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]
-    """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
-    that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
-    snapshot comes in parts: a snapshot with the first, deltas with the rest.
+    """Watch sends a snapshot of a service's instances and its config, and then changes, each with its revision. A watcher that
+    was disconnected resumes with its last epoch and revision: it gets the deltas since then, or a snapshot if the registry
+    no longer has them. A watcher that falls behind gets a snapshot instead of the deltas. A large snapshot comes in parts: a
+    snapshot with the first part, deltas with the rest.
 
-    Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
+    Errors: RESOURCE_EXHAUSTED if the watcher doesn't read for 10 s.
     """
     SetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]
-    """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
-    whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-    answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
-    (MESH_REGISTRY_STATE).
+    """SetServiceConfig sets or removes the config that a service's clients use, and notifies watchers. An invalid config is
+    rejected as a whole. Unknown keys are ignored, and returned as warnings. Configs are lost when the registry restarts,
+    unless it keeps them on disk (MESH_REGISTRY_STATE).
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
-    RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
+    Errors: INVALID_ARGUMENT with BadRequest field violations, with the path of what is invalid in the config;
+    RESOURCE_EXHAUSTED if there are too many configs, or too many concurrent requests.
     """
     GetServiceConfig: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]
-    """GetServiceConfig returns the config that is set for a service."""
+    """GetServiceConfig returns a service's config."""
 
 @_typing.type_check_only
 class RegistryAsyncStub(RegistryStub):
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_registry_pb2.RegisterRequest, _registry_pb2.RegisterResponse]  # type: ignore[assignment]
-    """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-    retried or restarted registration leaves one. Unknown fields are dropped.
+    """Register adds an instance, with a lease. Registering an id again replaces the instance and its lease, so a retried
+    registration leaves only one. Unknown fields are dropped.
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
+    Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED if a limit on instances is reached.
     """
     KeepAlive: _aio.StreamStreamMultiCallable[_registry_pb2.KeepAliveRequest, _registry_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-    message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
-    holder registers again.
+    """KeepAlive renews leases: one stream per process, and each message has all its leases. The registry responds to each
+    message with the leases that it doesn't know (expired, or lost in a restart), whose instances must register again.
     """
     Deregister: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeregisterRequest, _registry_pb2.DeregisterResponse]  # type: ignore[assignment]
-    """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error."""
+    """Deregister ends a lease immediately, and watchers are notified. An unknown lease is not an error."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]  # type: ignore[assignment]
-    """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
-    read may be missing or listed.
+    """ListInstances returns the registered instances, in pages (AIP-158). Instances that are added or removed between pages
+    may or may not be listed.
 
     Errors: INVALID_ARGUMENT with BadRequest field violations.
     """
     Watch: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchRequest, _registry_pb2.WatchResponse]  # type: ignore[assignment]
-    """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
-    that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-    registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
-    snapshot comes in parts: a snapshot with the first, deltas with the rest.
+    """Watch sends a snapshot of a service's instances and its config, and then changes, each with its revision. A watcher that
+    was disconnected resumes with its last epoch and revision: it gets the deltas since then, or a snapshot if the registry
+    no longer has them. A watcher that falls behind gets a snapshot instead of the deltas. A large snapshot comes in parts: a
+    snapshot with the first part, deltas with the rest.
 
-    Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
+    Errors: RESOURCE_EXHAUSTED if the watcher doesn't read for 10 s.
     """
     SetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.SetServiceConfigRequest, _registry_pb2.SetServiceConfigResponse]  # type: ignore[assignment]
-    """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
-    whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-    answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
-    (MESH_REGISTRY_STATE).
+    """SetServiceConfig sets or removes the config that a service's clients use, and notifies watchers. An invalid config is
+    rejected as a whole. Unknown keys are ignored, and returned as warnings. Configs are lost when the registry restarts,
+    unless it keeps them on disk (MESH_REGISTRY_STATE).
 
-    Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
-    RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
+    Errors: INVALID_ARGUMENT with BadRequest field violations, with the path of what is invalid in the config;
+    RESOURCE_EXHAUSTED if there are too many configs, or too many concurrent requests.
     """
     GetServiceConfig: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetServiceConfigRequest, _registry_pb2.GetServiceConfigResponse]  # type: ignore[assignment]
-    """GetServiceConfig returns the config that is set for a service."""
+    """GetServiceConfig returns a service's config."""
 
 class RegistryServicer(metaclass=_abc_1.ABCMeta):
-    """Registry knows which instances serve which service. Its state is soft: an instance is known while its lease is kept alive,
-    and a registry that restarts empty is filled again by the keep-alives that it answers with unknown leases.
+    """Registry knows which instances serve which service. Its state is soft: an instance is registered as long as its lease is
+    kept alive. After a restart the registry is empty; keep-alives then return unknown leases, and the instances register again.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
@@ -134,10 +130,10 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.RegisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.RegisterResponse, _abc.Awaitable[_registry_pb2.RegisterResponse]]:
-        """Register makes an instance known under a lease. Registering an id again replaces the instance and its lease, so a
-        retried or restarted registration leaves one. Unknown fields are dropped.
+        """Register adds an instance, with a lease. Registering an id again replaces the instance and its lease, so a retried
+        registration leaves only one. Unknown fields are dropped.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED when the service or the registry is full.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; RESOURCE_EXHAUSTED if a limit on instances is reached.
         """
 
     @_abc_1.abstractmethod
@@ -146,9 +142,8 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_registry_pb2.KeepAliveRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.KeepAliveResponse], _abc.AsyncIterator[_registry_pb2.KeepAliveResponse]]:
-        """KeepAlive renews leases: one stream for a process, a message for all its leases together. The registry answers each
-        message; the leases that it doesn't know (expired, or forgotten by a restart) come back in unknown_lease_ids, and their
-        holder registers again.
+        """KeepAlive renews leases: one stream per process, and each message has all its leases. The registry responds to each
+        message with the leases that it doesn't know (expired, or lost in a restart), whose instances must register again.
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +152,7 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.DeregisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DeregisterResponse, _abc.Awaitable[_registry_pb2.DeregisterResponse]]:
-        """Deregister ends a lease at once; watchers are told. A lease that isn't known is no error."""
+        """Deregister ends a lease immediately, and watchers are notified. An unknown lease is not an error."""
 
     @_abc_1.abstractmethod
     def ListInstances(
@@ -165,8 +160,8 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.ListInstancesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListInstancesResponse, _abc.Awaitable[_registry_pb2.ListInstancesResponse]]:
-        """ListInstances returns the instances known now, a page at a time (AIP-158). Instances that come or go while pages are
-        read may be missing or listed.
+        """ListInstances returns the registered instances, in pages (AIP-158). Instances that are added or removed between pages
+        may or may not be listed.
 
         Errors: INVALID_ARGUMENT with BadRequest field violations.
         """
@@ -177,12 +172,12 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.WatchResponse], _abc.AsyncIterator[_registry_pb2.WatchResponse]]:
-        """Watch sends a snapshot of a service's instances and its config, then what changes, each with its revision. A watcher
-        that was cut off resumes with the epoch and revision that it had: it gets the deltas since, or a snapshot when the
-        registry no longer has them. A watcher too slow to take the deltas is sent a snapshot instead of them. A large
-        snapshot comes in parts: a snapshot with the first, deltas with the rest.
+        """Watch sends a snapshot of a service's instances and its config, and then changes, each with its revision. A watcher that
+        was disconnected resumes with its last epoch and revision: it gets the deltas since then, or a snapshot if the registry
+        no longer has them. A watcher that falls behind gets a snapshot instead of the deltas. A large snapshot comes in parts: a
+        snapshot with the first part, deltas with the rest.
 
-        Errors: RESOURCE_EXHAUSTED when the watcher doesn't read for 10 s.
+        Errors: RESOURCE_EXHAUSTED if the watcher doesn't read for 10 s.
         """
 
     @_abc_1.abstractmethod
@@ -191,13 +186,12 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.SetServiceConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.SetServiceConfigResponse, _abc.Awaitable[_registry_pb2.SetServiceConfigResponse]]:
-        """SetServiceConfig sets the config that a service's clients use, or takes it back; watchers are told. It is validated
-        whole, and a config with anything wrong in it changes nothing. What is unknown in it is ignored, and named in the
-        answer. Whoever sets configs sets them again when the registry was restarted, unless it keeps them on disk
-        (MESH_REGISTRY_STATE).
+        """SetServiceConfig sets or removes the config that a service's clients use, and notifies watchers. An invalid config is
+        rejected as a whole. Unknown keys are ignored, and returned as warnings. Configs are lost when the registry restarts,
+        unless it keeps them on disk (MESH_REGISTRY_STATE).
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations, which name the path of what is wrong in the config;
-        RESOURCE_EXHAUSTED when there are too many configs, or too many are being set.
+        Errors: INVALID_ARGUMENT with BadRequest field violations, with the path of what is invalid in the config;
+        RESOURCE_EXHAUSTED if there are too many configs, or too many concurrent requests.
         """
 
     @_abc_1.abstractmethod
@@ -206,6 +200,6 @@ class RegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.GetServiceConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.GetServiceConfigResponse, _abc.Awaitable[_registry_pb2.GetServiceConfigResponse]]:
-        """GetServiceConfig returns the config that is set for a service."""
+        """GetServiceConfig returns a service's config."""
 
 def add_RegistryServicer_to_server(servicer: RegistryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class NotificationServiceStub(object):
-    """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
-    tells of by some milliseconds, or by as long as something in between is away.
+    """NotificationService stores users' notifications. It consumes the orders' events, so a notification follows an order's
+    change by some milliseconds, or longer if something in between is unavailable.
     """
 
     def __init__(self, channel):
@@ -49,25 +49,25 @@ class NotificationServiceStub(object):
 
 
 class NotificationServiceServicer(object):
-    """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
-    tells of by some milliseconds, or by as long as something in between is away.
+    """NotificationService stores users' notifications. It consumes the orders' events, so a notification follows an order's
+    change by some milliseconds, or longer if something in between is unavailable.
     """
 
     def ListNotifications(self, request, context):
-        """ListNotifications returns notifications in the order in which they were made, a page at a time.
+        """ListNotifications returns notifications in order of creation, in pages.
 
-        Errors: INVALID_ARGUMENT when page_token was not made by this method for a request that is otherwise the same.
+        Errors: INVALID_ARGUMENT if page_token was not issued by this method for the same request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchNotifications(self, request, context):
-        """WatchNotifications streams notifications in the order in which they were made, each one once: without a resume_token
-        those that are made from now on, with one those that were made after it, too. The stream has no end.
+        """WatchNotifications streams notifications in order of creation, each one once: those created from now on or, with a
+        resume_token, after that. The stream does not end.
 
-        Errors: INVALID_ARGUMENT when resume_token was not made by this method for a request that is otherwise the same;
-        UNAVAILABLE when the server or its database goes away: resume from the last resume_token, at any replica.
+        Errors: INVALID_ARGUMENT if resume_token was not issued by this method for the same request; UNAVAILABLE if the server or
+        its database becomes unavailable: resume from the last resume_token, at any replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,8 +95,8 @@ def add_NotificationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class NotificationService(object):
-    """NotificationService keeps what users were told. It hears of orders by their events, so a notification follows what it
-    tells of by some milliseconds, or by as long as something in between is away.
+    """NotificationService stores users' notifications. It consumes the orders' events, so a notification follows an order's
+    change by some milliseconds, or longer if something in between is unavailable.
     """
 
     @staticmethod

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class OrderServiceStub(object):
-    """OrderService takes and keeps orders.
+    """OrderService creates and stores orders.
 
-    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Before it is shipped it can be CANCELLED.
     """
 
     def __init__(self, channel):
@@ -80,18 +80,18 @@ class OrderServiceStub(object):
 
 
 class OrderServiceServicer(object):
-    """OrderService takes and keeps orders.
+    """OrderService creates and stores orders.
 
-    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Before it is shipped it can be CANCELLED.
     """
 
     def CreateOrder(self, request, context):
-        """CreateOrder takes an order for a user that the user service knows.
+        """CreateOrder creates an order for a user of the user service.
 
         Errors: INVALID_ARGUMENT with BadRequest field violations; NOT_FOUND with ErrorInfo USER_NOT_FOUND;
-        FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED when request_id came before with other
-        content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is away, unless the service is told to
-        accept orders then (see user_stale).
+        FAILED_PRECONDITION with USER_DELETED; ALREADY_EXISTS with REQUEST_ID_REUSED if request_id was used before with different
+        content; UNAVAILABLE with USER_SERVICE_UNAVAILABLE while the user service is unavailable, unless the order service is
+        configured to accept orders then (see user_stale).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,58 +107,58 @@ class OrderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListOrders(self, request, context):
-        """ListOrders returns orders in the order in which they were created, a page at a time.
+        """ListOrders returns orders in order of creation, in pages.
 
-        Errors: INVALID_ARGUMENT when filter can't be read, or page_token was not made by this method for a request that is
-        otherwise the same.
+        Errors: INVALID_ARGUMENT if filter is invalid, or page_token was not issued by this method for the same request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmOrder(self, request, context):
-        """ConfirmOrder takes an order from PENDING to CONFIRMED; one that is CONFIRMED is returned as it is.
+        """ConfirmOrder changes a PENDING order to CONFIRMED; an order that is already CONFIRMED is returned unchanged.
 
-        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE in any other state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ShipOrder(self, request, context):
-        """ShipOrder takes an order from CONFIRMED to SHIPPED; one that is SHIPPED is returned as it is.
+        """ShipOrder changes a CONFIRMED order to SHIPPED; an order that is already SHIPPED is returned unchanged.
 
-        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE in any other state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeliverOrder(self, request, context):
-        """DeliverOrder takes an order from SHIPPED to DELIVERED, where it ends; one that is DELIVERED is returned as it is.
+        """DeliverOrder changes a SHIPPED order to DELIVERED, a final state; an order that is already DELIVERED is returned
+        unchanged.
 
-        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE from any other state.
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE in any other state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelOrder(self, request, context):
-        """CancelOrder takes an order from PENDING or CONFIRMED to CANCELLED, where it ends; one that is CANCELLED is returned as
-        it is.
+        """CancelOrder changes a PENDING or CONFIRMED order to CANCELLED, a final state; an order that is already CANCELLED is
+        returned unchanged.
 
-        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE once it is shipped.
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; FAILED_PRECONDITION with WRONG_STATE if it has been shipped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchOrder(self, request, context):
-        """WatchOrder streams an order's changes in their order, each one once: first what it is (or, with a resume_token, every
-        change after that), then each change as it happens. The stream ends with the order: when it is DELIVERED or CANCELLED.
+        """WatchOrder streams an order's changes in sequence, each one once: first its current state (or, with a resume_token, every
+        change after that), then each change as it happens. The stream ends once the order is DELIVERED or CANCELLED.
 
-        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT when resume_token was not given for this order;
-        UNAVAILABLE when the server or its database goes away: resume from the last resume_token.
+        Errors: NOT_FOUND with ErrorInfo ORDER_NOT_FOUND; INVALID_ARGUMENT if resume_token was not issued for this order;
+        UNAVAILABLE if the server or its database becomes unavailable: resume from the last resume_token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,9 +216,9 @@ def add_OrderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OrderService(object):
-    """OrderService takes and keeps orders.
+    """OrderService creates and stores orders.
 
-    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Until it is shipped it may be CANCELLED.
+    An order is PENDING, then CONFIRMED, SHIPPED and DELIVERED. Before it is shipped it can be CANCELLED.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class UserServiceStub(object):
-    """UserService keeps the users. weft.user.v1.UserService serves the same users, with flat names.
+    """UserService stores users. weft.user.v1.UserService serves the same users, with flat names.
     """
 
     def __init__(self, channel):
@@ -73,21 +73,21 @@ class UserServiceStub(object):
 
 
 class UserServiceServicer(object):
-    """UserService keeps the users. weft.user.v1.UserService serves the same users, with flat names.
+    """UserService stores users. weft.user.v1.UserService serves the same users, with flat names.
     """
 
     def CreateUser(self, request, context):
         """CreateUser adds a user.
 
-        Errors: INVALID_ARGUMENT with BadRequest field violations; ALREADY_EXISTS with ErrorInfo EMAIL_TAKEN when another user
-        has the email (compared without regard to case), or REQUEST_ID_REUSED when request_id came before with other content.
+        Errors: INVALID_ARGUMENT with BadRequest field violations; ALREADY_EXISTS with ErrorInfo EMAIL_TAKEN if another user
+        has the email (compared case-insensitively), or REQUEST_ID_REUSED if request_id was used before with different content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUser(self, request, context):
-        """GetUser returns one user, deleted ones too (AIP-164).
+        """GetUser returns one user, even a deleted one (AIP-164).
 
         Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND.
         """
@@ -96,40 +96,40 @@ class UserServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchGetUsers(self, request, context):
-        """BatchGetUsers returns several users as GetUser does, as they all were at one instant (AIP-231).
+        """BatchGetUsers returns several users like GetUser, from one snapshot (AIP-231).
 
-        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when one of them doesn't exist: all are returned, or none.
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND if one of them doesn't exist: either all are returned, or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsers(self, request, context):
-        """ListUsers returns the users a page at a time. Users who are added or changed between two pages neither repeat nor hide
-        those who were not, and a page costs the same however far back it is.
+        """ListUsers returns users in pages. Users that are added or changed between two pages cause no others to be repeated or
+        skipped, and every page costs the same, however deep it is.
 
-        Errors: INVALID_ARGUMENT when filter or order_by can't be read, or page_token was not made by this method for a
-        request that is otherwise the same.
+        Errors: INVALID_ARGUMENT if filter or order_by is invalid, or page_token was not issued by this method for the same
+        request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateUser(self, request, context):
-        """UpdateUser changes the fields of a user that update_mask names (AIP-134).
+        """UpdateUser changes the fields in update_mask (AIP-134).
 
         Errors: INVALID_ARGUMENT; NOT_FOUND with ErrorInfo USER_NOT_FOUND; FAILED_PRECONDITION with USER_DELETED;
-        ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH when the user changed since etag was read (AIP-154): then
-        read it again, and decide again.
+        ALREADY_EXISTS with EMAIL_TAKEN; ABORTED with ETAG_MISMATCH if the user has changed since etag was read (AIP-154): read the
+        user again before retrying.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUser(self, request, context):
-        """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). The user keeps the email, and is left out of lists.
+        """DeleteUser marks a user as deleted, until UndeleteUser (AIP-164). A deleted user keeps the email, and is not listed.
 
-        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND when there is no such user or it is deleted; ABORTED with
+        Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND if there is no such user or it is already deleted; ABORTED with
         ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -137,7 +137,7 @@ class UserServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UndeleteUser(self, request, context):
-        """UndeleteUser brings a deleted user back.
+        """UndeleteUser restores a deleted user.
 
         Errors: NOT_FOUND with ErrorInfo USER_NOT_FOUND; ALREADY_EXISTS with USER_NOT_DELETED; ABORTED with ETAG_MISMATCH.
         """
@@ -192,7 +192,7 @@ def add_UserServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class UserService(object):
-    """UserService keeps the users. weft.user.v1.UserService serves the same users, with flat names.
+    """UserService stores users. weft.user.v1.UserService serves the same users, with flat names.
     """
 
     @staticmethod
