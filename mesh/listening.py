@@ -57,7 +57,7 @@ def bind(server: Any, listen: str, *, share: bool = False) -> Listener:
     try:
         if listen.startswith("unix:"):
             return _bind_file(server, Path(listen.removeprefix("unix:").removeprefix("//")))
-        check_free(listen, share)
+        check_free(listen, share=share)
         port = int(server.add_insecure_port(listen))
         return Listener(0 if is_local(listen) else port)
     except (OSError, RuntimeError, ValueError) as error:
@@ -93,8 +93,11 @@ def _refuse_to_replace(path: Path) -> None:
     raise OSError(errno.EADDRINUSE, "another server is listening on it")
 
 
-def check_free(listen: str, share: bool) -> None:
-    """Raise OSError if ``listen`` is in use. (Core binds "localhost" if only one of its addresses is free.)"""
+def check_free(listen: str, *, share: bool = False) -> None:
+    """Raise OSError if ``listen`` is in use; with ``share``, by a server that doesn't share it.
+
+    (Core binds "localhost" even if only one of its addresses is free.)
+    """
     addresses: list[tuple[Any, ...]]
     if listen.startswith("unix-abstract:"):
         addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", "\0" + listen.removeprefix("unix-abstract:"))]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Iterator
 from typing import Any
@@ -15,8 +14,9 @@ import grpc
 import grpc.aio
 
 from mesh import files
+from mesh.listening import check_free
 from services.supervisor import data
-from services.supervisor.plan import DRAIN_ORDER, HOST, CannotRunError, Plan, ProcessSpec
+from services.supervisor.plan import DRAIN_ORDER, CannotRunError, Plan, ProcessSpec
 from services.supervisor.process import CHANNEL_OPTIONS, Process, describe_exit
 from services.supervisor.screen import Screen, say, short
 from weft.mesh.v1 import registry_pb2, registry_pb2_grpc
@@ -105,12 +105,10 @@ class Shop:
     def _port_in_use(self) -> tuple[ProcessSpec, str] | None:
         """The first process that can't listen, and why."""
         for spec in self._specs:
-            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((HOST, spec.port))
-                except OSError as error:
-                    return spec, os.strerror(error.errno or 0).lower()
+            try:
+                check_free(spec.address)
+            except OSError as error:
+                return spec, os.strerror(error.errno or 0).lower()
         return None
 
     async def _start(self) -> None:
