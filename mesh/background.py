@@ -69,7 +69,7 @@ def call(callback: Callable[[], object]) -> None:
 
 
 def call_from_finalizer(callback: Callable[[], object]) -> None:
-    """As ``call``, but takes no lock: garbage collection runs in any thread, which may hold any lock. Does nothing if
+    """Like ``call``, but takes no lock: garbage collection runs in any thread, which may hold any lock. Does nothing if
     the loop was never started."""
     if _loop is not None:
         _loop.call_soon_threadsafe(callback)

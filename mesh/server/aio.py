@@ -27,15 +27,15 @@ from mesh.tasks import keep_running
 
 
 class Server(ServerBase[grpc.aio.Server, AioServerAdmission, Coroutine[Any, Any, None]]):
-    """Servicers, served with health, registration, deadlines, overload protection and graceful shutdown; and with
-    reflection if the settings ask for it.
+    """Serves servicers, with health checking, registration, deadline propagation, overload protection and graceful
+    shutdown; and with reflection if the settings enable it.
 
     ::
 
         async with Server([(add_UserServiceServicer_to_server, servicer)], settings) as server:
             ...  # server.port
 
-    Leaving the block drains the server. ``services``: the full names of what is served; ``port`` and ``address`` (the
+    Leaving the block drains the server. ``services``: their full names; ``port`` and ``address`` (the
     advertised one) are known once it has started. ``admission``: its load, and what it refused.
     """
 
@@ -86,8 +86,8 @@ class Server(ServerBase[grpc.aio.Server, AioServerAdmission, Coroutine[Any, Any,
             registration.start()
 
     async def drain(self) -> None:
-        """Stop accepting calls and finish those in flight: NOT_SERVING, deregister, let clients notice, stop within the
-        grace.
+        """Stop accepting calls and finish those in flight: become NOT_SERVING, deregister, give clients time to notice,
+        and stop within the grace period.
 
         Returns when that is done; a second call waits for the first.
         """
@@ -117,7 +117,7 @@ class Server(ServerBase[grpc.aio.Server, AioServerAdmission, Coroutine[Any, Any,
         for_streams = min(self.settings.stream_grace, grace)
         await asyncio.wait([stopping], timeout=for_streams)
         self.admission.end_streams()
-        # A handler that ignores its cancellation would hold this up for ever.
+        # A handler that ignores its cancellation would block this forever.
         await asyncio.wait([stopping], timeout=grace - for_streams + KILL_TIMEOUT)
         stopping.cancel()
         await asyncio.wait([stopping])

@@ -1,4 +1,4 @@
-"""What both servers share: how a server is put together, serves, registers and drains. ``sync`` and ``aio`` wait.
+"""What both servers share: how they start, serve, register and drain. ``sync`` and ``aio`` do the waiting.
 
 ``_assemble`` has the order of a start, ``_drain_steps`` that of a drain.
 """
@@ -50,7 +50,7 @@ class _Registered(Protocol[_R_co]):
 
 
 class ServerBase(Generic[_S, _A, _R]):
-    """A server without the waiting. ``_S``: grpc's server. ``_A``: its admission. ``_R``: what a step of a drain
+    """All of a server that does not wait. ``_S``: grpc's server. ``_A``: its admission. ``_R``: what a step of a drain
     returns: None, or a coroutine."""
 
     _KIND = "mesh"
@@ -119,11 +119,11 @@ class ServerBase(Generic[_S, _A, _R]):
         yield self._stop, self.settings.grace
 
     def _end_own_streams(self) -> None:
-        """End the streams of the mesh's own services: a client may keep one open for ever."""
+        """End the streams of the mesh's own services: a client may keep one open forever."""
         self._health.end_watches()
 
     def _wait_for_clients(self, seconds: float) -> _R:
-        """Let clients see that the server is leaving."""
+        """Give clients time to notice that the server is leaving."""
         raise NotImplementedError
 
     def _stop(self, grace: float) -> _R:
@@ -136,7 +136,7 @@ class ServerBase(Generic[_S, _A, _R]):
 
 
 def report_bad_start(error: Exception) -> int:
-    """Say on stderr, in one line, why the server can't start. Returns the exit code."""
+    """Print one line on stderr that says why the server can't start. Returns the exit code."""
     print(error.strerror if isinstance(error, OSError) else error, file=sys.stderr)
     return BAD_START
 

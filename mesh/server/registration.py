@@ -3,7 +3,7 @@
 ``Leases`` holds the state and decides; ``Registration`` does the IO. One KeepAlive stream renews all leases, with a
 message every third of their TTL, with jitter, so that replicas started together don't renew together. Leases that the
 registry doesn't know (it restarted, or this process was suspended for too long) are registered again. An unreachable
-registry is retried for ever, with backoff; serving never waits for it.
+registry is retried forever, with backoff; serving never waits for it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Registration:
                 await self._register(stub)
                 backoff.reset()
                 await self._renew(stub)
-            except Exception as error:  # whatever goes wrong at the registry, serving goes on
+            except Exception as error:  # whatever goes wrong at the registry, the server keeps serving
                 if isinstance(error, (grpc.RpcError, _RegistryError)):
                     if _reason(error) != self._logged:
                         self._logged = _reason(error)
@@ -208,7 +208,7 @@ class Registration:
                     )
                     self.leases.forget(response.unknown_lease_ids)
                     await self._register(stub)
-                # Returns early when the stream ends, so that this isn't found out by writing to it.
+                # Returns early when the stream ends, rather than find that out at the next write.
                 await asyncio.wait([ending], timeout=self.leases.keep_alive_in(self._rng))
                 if ending.done():
                     raise _RegistryError(f"{ending.result().name}: {await stream.details()}")
@@ -237,7 +237,7 @@ class RegistrationThread:
         self._started.wait()
 
     def close(self, seconds: float) -> None:
-        """As ``Registration.close``."""
+        """Like ``Registration.close``."""
         deadline = time.monotonic() + seconds
         if self._loop is not None and self._closing is not None:
             self._timeout = seconds

@@ -30,15 +30,15 @@ from mesh.tasks import keep_running
 
 
 class Server(ServerBase[grpc.Server, ThreadServerAdmission, None]):
-    """Servicers, served with health, registration, deadlines, overload protection and graceful shutdown; and with
-    reflection if the settings ask for it.
+    """Serves servicers, with health checking, registration, deadline propagation, overload protection and graceful
+    shutdown; and with reflection if the settings enable it.
 
     ::
 
         with Server([(add_UserServiceServicer_to_server, servicer)], settings) as server:
             ...  # server.port
 
-    Leaving the block drains the server. ``services``: the full names of what is served; ``port`` and ``address`` (the
+    Leaving the block drains the server. ``services``: their full names; ``port`` and ``address`` (the
     advertised one) are known once it has started. ``admission``: its load, and what it refused.
     """
 
@@ -99,8 +99,8 @@ class Server(ServerBase[grpc.Server, ThreadServerAdmission, None]):
                 self._registration.start()
 
     def drain(self) -> None:
-        """Stop accepting calls and finish those in flight: NOT_SERVING, deregister, let clients notice, stop within the
-        grace.
+        """Stop accepting calls and finish those in flight: become NOT_SERVING, deregister, give clients time to notice,
+        and stop within the grace period.
 
         Returns when that is done; a second call waits for the first.
         """

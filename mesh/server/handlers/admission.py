@@ -345,7 +345,7 @@ class AioServerAdmission(ServerAdmission):
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._pausing:
-            # Calls whose callers have gone take time to accept, too, and never arrive.
+            # Accepting calls whose callers have gone takes time, too, and they never arrive.
             cpu = self._clock()
             if self.arrivals != self._arrivals_seen or cpu - self._cpu > self.IDLE_SHARE * (now - self._last_step):
                 self._arrivals_seen, self._quiet_since = self.arrivals, now
