@@ -21,7 +21,8 @@ Calling
 Serving
     serve, Server                      serve until SIGTERM; or as a context manager
     ServerSettings                     their settings; from ``MESH_*`` variables without any
-    ServerInterceptor                  the same protection for a ``grpc.Server`` of your own
+    ServerInterceptor                  the same deadlines and errors for a ``grpc.Server`` of your own; with a
+    ServerAdmission                    also its overload protection and load reports
     ServerObserver                     is notified of each call that a server handled or refused
 
 In a handler
@@ -45,6 +46,7 @@ from mesh.context import detach, remaining
 from mesh.criticality import Criticality
 from mesh.errors import RpcError, explain
 from mesh.observe import AttemptRecord, ChannelStats, EndpointStats, Explanation, ServerObserver
+from mesh.server.handlers.admission import ThreadServerAdmission as ServerAdmission
 from mesh.server.handlers.interceptors import ServerInterceptor
 from mesh.server.settings import ServerSettings
 from mesh.server.sync import Server, serve
@@ -63,6 +65,7 @@ __all__ = [
     "Explanation",
     "RpcError",
     "Server",
+    "ServerAdmission",
     "ServerInterceptor",
     "ServerObserver",
     "ServerSettings",
@@ -78,7 +81,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: most programs use one of the two worlds, and nobody needs the version to make calls.
+    # On demand: most programs use either threads or asyncio, and don't read the version.
     if name == "aio":
         return import_module("mesh.aio")
     if name == "__version__":

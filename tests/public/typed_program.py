@@ -84,9 +84,9 @@ SERVICERS = [(notification_pb2_grpc.add_NotificationServiceServicer_to_server, N
 
 
 def own_servers() -> None:
-    grpc.aio.server(interceptors=[mesh.aio.ServerInterceptor()])
+    grpc.aio.server(interceptors=[mesh.aio.ServerInterceptor(admission=mesh.aio.ServerAdmission())])
     with mesh.Server(SERVICERS, mesh.ServerSettings(listen="127.0.0.1:0", observer=Observer())) as server:
-        print(server.address, mesh.ServerInterceptor())
+        print(server.address, mesh.ServerInterceptor(mesh.ServerAdmission()))
 
 
 async def serve_with_asyncio() -> int:
