@@ -127,11 +127,13 @@ class ConfiguredWeights(WeightedRoundRobin):
     A call goes to a randomly chosen other endpoint only when its own is overloaded or failing, compared to that one.
     """
 
-    __slots__ = ("_far",)
+    __slots__ = ("_is_far_busier",)
 
-    def __init__(self, nodes: Sequence[Node], rng: random.Random, far: IsBusier = far_busier_by_peak_ewma) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], rng: random.Random, is_far_busier: IsBusier = far_busier_by_peak_ewma
+    ) -> None:
         super().__init__(nodes, rng)
-        self._far = far
+        self._is_far_busier = is_far_busier
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:
         node = super().pick(call, now, rng, tried)
@@ -141,7 +143,7 @@ class ConfiguredWeights(WeightedRoundRobin):
             other = self.nodes[int(rng.random() * (len(self.nodes) - 1))]
             if other is node:
                 other = self.nodes[-1]
-        return other if self._far(node, other) and other not in tried else node
+        return other if self._is_far_busier(node, other) and other not in tried else node
 
 
 class PowerOfTwo(Picker):
@@ -151,11 +153,13 @@ class PowerOfTwo(Picker):
     last observed ``starvation`` seconds before the other (Kratos), so that its outdated average gets corrected.
     """
 
-    __slots__ = ("_busier", "_starvation")
+    __slots__ = ("_is_busier", "_starvation")
 
-    def __init__(self, nodes: Sequence[Node], busier: IsBusier = busier_by_peak_ewma, starvation: float = inf) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], is_busier: IsBusier = busier_by_peak_ewma, starvation: float = inf
+    ) -> None:
         super().__init__(nodes)
-        self._busier = busier
+        self._is_busier = is_busier
         self._starvation = starvation
 
     def pick(self, call: CallSpec, now: float, rng: random.Random, tried: Sequence[Node] = ()) -> Node:  # noqa: ARG002
@@ -168,7 +172,7 @@ class PowerOfTwo(Picker):
             second = nodes[int(draw() * (count - 1))]
             if second is first:
                 second = nodes[-1]
-            if self._busier(first, second):
+            if self._is_busier(first, second):
                 first, second = second, first
             starved = second.stamp + self._starvation < first.stamp and not second.in_flight
             if (starved or first in tried) and second not in tried:
@@ -184,13 +188,17 @@ class LeastLoadedOfN(Picker):
     first is picked, so the weights give the shares; a heavy one that is busier loses to any other.
     """
 
-    __slots__ = ("_busier", "_choices", "_sampler", "_starvation")
+    __slots__ = ("_choices", "_is_busier", "_sampler", "_starvation")
 
     def __init__(
-        self, nodes: Sequence[Node], busier: IsBusier = busier_by_peak_ewma, starvation: float = inf, choices: int = 2
+        self,
+        nodes: Sequence[Node],
+        is_busier: IsBusier = busier_by_peak_ewma,
+        starvation: float = inf,
+        choices: int = 2,
     ) -> None:
         super().__init__(nodes)
-        self._busier = busier
+        self._is_busier = is_busier
         self._starvation = starvation
         self._choices = choices if len(nodes) > 1 else 1
         self._sampler = AliasSampler(self.nodes)
@@ -204,7 +212,7 @@ class LeastLoadedOfN(Picker):
                 other = nodes[-1]
             if other in tried:
                 continue
-            if best in tried or self._busier(best, other):
+            if best in tried or self._is_busier(best, other):
                 best, other = other, best
             if other.stamp + self._starvation < best.stamp and not other.in_flight and other not in tried:
                 return other

@@ -53,14 +53,14 @@ def _round_robin(info: PickerBuildInfo) -> Picker:
     return (RoundRobin if _weights_are_equal(info.nodes) else WeightedRoundRobin)(info.nodes, info.rng)
 
 
-def _least_loaded(compare: IsBusier, far: IsBusier) -> Callable[[PickerBuildInfo], Picker]:
+def _least_loaded(is_busier: IsBusier, is_far_busier: IsBusier) -> Callable[[PickerBuildInfo], Picker]:
     def make(info: PickerBuildInfo) -> Picker:
         config = info.config
         if _weights_are_configured(info.nodes):
-            return ConfiguredWeights(info.nodes, info.rng, far)
+            return ConfiguredWeights(info.nodes, info.rng, is_far_busier)
         if config.choices == 2 and _weights_are_equal(info.nodes):
-            return PowerOfTwo(info.nodes, compare, config.starvation)
-        return LeastLoadedOfN(info.nodes, compare, config.starvation, config.choices)
+            return PowerOfTwo(info.nodes, is_busier, config.starvation)
+        return LeastLoadedOfN(info.nodes, is_busier, config.starvation, config.choices)
 
     return make
 
