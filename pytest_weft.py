@@ -1,7 +1,7 @@
-"""pytest's plugin of weft: the fixtures ``weft_mesh`` and ``weft_mesh_aio``.
+"""Weft's pytest plugin: the fixtures ``weft_mesh`` and ``weft_mesh_aio``.
 
-Every pytest run with weft installed loads this module. It stands outside of the package ``mesh`` because importing
-``mesh`` imports gRPC, which takes time, and because what is imported before the tests begin isn't seen by coverage.
+Every pytest run with weft installed loads this module. It is outside the package ``mesh`` because importing
+``mesh`` imports gRPC, which takes time, and because coverage doesn't see what is imported before the tests begin.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def weft_mesh_aio() -> AsyncIterator[aio.Mesh]:
 def pytest_configure(config: pytest.Config) -> None:
     """Add ``weft_mesh_aio`` as a fixture of the plugin that runs the asynchronous tests."""
     fixture: Any = pytest.fixture
-    if config.pluginmanager.hasplugin("asyncio"):  # in its strict mode it runs no others than its own
+    if config.pluginmanager.hasplugin("asyncio"):  # in strict mode it only runs its own fixtures
         import pytest_asyncio
 
         fixture = pytest_asyncio.fixture

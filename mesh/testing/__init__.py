@@ -1,4 +1,4 @@
-"""Tests for code that calls or serves over the mesh: a mesh in the test's process, faults on demand, a fake clock.
+"""Tests for code that calls or serves over the mesh: a mesh in the test's process, fault injection, a fake clock.
 
     import mesh.testing
 
@@ -10,25 +10,25 @@
             first, second = mesh_.calls.wait(2)
             assert first.code is grpc.StatusCode.UNAVAILABLE
 
-Nothing is mocked: servers, registry and channels are those of production, on ports of 127.0.0.1 that they choose
-themselves. With pytest the fixtures ``weft_mesh`` and ``weft_mesh_aio`` are such a mesh, without any import.
+Nothing is mocked: servers, registry and channels are the ones used in production, on free ports of 127.0.0.1. In
+pytest, the fixtures ``weft_mesh`` and ``weft_mesh_aio`` provide such a mesh, without any import.
 
 A mesh
-    Mesh                               servicers in, channel out
+    Mesh                               a registry, replicas and channels
     Replica                            one of its servers, which can be drained, stopped and started
     aio                                the same for asyncio: ``mesh.testing.aio.Mesh``
 
-What goes wrong
-    Mesh.faults                        ``Faults``: have replicas fail, delay or drop calls
-    Fault                              counts the calls that had it, until it is removed
+Faults
+    Mesh.faults                        ``Faults``: make replicas fail, delay or drop calls
+    Fault                              one of them: counts the calls it affected, and can be removed
 
-What came
+Recorded calls
     Mesh.calls                         ``Calls``: a sequence of ``RecordedCall``, which can be waited for
 
 Time
     FakeClock                          for code that takes a clock
 
-docs/testing.md shows all of it.
+docs/testing.md has examples of all of it.
 """
 
 from mesh.testing import aio

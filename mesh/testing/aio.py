@@ -1,12 +1,12 @@
-"""The twin of ``mesh.testing`` for asyncio::
+"""``mesh.testing`` for asyncio::
 
     async with mesh.testing.aio.Mesh() as mesh_:
         await mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
         users = UserServiceStub(mesh_.channel("weft.user.v1.UserService"))
 
-Registry, replicas and channels run on the test's own event loop, so servicers and the test may share what belongs to
-one. ``Mesh``, ``Replica`` and ``Calls`` are as in ``mesh.testing``, with ``await`` before what takes time; the rest is
-the same.
+Registry, replicas and channels run on the test's own event loop, so servicers and the test may share objects that are
+bound to a loop. ``Mesh``, ``Replica`` and ``Calls`` are as in ``mesh.testing``, except that methods that wait are
+coroutines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Calls", "Mesh", "Replica"]
 
 
 class Calls(CallLog):
-    """As ``mesh.testing.Calls``, with a ``wait`` to be awaited."""
+    """Like ``mesh.testing.Calls``, but ``wait`` is a coroutine."""
 
     async def wait(
         self,
@@ -41,10 +41,10 @@ class Calls(CallLog):
         *,
         replica: BaseReplica | str | None = None,
         ended: bool = False,
-        timeout: float = WAIT,  # noqa: ASYNC109 - what it raises lists the calls
+        timeout: float = WAIT,  # noqa: ASYNC109 - its TimeoutError lists the calls
     ) -> tuple[RecordedCall, ...]:
-        """Wait until so many calls came, and return those that did; arguments as in ``of``. Calls that came before
-        count. Raises TimeoutError, which lists the calls that came, after ``timeout`` seconds."""
+        """Wait until ``count`` calls have arrived, including earlier ones, and return them; other arguments as in
+        ``of``. Raises TimeoutError, which lists the calls that did arrive, after ``timeout`` seconds."""
         loop, happened = asyncio.get_running_loop(), asyncio.Event()
         stop = self._recorder.watch(lambda: loop.call_soon_threadsafe(happened.set))
         end = time.monotonic() + timeout
@@ -64,7 +64,7 @@ class Calls(CallLog):
 
 
 class Replica(BaseReplica):
-    """One server of a test mesh: a ``mesh.aio.Server`` on a port of its own choice."""
+    """One server of a test mesh: a ``mesh.aio.Server`` on a free port."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Replica(BaseReplica):
         self._server = mesh.aio.Server((), self.settings)
 
     async def start(self) -> None:
-        """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
+        """Restart it after ``drain`` or ``stop``; returns when it is registered."""
         for settings in self._attempts():
             server = mesh.aio.Server(self._servicers, settings)
             try:
@@ -94,18 +94,18 @@ class Replica(BaseReplica):
         await self._registered(self)
 
     async def drain(self) -> None:
-        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        """Shut it down as SIGTERM does: it deregisters, takes no new calls, and finishes its calls within its grace."""
         self._running = False
         await self._server.drain()
 
     async def stop(self) -> None:
-        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        """Stop it as if it were killed: its calls fail, and the registry lists it until its lease expires."""
         self._running = False
         await self._server.kill()
 
 
 class Mesh(BaseMesh):
-    """A mesh in the process of a test, on its event loop::
+    """A mesh in the test's process, on its event loop::
 
         async with mesh.testing.aio.Mesh() as mesh_:
             await mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
@@ -113,7 +113,7 @@ class Mesh(BaseMesh):
             assert (await users.GetUser(GetUserRequest(id="1"), timeout=5)).user.name == "Ada"
             [call] = await mesh_.calls.wait()
 
-    All else is as in ``mesh.testing.Mesh``. Servicers whose methods aren't async run on threads.
+    Everything else is as in ``mesh.testing.Mesh``. Servicers whose methods aren't async run on threads.
     """
 
     def __init__(self) -> None:
@@ -125,11 +125,11 @@ class Mesh(BaseMesh):
     async def serve(
         self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
     ) -> list[Replica]:
-        """Serve the servicers on so many servers, and return those when they are registered.
+        """Serve the servicers on ``replicas`` servers. Returns these once they are registered.
 
         ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer, as for ``mesh.aio.serve``; all
-        these replicas share the servicer. ``settings``: further ones; where it listens, its registry and its instance
-        id are the mesh's.
+        these replicas share the servicer. ``settings``: their settings, except for the address, the registry and the
+        instance id, which the mesh sets.
         """
         registry = self._running()
         taps = self._taps(servicers, replicas)
@@ -152,8 +152,8 @@ class Mesh(BaseMesh):
         return channel
 
     async def configure(self, service: str, config: str | Mapping[str, Any]) -> None:
-        """Set the service config that the registry has for ``service``, as JSON or as what JSON is made of. Channels
-        have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
+        """Set the registry's service config for ``service``, as JSON text or as a dict. New channels use it from their
+        first call on; channels already in use get it soon. Raises ValueError, with the field's path."""
         await self._running().configure(service, config)
 
     async def _await_registration(self, replica: Replica) -> None:

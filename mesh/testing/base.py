@@ -1,4 +1,4 @@
-"""What the meshes and replicas of both worlds have in common."""
+"""The common parts of sync and asyncio meshes and replicas."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mesh.testing.recording import Recorder
 from mesh.testing.registry import Registry
 
 SETTINGS = ServerSettings(drain_wait=0.05, grace=5.0, stream_grace=1.0)
-"""How replicas serve unless told otherwise: as in production, but they drain sooner. ``MESH_*`` variables don't
-count."""
+"""The default settings of replicas: as in production, but they drain sooner. ``MESH_*`` variables have no effect on
+them."""
 
 _VARIABLE = "MESH_REGISTRY"
 
 
 class BaseReplica:
     """One server of a test mesh. ``name``: the service's short name and a number ("UserService-0"), which is also its
-    instance id; ``address``: where it listens, the same one after a restart if that is still free; ``services``: their
+    instance id; ``address``: where it listens, unchanged by a restart if the port is still free; ``services``: their
     full names; ``settings``: how it serves."""
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None, registry: str, tap: Tap) -> None:
@@ -42,7 +42,7 @@ class BaseReplica:
 
     @property
     def running(self) -> bool:
-        """Whether it serves: not drained, nor stopped."""
+        """Whether it serves: it was neither drained nor stopped."""
         return self._running
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class BaseReplica:
     def __repr__(self) -> str:
         return f"<Replica {self.name} at {self.address}{'' if self._running else ', ended'}>"
 
-    # -- for the replicas of each world
+    # -- for the sync and asyncio replicas
 
     def _attempts(self) -> Iterator[ServerSettings]:
-        """The settings to start with, and those for when the first ones' port is taken."""
+        """The settings to start with: first on the previous port, if there is one, then on any free port."""
         if self._running:
             raise RuntimeError(f"{self.name} is running")
         if self.address:
@@ -68,12 +68,12 @@ class BaseReplica:
 
 
 def is_taken(error: OSError) -> bool:
-    """Whether a server couldn't start because something else has its port."""
+    """Whether a server couldn't start because its port is in use."""
     return error.errno == errno.EADDRINUSE
 
 
 class BaseMesh:
-    """What a test mesh has in both worlds."""
+    """The parts that sync and asyncio test meshes share."""
 
     def __init__(self) -> None:
         self._methods = Methods()
@@ -85,12 +85,12 @@ class BaseMesh:
 
     @property
     def registry(self) -> str:
-        """The address of the registry. Raises RuntimeError outside of the block."""
+        """The address of the registry. Raises RuntimeError outside the ``with`` block."""
         return self._running().address
 
     def target(self, service: str) -> str:
-        """The target of a service, for channels that the code under test makes. Inside of the block ``MESH_REGISTRY``
-        is set, so ``mesh:///SERVICE`` means the same."""
+        """The target of a service, for channels that the code under test creates. Inside the block ``MESH_REGISTRY`` is
+        set, so ``mesh:///SERVICE`` means the same."""
         return f"mesh://{self.registry}/{service}"
 
     def _running(self) -> Registry:
@@ -99,9 +99,9 @@ class BaseMesh:
         return self._registry
 
     def _taps(self, servicers: Servicers, count: int) -> list[Tap]:
-        """What the handlers of new replicas report to; each has the name of its replica."""
+        """A tap for each new replica; it has the replica's name."""
         if count < 1:
-            raise ValueError(f"expected replicas from 1, not {count}")
+            raise ValueError(f"expected at least 1 replica, got {count}")
         services = _ServiceNames()
         for add_to_server, servicer in servicers:
             add_to_server(servicer, services)
@@ -119,7 +119,7 @@ class BaseMesh:
 
 
 class _ServiceNames:
-    """Stands in for a server, to learn what servicers serve."""
+    """Stands in for a server, to find out which services the servicers implement."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

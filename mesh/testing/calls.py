@@ -1,4 +1,4 @@
-"""What a test asks of the calls that came to the replicas of its mesh."""
+"""The calls that the replicas of a test mesh received, for assertions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from mesh.testing.base import BaseReplica
 
 WAIT = 10.0
-"""How long ``wait`` waits unless told otherwise. Seconds."""
+"""The default timeout of ``wait``. Seconds."""
 
 
 class CallLog(Sequence[RecordedCall]):
-    """The calls that came to the replicas of a test mesh, in the order in which they came. A sequence: ``len(calls)``,
-    ``calls[-1].request``, ``for call in calls``. Health checks and reflection are not in it."""
+    """The calls that the replicas of a test mesh received, in order of arrival. A sequence: ``len(calls)``,
+    ``calls[-1].request``, ``for call in calls``. Without health checks and reflection."""
 
     def __init__(self, methods: Methods, recorder: Recorder) -> None:
         self._methods = methods
@@ -28,8 +28,8 @@ class CallLog(Sequence[RecordedCall]):
     def of(
         self, method: str | None = None, *, replica: BaseReplica | str | None = None, ended: bool = False
     ) -> tuple[RecordedCall, ...]:
-        """The calls of ``method`` ("Method", or "package.Service/Method") at ``replica`` (or its name); ``ended``: of
-        those only the ones that have ended. Raises ValueError for a method that nobody serves."""
+        """The calls of ``method`` ("Method", or "package.Service/Method") at ``replica`` (or its name); ``ended``: only
+        those that have ended. Raises ValueError for a method that no replica serves."""
         wanted = self._methods.matching(method)
         name = None if replica is None else str(replica)
         return tuple(
@@ -61,13 +61,13 @@ class CallLog(Sequence[RecordedCall]):
     def _missing(self, count: int, timeout: float, method: str | None, found: int) -> TimeoutError:
         """What ``wait`` raises."""
         of = f" of {method}" if method else ""
-        came = "".join(f"\n  {call}" for call in self) or " none"
-        return TimeoutError(f"{found} of {count} calls{of} came within {timeout:g} s; all calls:{came}")
+        received = "".join(f"\n  {call}" for call in self) or " none"
+        return TimeoutError(f"{found} of {count} calls{of} arrived within {timeout:g} s; all calls:{received}")
 
 
 class Calls(CallLog):
-    """The calls that came to the replicas of a test mesh, in the order in which they came. A sequence: ``len(calls)``,
-    ``calls[-1].request``, ``for call in calls``. Health checks and reflection are not in it."""
+    """The calls that the replicas of a test mesh received, in order of arrival. A sequence: ``len(calls)``,
+    ``calls[-1].request``, ``for call in calls``. Without health checks and reflection."""
 
     def wait(
         self,
@@ -78,8 +78,8 @@ class Calls(CallLog):
         ended: bool = False,
         timeout: float = WAIT,
     ) -> tuple[RecordedCall, ...]:
-        """Wait until so many calls came, and return those that did; arguments as in ``of``. Calls that came before
-        count. Raises TimeoutError, which lists the calls that came, after ``timeout`` seconds."""
+        """Wait until ``count`` calls have arrived, including earlier ones, and return them; other arguments as in
+        ``of``. Raises TimeoutError, which lists the calls that did arrive, after ``timeout`` seconds."""
         happened = threading.Event()
         stop = self._recorder.watch(happened.set)
         end = time.monotonic() + timeout

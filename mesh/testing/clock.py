@@ -1,4 +1,4 @@
-"""A clock that a test moves."""
+"""A clock that a test controls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class FakeClock:
         cache = Cache(ttl=60, clock=clock)
         clock.advance(61)
 
-    ``start``: where it begins. ``tick``: seconds that it moves by itself after each look, so that no two looks see the
-    same instant. Where code takes a ``sleep``, give it ``clock.advance``: sleeping then takes no time. It may be used
+    ``start``: the first time it returns. ``tick``: seconds by which each call advances it, so that no two calls return
+    the same time. Where code takes a ``sleep``, give it ``clock.advance``: sleeping then takes no time. It may be used
     from several threads.
     """
 
@@ -32,12 +32,12 @@ class FakeClock:
             return now
 
     def advance(self, seconds: float) -> None:
-        """Let so much time pass. Raises ValueError for a negative time: a monotonic clock never goes back."""
+        """Advance the clock. Raises ValueError for negative seconds: a monotonic clock never goes back."""
         with self._lock:
             self._now += _forwards(seconds)
 
     def jump(self, to: float) -> None:
-        """Set the clock, also backwards: what a wall clock does when it is corrected."""
+        """Set the clock, forwards or backwards, as when a wall clock is corrected."""
         with self._lock:
             self._now = to
 
@@ -47,5 +47,5 @@ class FakeClock:
 
 def _forwards(seconds: float) -> float:
     if not seconds >= 0:
-        raise ValueError(f"expected seconds from 0, not {seconds!r}; jump() also goes back")
+        raise ValueError(f"expected 0 seconds or more, got {seconds!r}; to go back, use jump()")
     return seconds

@@ -1,5 +1,5 @@
-"""Faults on demand: replicas that fail, delay or drop calls. Servers inject them before the servicer is called, so the
-client under test is as it is in production."""
+"""Fault injection: replicas fail, delay or drop calls. Faults are injected in the server, before the servicer is
+called, so the client under test is the same as in production."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Fault:
-    """A fault that ``Faults`` made, in force until it is removed or used up::
+    """A fault that ``Faults`` created, in effect until it is removed or used up::
 
         with faults.fail(grpc.StatusCode.UNAVAILABLE, times=2) as fault:
             ...
@@ -31,11 +31,11 @@ class Fault:
 
     @property
     def injected(self) -> int:
-        """How many calls have had it."""
+        """How many calls it has affected."""
         return self._injection.count
 
     def remove(self) -> None:
-        """End the fault: delayed calls go on at once, dropped calls end UNAVAILABLE, and no other call has it."""
+        """End the fault: delayed calls continue at once, dropped calls end with UNAVAILABLE, new calls pass."""
         self._injection.remove()
 
     def __enter__(self) -> Fault:
@@ -49,14 +49,14 @@ class Fault:
 
 
 class Faults:
-    """The faults of a test mesh. Iterating over it gives those that were not removed.
+    """The faults of a test mesh. Iterating over it yields those that were not removed.
 
-    Each method that makes one takes ``method`` ("Method", or "package.Service/Method"; every method without one),
-    ``replica`` (every replica without one), ``after`` (so many matching calls pass first) and ``times`` (so many calls
-    have it; all without it). The third call alone: ``after=2, times=1``. Where several match a call, it has all of them
-    in the order in which they were made, up to the first that ends it.
+    Each method that creates one takes ``method`` ("Method", or "package.Service/Method"; default: all), ``replica``
+    (default: all), ``after`` (how many matching calls are let through first) and ``times`` (how many calls it affects;
+    default: all). Only the third call: ``after=2, times=1``. If several faults match a call, they apply in the order in
+    which they were created, up to the first that ends the call.
 
-    Raises ValueError for a method that nobody serves.
+    Raises ValueError for a method that no replica serves.
     """
 
     def __init__(self, methods: Methods, injections: Injections) -> None:
@@ -74,7 +74,7 @@ class Faults:
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
-        """Calls end with this status, and no servicer sees them."""
+        """Calls end with this status, and don't reach the servicer."""
         if code is grpc.StatusCode.OK:
             raise ValueError("a call can't fail with OK")
         effect = Effect(Kind.FAIL, code, details, tuple(trailing_metadata))
@@ -89,9 +89,9 @@ class Faults:
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
-        """Calls wait for so long before the servicer is called. Those that their clients give up don't reach it."""
+        """Calls wait this long before the servicer is called. If the client gives up meanwhile, it isn't called."""
         if not 0 <= seconds < threading.TIMEOUT_MAX:
-            raise ValueError(f"expected seconds from 0, not {seconds!r}")
+            raise ValueError(f"expected 0 seconds or more, got {seconds!r}")
         return self._inject(Effect(Kind.DELAY, seconds=seconds), method, replica, after, times)
 
     def drop(
@@ -102,7 +102,7 @@ class Faults:
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
-        """Calls get no answer: they last until their clients give them up, or the fault is removed."""
+        """Calls get no response: they last until their clients give up, or the fault is removed."""
         return self._inject(Effect(Kind.DROP), method, replica, after, times)
 
     def clear(self) -> None:

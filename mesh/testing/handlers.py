@@ -1,7 +1,7 @@
-"""Stands around the servicers of a test mesh's replicas: records their calls, and injects faults.
+"""Wraps the servicers of a test mesh's replicas, to record their calls and inject faults.
 
-Handlers are wrapped as they are registered, inside all that the mesh puts around them: an injected delay counts as time
-in the handler, and an injected failure leaves as one of the handler's own.
+Handlers are wrapped when they are registered, inside the mesh's own wrappers: an injected delay counts as time in the
+handler, and an injected failure is treated like one of the handler's own.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
 Handler = Any  # an RpcMethodHandler
 Behavior = Callable[..., Any]
 
-# grpc says about 9.2e18 s, or None, for "no deadline".
+# Without a deadline grpc returns about 9.2e18 s, or None.
 _NO_DEADLINE = 3e9
 
 _LATENCY = 0.02
-"""How much sooner than at the server a deadline may pass at the client. Seconds."""
+"""How much earlier a deadline may pass at the client than at the server. Seconds."""
 
 
 class Tap:
-    """What the handlers of one replica report to, and where they ask for faults."""
+    """Connects the handlers of one replica to the recorder and to the injected faults."""
 
     def __init__(self, replica: str, methods: Methods, recorder: Recorder, injections: Injections) -> None:
         self.replica = replica
@@ -51,7 +51,7 @@ class Tap:
         add_to_server(servicer, _Registrar(server, self))
 
     def wrapped(self, method: str, handler: Handler) -> Handler:
-        """The wrapped handler of a method: the same one each time, as servers keep what they make of it."""
+        """The wrapped handler of a method: the same one each time, because servers cache what they build from it."""
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
             known = self._wrapped[method] = (handler, _rebuilt(handler, functools.partial(self._wrap, method, handler)))
@@ -112,7 +112,7 @@ def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
 
 
 class _Call:
-    """A call that has come: its record, kept up to date. ``context`` is of any of grpc's kinds."""
+    """A call that a replica received: keeps its record up to date. ``context``: any of grpc's context types."""
 
     def __init__(self, tap: Tap, method: str, context: Any) -> None:
         left = context.time_remaining()
@@ -127,7 +127,7 @@ class _Call:
         self.injections: Sequence[Injection] = ()
 
     def came(self, request: Any, is_stream: bool) -> None:
-        # First its faults: a test that sees the call may remove them, and then it has had them all the same.
+        # Faults first: once the call is recorded, a test may remove them, but this call must still have them.
         self.injections = self._tap.injections.take(self.record.method, self.record.replica)
         if not is_stream:
             self.record.requests.append(request)
@@ -135,7 +135,7 @@ class _Call:
 
     @contextmanager
     def running(self, is_active: Callable[[], bool]) -> Iterator[None]:
-        """Note how the call ends in the block."""
+        """Record how the call ends in the block."""
         try:
             yield
         except (asyncio.CancelledError, GeneratorExit):
@@ -158,9 +158,9 @@ class _Call:
             self.given_up()
 
     def given_up(self) -> None:
-        """The client no longer waits for the answer."""
+        """The client no longer waits for the response."""
         timeout, left = self.record.timeout, self._context.time_remaining()
-        # The client's deadline passes first: it began sooner, and gRPC rounds what it sends up by a hundredth at most.
+        # The client's deadline passes first: it started earlier, and gRPC rounds sent timeouts up by at most 1 %.
         late = timeout is not None and (left or 0.0) <= timeout / 100 + _LATENCY
         self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
 
@@ -179,7 +179,7 @@ def _status(context: Any) -> tuple[grpc.StatusCode, str]:
 
 
 class _Noting:
-    """A handler's context that sends a status at once: the call's record has it before its client."""
+    """A handler's context that records a status before it is sent, so that the record has it before the client does."""
 
     __slots__ = ("_call", "_context")
 
@@ -222,7 +222,7 @@ def _sync(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) -
 
 
 class _ThreadContext(_Noting):
-    """That of a handler in a thread of an asyncio server."""
+    """The context of a handler that runs in a thread of an asyncio server."""
 
     __slots__ = ()
 
@@ -236,7 +236,7 @@ class _ThreadContext(_Noting):
 
 
 def _inject(call: _Call, context: Any) -> None:
-    """Returns when the servicer is to be called."""
+    """Apply the call's faults. Returns when the servicer should be called."""
     for injection in call.injections:
         effect = injection.effect
         if effect.kind is not Kind.FAIL:
@@ -257,7 +257,7 @@ def _inject(call: _Call, context: Any) -> None:
 
 
 def _end(effect: Effect) -> tuple[grpc.StatusCode, str]:
-    """The status of a call that a fault ends; where its client has given it up, nobody sees that."""
+    """The status of a call that a fault ends; if its client has given up, nobody sees it."""
     if effect.kind is Kind.FAIL:
         return effect.code, effect.details
     return grpc.StatusCode.UNAVAILABLE, f"injected fault: {effect.kind.value}"
@@ -308,7 +308,7 @@ def _aio(behavior: Behavior, begin: Callable[[Any], _Call], handler: Handler) ->
                 async for response in responses:
                     yield response
 
-    # grpc goes by what kind of function a handler is.
+    # grpc distinguishes handlers by the kind of function.
     return handle_responses if inspect.isasyncgenfunction(behavior) else handle
 
 

@@ -1,4 +1,4 @@
-"""The faults that replicas inject: which calls have one, and who is held by it."""
+"""The faults that replicas inject: which calls they affect, and which calls they currently hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Which calls have a fault: of ``method`` at ``replica`` (None: all), after so many others, and so many times."""
+    """Which calls a fault affects: ``times`` calls (None: all) of ``method`` at ``replica`` (None: all), after
+    the first ``after``."""
 
     method: str | None
     matches: Callable[[str], bool]
@@ -30,7 +31,7 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.after < 0 or (self.times is not None and self.times < 1):
-            raise ValueError(f"expected after from 0 and times from 1, not after={self.after} and times={self.times}")
+            raise ValueError(f"expected after >= 0 and times >= 1, got after={self.after} and times={self.times}")
 
     def __str__(self) -> str:
         after = f", after {self.after}" if self.after else ""
@@ -39,8 +40,8 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What becomes of a call: FAIL ends it with ``code``, ``details`` and ``metadata``, DELAY has it wait ``seconds``,
-    DROP for ever."""
+    """What happens to a call: FAIL ends it with ``code``, ``details`` and ``metadata``, DELAY makes it wait for
+    ``seconds``, DROP forever."""
 
     kind: Kind
     code: grpc.StatusCode = grpc.StatusCode.OK
@@ -55,7 +56,7 @@ class Effect:
 
 
 class Injection:
-    """An effect on the calls of ``where``. Safe from any thread. ``count``: how many calls have had it."""
+    """An effect on the calls of ``where``. Safe from any thread. ``count``: how many calls it has affected."""
 
     def __init__(self, effect: Effect, where: Where) -> None:
         self.effect = effect
@@ -67,7 +68,7 @@ class Injection:
         self._held: list[Callable[[], object]] = []
 
     def take(self, method: str, replica: str) -> bool:
-        """Whether a call of ``method`` at ``replica`` has it; counts it."""
+        """Whether it affects a call of ``method`` at ``replica``; if so, counts the call."""
         where = self.where
         if not where.matches(method) or where.replica not in (None, replica):
             return False
@@ -87,7 +88,7 @@ class Injection:
         release()
 
     def let_go(self, release: Callable[[], object]) -> None:
-        """The call that ``release`` is for is no longer held."""
+        """The call that ``release`` belongs to is no longer held."""
         with self._lock:
             if release in self._held:
                 self._held.remove(release)
@@ -106,7 +107,7 @@ class Injection:
 
 
 class Injections:
-    """All of a test mesh, in the order in which they were made."""
+    """All injections of a test mesh, in the order in which they were created."""
 
     def __init__(self) -> None:
         self._all: list[Injection] = []
@@ -115,7 +116,7 @@ class Injections:
         self._all.append(injection)
 
     def take(self, method: str, replica: str) -> list[Injection]:
-        """Those that a call has, in their order: delays, and what ends it."""
+        """The injections that affect a call, in order: delays, up to the first that ends it."""
         taken = []
         for injection in self:
             if injection.take(method, replica):

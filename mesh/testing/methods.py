@@ -1,4 +1,4 @@
-"""Which methods a test mesh serves, so that a name that is misspelt fails the test and doesn't just match nothing."""
+"""The methods that a test mesh serves, so that a misspelt name fails the test instead of matching nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Methods:
 
     def __init__(self) -> None:
         self._known: set[str] = set()
-        # Services, and those of them whose methods are known: a generic handler of one's own doesn't list them.
+        # All services, and those whose methods are known: a custom generic handler doesn't list its methods.
         self._services: set[str] = set()
         self._listed: set[str] = set()
 
@@ -22,8 +22,8 @@ class Methods:
         self._known.update(f"/{service}/{method}" for method in methods)
 
     def matching(self, name: str | None) -> Callable[[str], bool]:
-        """Whether a method's full name is one that ``name`` means: "Method", "package.Service/Method", the same with a
-        slash before it, or None for every method. Raises ValueError when no method is served that is called so."""
+        """A predicate on full names for ``name``: "Method", "package.Service/Method", the same with a leading slash, or
+        None for every method. Raises ValueError if no served method matches."""
         if name is None:
             return lambda _: True
         full = "/" + name.removeprefix("/")

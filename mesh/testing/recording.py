@@ -1,4 +1,4 @@
-"""What replicas record: each call that came to them, kept up to date until it ends."""
+"""Records of the calls that replicas receive, kept up to date until the calls end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import grpc
 
 @dataclass(eq=False, slots=True)
 class RecordedCall:
-    """A call that reached a replica: an attempt of a client's call, so a call that was retried is here more than once.
+    """A call that reached a replica. Each attempt is one, so a retried call is recorded more than once.
 
     ``method``: "/package.Service/Method". ``replica``: the name of the replica. ``metadata``: what the client sent, in
-    pairs. ``timeout``: seconds that were left of its deadline when it came; None without one. ``requests``: its
+    pairs. ``timeout``: seconds until its deadline when it arrived; None without one. ``requests``: its
     messages; those of a stream as they are read.
 
-    ``code`` is None until it has ended; ``details`` go with it. A call that its client gave up ends CANCELLED, or
-    DEADLINE_EXCEEDED. ``error``: what the servicer raised, if it raised anything. ``injected``: whether a fault ended
-    it, so that no servicer saw it.
+    ``code`` is None until it has ended; ``details`` go with it. A call whose client gave up ends with CANCELLED
+    or DEADLINE_EXCEEDED. ``error``: the exception that the servicer raised, if any. ``injected``: whether a fault ended
+    it, so that it never reached the servicer.
     """
 
     method: str
@@ -35,7 +35,7 @@ class RecordedCall:
 
     @property
     def request(self) -> Any:
-        """The request of a call that has one; the first one of a stream. Raises IndexError when none was read."""
+        """The request, or the first one of a stream. Raises IndexError if none was read."""
         return self.requests[0]
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class RecordedCall:
 
 
 class Recorder:
-    """The calls that came, in their order. Safe from any thread."""
+    """The calls received, in order of arrival. Safe from any thread."""
 
     def __init__(self) -> None:
         self.calls: list[RecordedCall] = []
@@ -55,19 +55,19 @@ class Recorder:
         self._watchers: list[Callable[[], object]] = []
 
     def add(self, call: RecordedCall) -> None:
-        """A call has come."""
+        """A call has arrived."""
         self.calls.append(call)
         self.changed()
 
     def changed(self) -> None:
-        """A call has come or ended."""
+        """A call has arrived or ended."""
         with self._lock:
             watchers = tuple(self._watchers)
         for watcher in watchers:
             watcher()
 
     def watch(self, watcher: Callable[[], object]) -> Callable[[], None]:
-        """Have ``watcher`` called, from any thread, when a call comes or ends; until what is returned is called."""
+        """Call ``watcher``, from any thread, whenever a call arrives or ends. Returns a function that stops this."""
         with self._lock:
             self._watchers.append(watcher)
 

@@ -19,14 +19,14 @@ from weft.mesh.v1 import registry_pb2_grpc as pb_grpc
 T = TypeVar("T")
 
 BOUND = 10.0
-"""How long the registry of a test mesh may take to answer or to hear of a replica. Seconds."""
+"""How long the registry of a test mesh may take to respond, and a replica to register. Seconds."""
 
 POLL = 0.002
-"""Between two looks for a registration. Seconds."""
+"""The interval between two checks for a registration. Seconds."""
 
 
 class Registry:
-    """A registry on the running loop, on a port of its own choice."""
+    """A registry on the running loop, on a free port."""
 
     def __init__(self) -> None:
         self._server = RegistryServer()
@@ -42,7 +42,7 @@ class Registry:
         await self._server.stop(0.0)
 
     async def registered(self, services: Iterable[str], instance_id: str) -> None:
-        """Wait until the instance is registered for all these services. Raises TimeoutError when it isn't in time."""
+        """Wait until the instance is registered for all these services. Raises TimeoutError if that takes too long."""
         waiting = set(services)
         try:
             async with asyncio.timeout(BOUND):
@@ -52,7 +52,7 @@ class Registry:
             raise TimeoutError(f"{instance_id} didn't register {', '.join(waiting)} within {BOUND:g} s") from None
 
     async def configure(self, service: str, config: str | Mapping[str, Any]) -> None:
-        """Set the service config. Raises ValueError, saying which field is wrong."""
+        """Set the service config. Raises ValueError, with the field's path, if it is invalid."""
         text = config if isinstance(config, str) else json.dumps(config)
         async with core.aio_channel(self.address, ()) as channel:
             stub: pb_grpc.RegistryAsyncStub = pb_grpc.RegistryStub(channel)
@@ -85,7 +85,7 @@ class RegistryThread:
         self._thread.join(BOUND)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the registry's loop, and wait for it."""
+        """Run ``work`` on the registry's loop, and wait for the result."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * BOUND)
 

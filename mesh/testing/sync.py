@@ -19,7 +19,7 @@ from mesh.testing.registry import RegistryThread
 
 
 class Replica(BaseReplica):
-    """One server of a test mesh: a ``mesh.Server`` on a port of its own choice."""
+    """One server of a test mesh: a ``mesh.Server`` on a free port."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Replica(BaseReplica):
         self._server = mesh.Server((), self.settings)
 
     def start(self) -> None:
-        """Start it again, after ``drain`` or ``stop``; returns when it is registered."""
+        """Restart it after ``drain`` or ``stop``; returns when it is registered."""
         for settings in self._attempts():
             server = mesh.Server(self._servicers, settings)
             try:
@@ -49,18 +49,18 @@ class Replica(BaseReplica):
         self._registered(self)
 
     def drain(self) -> None:
-        """End it as SIGTERM does: it takes no new calls, deregisters, and finishes its calls within its grace."""
+        """Shut it down as SIGTERM does: it deregisters, takes no new calls, and finishes its calls within its grace."""
         self._running = False
         self._server.drain()
 
     def stop(self) -> None:
-        """End it as if it was killed: its calls fail, and the registry lists it until its lease expires."""
+        """Stop it as if it were killed: its calls fail, and the registry lists it until its lease expires."""
         self._running = False
         self._server.kill()
 
 
 class Mesh(BaseMesh):
-    """A mesh in the process of a test: servicers in, channel out::
+    """A mesh in the test's process: a registry, replicas of your servicers, and channels to them::
 
         with mesh.testing.Mesh() as mesh_:
             mesh_.serve([(add_UserServiceServicer_to_server, Users())], replicas=3)
@@ -69,12 +69,13 @@ class Mesh(BaseMesh):
             assert users.GetUser(GetUserRequest(id="1"), timeout=5).user.name == "Ada"
             assert len(mesh_.calls.wait(2)) == 2  # it was retried
 
-    Registry, replicas and channels are real ones, on ports of 127.0.0.1 that they choose. Leaving the block closes the
-    channels, removes the faults and drains the replicas. Inside of it ``MESH_REGISTRY`` names the registry, so code
-    under test that makes its own channel to ``mesh:///SERVICE`` finds the replicas, too. In ``unittest``:
+    Registry, replicas and channels are real, on free ports of 127.0.0.1. Leaving the block closes the channels, removes
+    the faults and drains the replicas. Inside it ``MESH_REGISTRY`` names the registry, so code under test that creates
+    its own channel to ``mesh:///SERVICE`` finds the replicas, too. In ``unittest``:
     ``self.enterContext(Mesh())``.
 
-    ``faults``: see ``Faults``. ``calls``: see ``Calls``. ``replicas``: all that were started, ended ones too.
+    ``faults``: see ``Faults``. ``calls``: see ``Calls``. ``replicas``: all that were started, including
+    stopped ones.
     """
 
     def __init__(self) -> None:
@@ -87,11 +88,11 @@ class Mesh(BaseMesh):
     def serve(
         self, servicers: Servicers, *, replicas: int = 1, settings: ServerSettings | None = None
     ) -> list[Replica]:
-        """Serve the servicers on so many servers, and return those when they are registered.
+        """Serve the servicers on ``replicas`` servers. Returns these once they are registered.
 
         ``servicers``: pairs of a generated ``add_XServicer_to_server`` and a servicer, as for ``mesh.serve``; all these
-        replicas share the servicer. ``settings``: further ones; where it listens, its registry and its instance id are
-        the mesh's.
+        replicas share the servicer. ``settings``: their settings, except for the address, the registry and the
+        instance id, which the mesh sets.
         """
         registry = self._running()
         taps = self._taps(servicers, replicas)
@@ -113,8 +114,8 @@ class Mesh(BaseMesh):
         return channel
 
     def configure(self, service: str, config: str | Mapping[str, Any]) -> None:
-        """Set the service config that the registry has for ``service``, as JSON or as what JSON is made of. Channels
-        have it from their first call on; those in use already get it soon. Raises ValueError, with the field's path."""
+        """Set the registry's service config for ``service``, as JSON text or as a dict. New channels use it from their
+        first call on; channels already in use get it soon. Raises ValueError, with the field's path."""
         self._thread.run(self._running().configure(service, config))
 
     def _await_registration(self, replica: Replica) -> None:

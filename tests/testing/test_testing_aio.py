@@ -159,5 +159,5 @@ class TestHandlersOfBothKinds:
 
 async def test_waiting_in_vain_says_what_came(mesh_: Mesh) -> None:
     await mesh_.serve(SERVICERS)
-    with pytest.raises(TimeoutError, match=r"(?s)0 of 1 calls came within 0.01 s; all calls: none"):
+    with pytest.raises(TimeoutError, match=r"(?s)0 of 1 calls arrived within 0.01 s; all calls: none"):
         await mesh_.calls.wait(timeout=0.01)

@@ -23,9 +23,9 @@ def test_it_jumps_in_both_directions_but_advances_only_forwards() -> None:
     clock = FakeClock(100.0)
     clock.jump(7.0)
     assert clock() == 7.0
-    with pytest.raises(ValueError, match="expected seconds from 0, not -1"):
+    with pytest.raises(ValueError, match="expected 0 seconds or more, got -1"):
         clock.advance(-1)
-    with pytest.raises(ValueError, match="expected seconds from 0, not nan"):
+    with pytest.raises(ValueError, match="expected 0 seconds or more, got nan"):
         clock.advance(float("nan"))
     assert clock() == 7.0
 

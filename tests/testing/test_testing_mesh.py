@@ -97,7 +97,7 @@ def test_it_serves_inside_of_its_block_alone() -> None:
     mesh_ = Mesh()
     with pytest.raises(RuntimeError, match="use it in a with block"):
         mesh_.serve(SERVICERS)
-    with mesh_, pytest.raises(ValueError, match="expected replicas from 1, not 0"):
+    with mesh_, pytest.raises(ValueError, match="expected at least 1 replica, got 0"):
         mesh_.serve(SERVICERS, replicas=0)
     with pytest.raises(RuntimeError, match="use it in a with block"):
         mesh_.channel(NAME)
@@ -250,9 +250,9 @@ class TestFaults:
         del stub
         with pytest.raises(ValueError, match="can't fail with OK"):
             mesh_.faults.fail(grpc.StatusCode.OK)
-        with pytest.raises(ValueError, match="expected seconds from 0"):
+        with pytest.raises(ValueError, match="expected 0 seconds or more"):
             mesh_.faults.delay(-1)
-        with pytest.raises(ValueError, match="expected after from 0 and times from 1"):
+        with pytest.raises(ValueError, match="expected after >= 0 and times >= 1"):
             mesh_.faults.drop(times=0)
 
     def test_they_say_what_they_do(self, mesh_: Mesh, stub: Stub) -> None:
@@ -315,5 +315,5 @@ class TestCalls:
 
     def test_waiting_in_vain_says_what_came(self, mesh_: Mesh, stub: Stub) -> None:
         stub.Unary(b"hello", timeout=10)
-        with pytest.raises(TimeoutError, match=r"(?s)1 of 2 calls of Unary came within 0.01 s; .*Unary at Echo-0: OK"):
+        with pytest.raises(TimeoutError, match=r"(?s)1 of 2 calls of Unary arrived within 0.01 s.*Unary at Echo-0: OK"):
             mesh_.calls.wait(2, "Unary", timeout=0.01)
