@@ -125,7 +125,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "endpoints",
             "Others wait for their turn, 0.25 s at most for each 16.",
         ),
-        Limit("mesh.policy.cluster.cluster", "METHODS", "methods", "The oldest is forgotten."),
+        Limit("mesh.policy.cluster.cluster", "MAX_METHODS", "methods", "The oldest is forgotten."),
     ),
     "Discovery": (
         Limit("mesh.discovery.cache", "MAX_SIZE", "bytes", "The file is neither used nor written; one warning."),

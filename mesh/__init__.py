@@ -6,7 +6,7 @@ Channels through the mesh are drop-ins for gRPC's own; generated stubs work unch
         users = user_pb2_grpc.UserServiceStub(channel)
         user = users.GetUser(request, timeout=5)
 
-A service is one call to serve, with health checking, registration, deadlines, overload protection and graceful drain::
+Serving takes one call, with health checking, registration, deadlines, overload protection and graceful drain::
 
     sys.exit(mesh.serve([(user_pb2_grpc.add_UserServiceServicer_to_server, Users())]))
 
@@ -14,7 +14,7 @@ A service is one call to serve, with health checking, registration, deadlines, o
 
 Calling
     insecure_channel, secure_channel   create a ``grpc.Channel`` to a service
-    Channel.stats()                    what the channel knows of its endpoints: a ``ChannelStats`` of ``EndpointStats``
+    Channel.stats()                    a snapshot of its endpoints: a ``ChannelStats`` of ``EndpointStats``
     explain(call_or_error)             the attempts made for a call: an ``Explanation`` of ``AttemptRecord``
     RpcError                           what a failed call raises: a ``grpc.RpcError`` with ``explain()``
 
@@ -26,14 +26,14 @@ Serving
     ServerObserver                     is notified of each call that a server handled or refused
 
 In a handler
-    remaining()                        seconds left of the inbound call
+    remaining()                        seconds until the inbound call's deadline
     detach()                           calls made in here outlive the inbound call
     Criticality                        how important a call is, for load shedding
 
 In tests of your own code
     mesh.testing                       an in-process mesh, faults on demand, a fake clock, pytest fixtures
 
-https://grpc.io/docs/guides/ explains the terms; docs/ in the repository has the pages.
+https://grpc.io/docs/guides/ explains the terms; docs/ in the repository documents the mesh.
 """
 
 from __future__ import annotations

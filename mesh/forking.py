@@ -37,7 +37,7 @@ _REMEDY = (
 
 
 class Channel(Protocol):
-    """What this module needs of a channel."""
+    """What this module needs from a channel."""
 
     blocking: bool
     closed: bool

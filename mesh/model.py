@@ -2,7 +2,7 @@
 
 A flow (``policy/call/flow.py``) yields steps and is sent wake-ups; a driver (``channel/driver.py``) performs the steps.
 Nothing here does IO or uses gRPC's classes. Instants (``now``, ``until``, ``deadline``) are monotonic seconds; timeouts
-are spans in seconds. Types of which every call makes one have slots and aren't frozen, which would cost up to a
+are spans in seconds. Types that every call creates have slots and aren't frozen: freezing would cost up to a
 microsecond each.
 """
 
@@ -121,7 +121,7 @@ class Outcome:
 class Attempt:
     """Step: start this attempt, and wait until something happens or ``until``.
 
-    ``timeout`` None: unbounded. ``previous``: the number of attempts sent before this one, for the server. The flow
+    ``timeout`` None: no limit. ``previous``: the number of attempts sent before this one, for the server. The flow
     records ``started``, ``ended``, ``outcome`` and ``note`` (what was unusual about the pick) for ``explain()``.
     """
 
@@ -167,7 +167,7 @@ class Wait:
     """Step: start nothing; wait until something happens or ``until``.
 
     For backoff, pushback, the delay before a hedge, a call that waits for a READY endpoint, and a committed stream.
-    With ``picker``, the replacement of this picker is a reason to wake up, too.
+    With ``picker``, the driver also wakes up the flow when this picker is replaced.
     """
 
     __slots__ = ("picker", "until")
@@ -185,7 +185,7 @@ class Commit:
 
     __slots__ = ("number",)
 
-    until = None  # as the other steps have it
+    until = None  # the other steps have one
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -195,7 +195,7 @@ class Commit:
 
 
 class Cancel:
-    """Step: cancel attempt ``number``, and report its end like any other's."""
+    """Step: cancel attempt ``number``, and report its end as for any other attempt."""
 
     __slots__ = ("number",)
 
@@ -254,7 +254,7 @@ Wake = Headers | Ended | Elapsed
 
 
 class Verdict:
-    """How a call ended: the ``outcome``, and the ``attempt`` that had it; None when the mesh itself ended the call."""
+    """How a call ended: the ``outcome``, and its ``attempt``; None if the mesh itself ended the call."""
 
     __slots__ = ("attempt", "outcome")
 

@@ -35,7 +35,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A call and its attempts; ``str`` of it is for people. While the call runs, ``seconds`` is None and ``code`` is
+    """A call and its attempts; its ``str`` is for people. While the call runs, ``seconds`` is None and ``code`` is
     "RUNNING". ``endpoint``: the address whose response, or failure, is the call's; empty when the mesh itself ended the
     call, or while it runs."""
 
@@ -56,10 +56,10 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class EndpointStats:
-    """What a channel knows of one endpoint.
+    """What a channel knows about one endpoint.
 
-    ``state``: its connection's, as ``grpc.ChannelConnectivity`` names it. ``cause``: why it can't be reached, while
-    that is known. ``ejected``: why outlier detection has ejected it, and for how long; empty while it is not.
+    ``state``: its connection's, as ``grpc.ChannelConnectivity`` names it. ``cause``: why it can't be reached, if
+    known. ``ejected``: why outlier detection has ejected it, and for how long; empty while it is not.
     ``in_flight``: attempts. ``latency``: the peak-sensitive moving average that balancing compares, in seconds, in
     which failures count as slow; 0.0 before the first response. ``weight``: its share of the load relative to the
     others.
@@ -87,8 +87,7 @@ class ChannelStats:
     ``state``: of the whole channel. ``error``: why there are no endpoints, if there are none. ``panic``: so many
     endpoints are ejected that ejections are ignored. ``ejections``: how often each kind occurred ("ejected: consecutive
     failures", "returned", "would eject: ..." in a dry run). ``refusals``: calls that the client refused, by reason.
-    ``outstanding``: calls that have not ended.
-    ``retry_budget``: retries and hedges that the budget allows now.
+    ``outstanding``: calls that have not ended. ``retry_budget``: retries and hedges that the budget allows now.
     """
 
     target: str

@@ -1,2 +1,2 @@
-"""gRPC channels over a cluster: the drivers of the flow, the endpoints' own channels, and the two worlds' call
-objects."""
+"""gRPC channels over a cluster: the drivers of the flow, the endpoints' own channels, and the call objects
+(sync and asyncio)."""

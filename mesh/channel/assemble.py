@@ -1,10 +1,10 @@
-"""Assembles a channel, for both worlds: the one place where the order of its parts is decided.
+"""Assembles a channel, sync or asyncio: the only place that decides the order of its parts.
 
 A call goes through, from the caller's side to the wire:
 
-1. the deadline: above retries, because one deadline holds over all attempts;
+1. the deadline: above retries, because one deadline covers all attempts;
 2. hedges and retries: above the pick, because each attempt goes to another endpoint, and above the budget's count of
-   calls, because the attempts that they add are measured against the calls;
+   calls, because the budget limits added attempts in proportion to calls;
 3. the pick among READY endpoints: above the subchannel, because a subchannel is one address;
 4. the subchannel's state, checked just before sending: below the pick, so that an attempt that can't be sent is picked
    again;
@@ -89,7 +89,7 @@ class Assembly:
         self._methods: weakref.WeakValueDictionary[tuple[Any, ...], Method] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # a new method must not miss a config that arrives at the same time
         found, resolver = resolver_for(target)
-        self.discovers_over_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, in both worlds
+        self.discovers_over_aio = found.scheme == "mesh"  # the registry is watched over grpc.aio, also by sync channels
         given = checked_options(options)
         text = given.pop("grpc.service_config", None)
         self._retries = bool(given.pop("grpc.enable_retries", 1))

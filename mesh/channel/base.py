@@ -71,7 +71,7 @@ class BaseChannel(MulticallableFactory):
     assembly: Assembly
     closed = False
     _stop: weakref.finalize[Any, Any] | None = None
-    """Closes the pool of a channel that nobody holds any more. None: the channel has not been used."""
+    """Closes the pool of a channel that has been garbage-collected. None: the channel has not been used."""
 
     def connectivity(self) -> grpc.ChannelConnectivity:
         """The channel's state over all its endpoints."""
@@ -80,7 +80,7 @@ class BaseChannel(MulticallableFactory):
         return CONNECTIVITY[self.assembly.pool.state() if self._stop is not None else Connectivity.IDLE]
 
     def stats(self) -> ChannelStats:
-        """What the channel knows now of its endpoints, ejections, refusals and retry budget."""
+        """A snapshot of the channel's endpoints, ejections, refusals and retry budget."""
         return channel_stats(self.assembly, self.connectivity())
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ class BaseMulticallable:
 
 
 class BaseCall:
-    """What call objects of both worlds share."""
+    """What sync and asyncio call objects share."""
 
     _driver: EventDriver
 

@@ -1,4 +1,4 @@
-"""Drivers run a call's flow: they perform its steps and report what woken.
+"""Drivers run a call's flow: they perform its steps and send it wake-ups.
 
 ``run_blocking`` runs a flow in the caller's thread, over grpc's own blocking path. ``EventDriver`` runs one by
 events, for futures, streams and asyncio; nothing in it blocks.
@@ -93,7 +93,7 @@ class TimerFired(Elapsed):
 
 
 class Owner(Protocol):
-    """What a call needs of its channel."""
+    """What a call needs from its channel."""
 
     assembly: Assembly
 
@@ -101,13 +101,14 @@ class Owner(Protocol):
 class EventDriver:
     """Runs a flow by events, all in one thread (asyncio's). ``LockedDriver`` takes events from any thread.
 
-    It holds all of a call's state; the call object is what the user holds. Subclasses implement ``begin``, ``wake_at``
-    and ``changed``. ``running``: the core calls of the attempts that run, by number. ``committed``: the core call that
-    is the call now. ``verdict`` is set once, when the call is over. ``hedged``: several attempts may run at a time.
+    It holds all of a call's state; the call object is what the user holds. Subclasses implement
+    ``start_attempt``, ``set_timer`` and ``changed``. ``running``: the core calls of the running attempts, by number.
+    ``committed``: the core call of the attempt that the call is committed to. ``verdict`` is set once, when the call is
+    over. ``hedged``: several attempts may run at a time.
     """
 
     replay: Buffer | None = None  # of a stream of requests
-    _inherited: object = None  # in a forked child, what is the parent's
+    _inherited: object = None  # in a forked child: the parent's core calls, kept but never touched
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class EventDriver:
         self._deliver(Headers(time.monotonic(), number))
 
     def replay_overflowed(self, number: int) -> None:
-        """What attempt ``number`` sent exceeds the replay buffer and can't be sent again."""
+        """Attempt ``number`` has sent more than the replay buffer holds, so its requests can't be sent again."""
         self._deliver(Overflow(time.monotonic(), number))
 
     def timer_fired(self) -> None:
@@ -276,7 +277,7 @@ class EventDriver:
             self.set_timer(until)
 
     def _unrepeatable(self) -> bool:
-        """Whether what was sent exceeds the replay buffer, so that no other attempt can send it."""
+        """Whether the requests exceed the replay buffer, so that no other attempt can send them."""
         if self.replay is not None:
             return self.replay.overflowed
         return exceeds_replay_limit(self._serializer, self._request)

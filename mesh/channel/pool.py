@@ -1,10 +1,12 @@
 """The pool of a channel: its endpoints' subchannels, in step with the cluster.
 
-A pool is the same in both worlds; they differ in the class of the subchannels and in the loop that the pool's one task
-runs on. ``CorePool`` is for targets that gRPC core resolves, ``ResolvedPool`` (``resolved_pool.py``) for all others.
+Sync and asyncio channels share these classes; only the class of the subchannels differs, and the loop that the pool's
+one task runs on. ``CorePool`` is for targets that gRPC core resolves, ``ResolvedPool`` (``resolved_pool.py``) for all
+others.
 
 Rule 1: the pool's lock is held for arithmetic, never over IO or a callback.
-Rule 2: a call looks at its subchannel's state just before sending; the tick only has to notice what no call would.
+Rule 2: a call looks at its subchannel's state just before sending; the tick only has to notice what no call
+would.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Pool(abc.ABC):
     """The subchannels of a cluster's endpoints. All but ``run`` may be called from any thread."""
 
     connected_by_core = False
-    """Whether core resolves the target, connects, and has calls wait for a connection, wait_for_ready and all."""
+    """Whether core resolves the target, connects, and queues calls until it has a connection (``wait_for_ready``)."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -41,7 +43,7 @@ class Pool(abc.ABC):
 
     @abc.abstractmethod
     def get(self, address: str) -> Subchannel | None:
-        """The subchannel of an endpoint, if it can take a call now; otherwise the cluster is told its state at once."""
+        """The subchannel of an endpoint, if it is READY; otherwise the cluster is notified of its state at once."""
 
     def state(self) -> Connectivity:
         """The aggregated state of the endpoints."""
@@ -56,7 +58,7 @@ class Pool(abc.ABC):
         """The pool's one task, until the pool is closed or the task is cancelled; then it closes every subchannel."""
 
     def exit_idle(self) -> None:
-        """A call needs an endpoint and finds none: connect those that went idle after they had been READY."""
+        """A call needs an endpoint and there is none: connect those that went idle after they had been READY."""
         return
 
     def take_load_report(self, address: str, trailing_metadata: Any) -> None:
@@ -74,7 +76,7 @@ class Pool(abc.ABC):
         callback()
 
     def forget(self, callback: Callable[[], None]) -> None:
-        """Cancel what ``on_picker_change`` was asked for."""
+        """Cancel a callback that was passed to ``on_picker_change``."""
         with self._lock:
             self._waiting.discard(callback)
 
@@ -92,14 +94,14 @@ class Pool(abc.ABC):
 
     @abc.abstractmethod
     def subchannels(self) -> Sequence[Subchannel]:
-        """The subchannels of the endpoints, without those that retired."""
+        """The subchannels of the current endpoints, without retired ones."""
 
     async def pause(self) -> None:
-        """Stop what uses grpc.aio, until ``resume``. On the loop of ``run``, for a blocking channel."""
+        """Stop everything that uses grpc.aio, until ``resume``. Called on ``run``'s loop, for blocking channels."""
         return
 
     def resume(self) -> None:
-        """Start again what ``pause`` stopped."""
+        """Restart what ``pause`` stopped."""
         return
 
     def reconfigure(self, config: ServiceConfig) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import Any
 
 LIMIT = 256 * 1024
-"""What is kept of a streaming call's requests, as in gRPC core's buffer for one RPC; and of a unary request. Bytes."""
+"""The most that is buffered of a call's requests, unary or streaming, as in gRPC core's retry buffer. Bytes."""
 
 
 class Request:

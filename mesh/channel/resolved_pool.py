@@ -1,6 +1,6 @@
 """The pool of a target that the mesh resolves.
 
-It takes endpoint sets from a resolver, opens and retires subchannels, and looks at their states on a tick.
+It takes endpoint sets from a resolver, opens and retires subchannels, and polls their states.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from mesh.channel.load_reports import OutOfBand
 
 RETIRE_AFTER = 1.0
-"""Seconds that an endpoint which is gone keeps its channel at least, for calls that have just picked it."""
+"""The minimum time in seconds that a removed endpoint keeps its channel, for calls that have just picked it."""
 
 
 class ResolvedPool(Pool):
     """The subchannels of the endpoints that a resolver finds.
 
-    ``configured`` is called with each service config that the resolver learns of, before the endpoints that come with
-    it.
+    ``configured`` is called with each service config from the resolver, before the endpoints that come with it are
+    applied.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class ResolvedPool(Pool):
         self._wake()
 
     def _tick(self) -> float:
-        """Sweep the cluster, check every state, and connect idle endpoints, but those that went idle after READY.
+        """Sweep the cluster, check every state, and connect idle endpoints, except those that went idle after READY.
         Returns the seconds until the next tick."""
         now = time.monotonic()
         self._update_cluster(lambda: self.cluster.sweep(now))
@@ -251,5 +251,5 @@ class ResolvedPool(Pool):
         ]
         if changed:
             self._update_cluster(functools.partial(self.cluster.update_states, changed))
-            self._states_changed = True  # the tick logs it, not the call that may be here
+            self._states_changed = True  # the tick logs it: this may be a call's thread
             self._wake()

@@ -14,7 +14,7 @@ from mesh.policy.cluster.cluster import Cluster
 
 
 def channel_stats(assembly: Assembly, state: grpc.ChannelConnectivity) -> ChannelStats:
-    """What ``assembly`` knows now. Safe from any thread; each part is consistent in itself."""
+    """A snapshot of ``assembly``'s state. Safe from any thread; each part is consistent in itself."""
     cluster = assembly.cluster
     endpoints = tuple(_endpoint(each, cluster) for each in assembly.pool.subchannels())
     return ChannelStats(

@@ -11,7 +11,7 @@ from mesh.codes import Code
 
 
 class Idempotency(enum.Enum):
-    """What a method's descriptor says of its side effects (``idempotency_level``)."""
+    """What a method's descriptor says about its side effects (``idempotency_level``)."""
 
     UNKNOWN = 0
     NO_SIDE_EFFECTS = 1

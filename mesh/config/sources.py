@@ -35,7 +35,7 @@ _LOG = logging.getLogger("mesh.config")
 
 
 _MAX_WARNED = 100
-"""How many configs that have been warned of are remembered: a program that keeps making channels must not repeat the
+"""How many configs are remembered as warned about, so that a program that keeps creating channels doesn't repeat the
 warnings."""
 
 

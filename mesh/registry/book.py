@@ -63,12 +63,12 @@ class _Lease:
     size: int
     ttl: float
     expires_at: float
-    extended: bool = False  # got its one extra period since it was last renewed
+    extended: bool = False  # has had its one extension since it was last renewed
 
 
 @dataclass(slots=True)
 class _Service:
-    """``log_start``: the log has no changes of this service up to this revision any more."""
+    """``log_start``: changes of this service up to this revision are no longer in the log."""
 
     log_start: int
     config: str = ""
@@ -116,7 +116,7 @@ class Book:
         return ""
 
     def register(self, instance: pb.Instance, ttl: float, now: float) -> str:
-        """Register an instance for ``ttl`` seconds. Returns its lease's id, a secret of the caller's.
+        """Register an instance for ``ttl`` seconds. Returns its lease's id, which only the caller may know.
 
         An instance with the same id in its service is replaced, and so is its lease, which becomes unknown. Registering
         an identical instance is not a change.

@@ -1,1 +1,1 @@
-"""The server's half of the mesh: a servicer and one call make a service that lives in it."""
+"""The server side: serves servicers, registers them, and protects them from overload."""

@@ -1,6 +1,6 @@
 """What both servers share: how they start, serve, register and drain. ``sync`` and ``aio`` do the waiting.
 
-``_assemble`` has the order of a start, ``_drain_steps`` that of a drain.
+``_assemble`` defines the order of a start, ``_drain_steps`` that of a drain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BAD_START = 2
 """The exit code when a server can't start with its settings."""
 
 START_ERRORS = (ValueError, OSError)
-"""What a server raises when it can't start with its settings."""
+"""Errors of a server that can't start with its settings."""
 
 KILL_TIMEOUT = 1.0
 """Seconds that a server gets to stop once its calls are cancelled: when it is killed, or its grace is over."""
@@ -50,8 +50,8 @@ class _Registered(Protocol[_R_co]):
 
 
 class ServerBase(Generic[_S, _A, _R]):
-    """All of a server that does not wait. ``_S``: grpc's server. ``_A``: its admission. ``_R``: what a step of a drain
-    returns: None, or a coroutine."""
+    """The parts of a server that never wait. ``_S``: gRPC's server. ``_A``: its admission. ``_R``: what a step of a
+    drain returns: None, or a coroutine."""
 
     _KIND = "mesh"
 
@@ -76,7 +76,7 @@ class ServerBase(Generic[_S, _A, _R]):
         return self.admission
 
     def _assemble(self, server: Any, wrap: Callable[[Handler, str], Handler]) -> Readiness:
-        """Add servicers, health and the rest to ``server``, and have it listen; it is not started yet."""
+        """Add servicers, health and the other built-in services to ``server``, and bind its port. Doesn't start it."""
         settings = self.settings
         readiness = Readiness(settings.ready)
         registrar = HandlerRegistrar(server, wrap, self._on_arrival, settings.observer)

@@ -31,7 +31,7 @@ _STATUS_WITHIN = 0.05  # seconds to wait for the server's own status after a wri
 
 
 class Owner(driver.Owner, Protocol):
-    """What a call needs of its channel."""
+    """What a call needs from its channel."""
 
     calls: set[Driver]
     intercepted: weakref.WeakSet[Any]

@@ -54,7 +54,7 @@ class Call(BaseCall, RpcError, grpc.Call, grpc.Future):  # type: ignore[type-arg
         return self._end().details
 
     def debug_error_string(self) -> str:
-        """What core says of how the call ended."""
+        """Core's description of how the call ended."""
         inner = self._end().result
         return self.details() if inner is None else _debug_error_string(inner)
 

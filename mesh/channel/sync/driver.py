@@ -26,7 +26,7 @@ from mesh.policy.call.flow import Flow
 
 
 class Owner(driver.Owner, Protocol):
-    """What a call needs of its channel."""
+    """What a call needs from its channel."""
 
     closed: bool
     flow_worker: Worker

@@ -30,11 +30,11 @@ from mesh.policy.cluster.node import Node
 Flow = Generator[Step, Wake, Verdict]
 
 ALL_UNREACHABLE_DELAY = 0.01
-"""The first delay after no endpoint could be sent the call, although the picker has them as READY. Each delay is twice
-as long as the one before. Seconds."""
+"""The first delay after every endpoint that the picker has as READY turned out to have no connection. Each delay is
+twice as long as the one before. Seconds."""
 
 MAX_UNREACHABLE_DELAYS = 8
-"""How often a call waits because no READY endpoint could be sent to, before it fails."""
+"""How often a call waits because no READY endpoint had a connection after all, before it fails."""
 
 SUPERSEDED = Outcome(Code.CANCELLED, "another attempt answered first", cancelled=True)
 CANCELLED = Outcome(Code.CANCELLED, "the call was cancelled", cancelled=True)
@@ -57,11 +57,11 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
     next_attempt_at = now  # inf: none is planned
     budget_taken = True  # for the next attempt; the first needs none
     last: Verdict | None = None  # the latest failure, which is the call's if nothing better comes
-    unreachable_delays = 0  # how often every endpoint had been tried, and none could be sent the call
+    unreachable_delays = 0  # how often all endpoints had been tried, and none had a connection
     committed = False
-    to_commit = 0  # the attempt that the driver is to be told to commit to
-    receive_by = inf  # when the running attempt's perAttemptRecvTimeout is over
-    timed_out_number = 0  # the attempt that was cancelled then
+    to_commit = 0  # the attempt that the next step commits to
+    receive_by = inf  # when the running attempt's perAttemptRecvTimeout expires
+    timed_out_number = 0  # the attempt that was cancelled because of that
     step: Step
     call.started = call.started or now  # it may have waited for its policy before
     admission = cluster.admission
@@ -172,7 +172,7 @@ def call_flow(call: CallSpec, cluster: Cluster, rng: random.Random, now: float) 
                         unreachable_delays += 1
                     continue
             last = verdict
-            # An attempt that its own timeout ended left the call time for another.
+            # After an attempt timeout the call still has time for another attempt.
             timed_out = receive_timed_out
             if not timed_out and outcome.code == Code.DEADLINE_EXCEEDED:
                 timed_out = now >= ended.started + policy.attempt_timeout
@@ -222,19 +222,19 @@ def _all_tried(cluster: Cluster, tried: list[Node]) -> bool:
 
 
 def _receive_timeout(outcome: Outcome, policy: MethodPolicy) -> Outcome:
-    """The outcome of an attempt that the flow had the driver cancel, for it hadn't been answered in time."""
+    """The outcome of an attempt that was cancelled because no response arrived within ``perAttemptRecvTimeout``."""
     details = f"no response within perAttemptRecvTimeout, {policy.receive_timeout:g} s"
     return Outcome(Code.DEADLINE_EXCEEDED, details, committed=outcome.committed)
 
 
 def _attempt_timeout(outcome: Outcome, policy: MethodPolicy) -> Outcome:
-    """The outcome of an attempt that its own timeout ended: core says no more than "Deadline Exceeded"."""
+    """The outcome of an attempt that exceeded its attempt timeout: core's details are only "Deadline Exceeded"."""
     details = f"no response within the attempt timeout of {policy.attempt_timeout:g} s"
     return Outcome(outcome.code, details, committed=outcome.committed, result=outcome.result)
 
 
 def _supersede_others(running: dict[int, Attempt], tried: list[Node], number: int, now: float) -> None:
-    """Attempt ``number`` is the call now."""
+    """The call is committed to attempt ``number``: end the others."""
     attempt = running.pop(number)
     _abandon(running, tried, SUPERSEDED, now)
     running[number] = attempt

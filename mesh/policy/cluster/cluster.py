@@ -38,7 +38,7 @@ AGGREGATION = (
 )
 
 
-METHODS = 1000
+MAX_METHODS = 1000
 """Methods whose latencies are kept; beyond it the method that was added first is dropped."""
 
 
@@ -53,9 +53,9 @@ def _uses_call_reports(balancer: BalancerConfig) -> bool:
 class Cluster:
     """The endpoints of one service, and what their calls share.
 
-    ``name``: the cluster in error texts. ``error``: the latest reason why no endpoints are known. ``causes``: why
-    endpoints can't be called, as far as known, by address. ``new_lock`` makes the short locks for nodes and counters;
-    ``contextlib.nullcontext`` does for a single thread.
+    ``name``: its name in error messages. ``error``: the latest reason why no endpoints are known. ``causes``: why
+    endpoints can't be called, as far as known, by address. ``new_lock`` creates the locks of nodes and counters, which
+    are held briefly; with a single thread ``contextlib.nullcontext`` will do.
 
     ``sweep`` must be called periodically (the channel's tick), and soon after ``on_breaker_event``, which is called
     from any thread when an endpoint may have to be ejected or may return. ``locality`` is the client's own. ``panic``:
@@ -94,7 +94,7 @@ class Cluster:
         self._resolved = False
         self._resolver_failed = False
         self._connect_error = ""  # why connections aren't being made
-        self._swept_at = now  # of the last sweep, for what needs no more than that
+        self._swept_at = now  # when the last sweep was: precise enough for the state and weights of endpoints
         self._update_weights_at = now
         self._subset = Subset()
         self._priorities = Priorities()
@@ -104,7 +104,7 @@ class Cluster:
         """The latencies of a method's attempts, from which its hedging delay is learned."""
         known = self._latencies.get(method)
         if known is None:
-            if len(self._latencies) >= METHODS:
+            if len(self._latencies) >= MAX_METHODS:
                 oldest, *_ = tuple(self._latencies)  # a copy: other threads may change it
                 self._latencies.pop(oldest, None)
             known = self._latencies.setdefault(method, Latencies(self._new_lock()))
@@ -115,7 +115,7 @@ class Cluster:
         """The channel's state."""
         states = set(self.states.values())
         if not states and not self.picker.queue:
-            return Connectivity.TRANSIENT_FAILURE  # the resolver has said that there are none
+            return Connectivity.TRANSIENT_FAILURE  # the resolver has returned no endpoints
         return next((state for state in AGGREGATION if state in states), Connectivity.CONNECTING)
 
     def update(self, endpoints: Iterable[Endpoint], error: str = "") -> tuple[list[Endpoint], list[str]]:
@@ -271,7 +271,7 @@ class Cluster:
             self.picker = Picker(queue=not failing, error=f"{self.name}: 0 of {len(self.nodes)} endpoints connected")
 
     def explain_no_endpoint(self, picker: Picker, now: float, waited: float | None = None) -> str:
-        """Why ``picker`` had no endpoint for a call that has ``waited`` so many seconds; empty when it had one."""
+        """Why ``picker`` had no endpoint for a call that has waited for ``waited`` seconds; empty when it had one."""
         if picker.unresolved or not picker.error or self._connect_error:
             return picker.error
         # Copies: the pool may change these at any time.

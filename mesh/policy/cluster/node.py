@@ -4,7 +4,7 @@ Rule 1: a node's statistics are keyed by its address and survive updates of the 
 Rule 2: ``in_flight`` is incremented at the pick and decremented exactly once, however the attempt ends
 (docs/correctness.md, B1).
 Rule 3: a failure of the endpoint counts as slow, so that failing fast doesn't look like responding fast
-(docs/correctness.md, B3). An error that is about the request, a cancellation or a local refusal doesn't count.
+(docs/correctness.md, B3). Errors caused by the request, cancellations and local refusals don't count.
 Rule 4: loads are compared per unit of weight, so a heavier endpoint may be busier. Between idle endpoints the weight
 doesn't matter here: the pickers already sample by weight.
 """

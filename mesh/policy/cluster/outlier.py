@@ -1,6 +1,6 @@
 """Outlier detection: which endpoints are ejected for doing worse than the others (A50), and for how long.
 
-``outliers`` is A50's two algorithms over one interval's counts. ``Ejections`` has the ejected endpoints. An ejection
+``outliers`` is A50's two algorithms over one interval's counts. ``Ejections`` keeps the ejected endpoints. An ejection
 lasts the base time × the endpoint's ejection multiplier, up to the maximum, plus jitter so that many clients don't
 return at the same time (docs/correctness.md, J1).
 
@@ -80,7 +80,7 @@ class Ejections:
         self._pending[node] = None
 
     def configure(self, config: OutlierDetectionConfig, now: float) -> None:
-        """Use new settings. What is ejected stays so until its time has elapsed."""
+        """Use new settings. Endpoints that are ejected stay ejected until their time has elapsed."""
         self.config = config
         self._next = min(self._next, now + config.interval)
 

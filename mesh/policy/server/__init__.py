@@ -1,1 +1,1 @@
-"""What a server takes, and when."""
+"""Admission control: which calls a server runs, queues or refuses."""

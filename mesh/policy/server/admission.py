@@ -1,7 +1,7 @@
 """Whether a server runs a call now, queues it, or refuses it.
 
 A call runs at once when a permit is free and nothing is queued. Other calls wait: higher criticality first (as in
-Google's SRE book, "Handling Overload"), first come first served within one. A waiting call is refused when its
+Google's SRE book, "Handling Overload"), first come, first served within each. A waiting call is refused when its
 deadline passes. It is refused earlier only after calls of the same method and criticality have missed their deadlines:
 first, calls with less time left than the method takes; if the losses go on, also calls that arrived since and have
 waited for half of their time, so that their callers can try another endpoint and the next call starts with time to
@@ -10,8 +10,9 @@ spare. A full queue drops the oldest call of the lowest criticality.
 There are permits for all methods together (``max_concurrency``), and for each method that its ``Limiter`` limits.
 Calls waiting for one method's limit do not hold up other methods.
 
-Rule 1: decide, then do. Methods return the tickets they resolved; the owner wakes them. Rule 2: each permit taken is
-returned exactly once: by ``leave``, ``begin_stream``, ``expire`` or ``abandon``. Rule 3: a refused call has not run.
+Rule 1: decide, then do. Methods return the tickets they resolved; the owner wakes them.
+Rule 2: each permit taken is returned exactly once: by ``leave``, ``begin_stream``, ``expire`` or ``abandon``.
+Rule 3: a refused call has not run.
 """
 
 from __future__ import annotations

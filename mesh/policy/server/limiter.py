@@ -77,7 +77,7 @@ differ, and the network takes time."""
 
 
 class Ending(enum.Enum):
-    """How a call left the handler."""
+    """How a call ended."""
 
     OK = "ok"
     CANCELLED = "cancelled"

@@ -1,1 +1,1 @@
-"""What wraps a server's handlers."""
+"""The wrappers around a server's handlers: deadlines, admission control, statuses, observers."""

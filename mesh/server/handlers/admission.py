@@ -30,7 +30,7 @@ from mesh.server.load_report import LoadReporter
 from mesh.wire import PUSHBACK, STATUS_CODES
 
 PUSHBACK_DELAYS = {
-    # Its clients are about to see that it is gone, and can use other endpoints now.
+    # Clients are about to notice that the server is leaving, and can use other endpoints now.
     Reason.DRAINING: 0.02,
     Reason.STARTING: 0.5,
     Reason.DELAY: 0.1,
@@ -51,7 +51,7 @@ class ServerAdmission:
     trailers if ``sends_load``."""
 
     BUSY_SHARE = 0.5
-    """The share of a core from which the process counts as busy. Below it there are no accept pauses."""
+    """The process is busy when it uses at least this share of a core. Otherwise there are no accept pauses."""
 
     QUIET_PERIOD = 0.002
     """Seconds without a new call that end an accept pause."""
@@ -180,7 +180,7 @@ class ThreadServerAdmission(ServerAdmission):
         scope.adopt(ticket, woken.set)
         sweeps = False
         try:
-            # A permit returned since ``enter`` was given to nobody.
+            # A permit that was returned after ``enter`` failed has not been given to any call.
             self.dispatch()
             while not woken.is_set():
                 sweeps = sweeps or self._sweeper.acquire(blocking=False)
@@ -204,8 +204,8 @@ class ThreadServerAdmission(ServerAdmission):
             self._log_limit_changes()
 
     def _pause_if_busy(self) -> None:
-        """Start no handler until no more calls arrive, if the process was busy since the last pause. The thread that
-        finds this waits for it."""
+        """If the process was busy since the last pause, start no handler until no more calls arrive. Blocks the calling
+        thread until then."""
         if not self._pauses_enabled or not self._pause_lock.acquire(blocking=False):
             return
         try:
@@ -234,7 +234,7 @@ class _BusyClock:
         self._file: int | None = None
 
     def __call__(self) -> float:
-        """For the current thread, which must always be the same."""
+        """Must always be called from the same thread."""
         if self._file is None:
             try:
                 self._file = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
@@ -258,10 +258,10 @@ class AioServerAdmission(ServerAdmission):
     """
 
     ACCEPT_PAUSE_PERIOD, LONG_ACCEPT_PAUSE_PERIOD = 0.12, 0.48
-    """Seconds between two accept pauses: while handlers block the loop, and while none was seen to."""
+    """Seconds between two accept pauses: while handlers block the loop, and while they don't."""
 
     BLOCKED = 0.002
-    """Seconds that an iteration with new handlers takes from which they count as blocking the loop."""
+    """Handlers block the loop if the iteration that starts them takes longer than this. Seconds."""
 
     BATCH = 64
     """Handlers that start in one iteration, at most; fewer when they block the loop."""
@@ -271,7 +271,7 @@ class AioServerAdmission(ServerAdmission):
     calls may wait in core whose callers have gone."""
 
     IDLE_SHARE = 0.3
-    """The share of a step of an accept pause for which the loop's thread runs once it has accepted all calls."""
+    """If the loop's thread runs for less than this share of a step of an accept pause, all calls have been accepted."""
 
     def __init__(self, config: AdmissionConfig | None = None, *, load_reports: bool = True) -> None:
         super().__init__(config, load_reports=load_reports)

@@ -1,4 +1,4 @@
-"""What wraps each handler: the inbound call's scope, and a proper status for whatever goes wrong.
+"""The wrapper around each handler: the inbound call's scope, and a proper status for whatever goes wrong.
 
 Each handler, of any kind, threaded or asyncio, runs inside a ``mesh.context.Scope``. So ``mesh.remaining()`` returns
 the time left for the inbound call, and the calls that the handler makes inherit its deadline, its cancellation and the
