@@ -1,5 +1,5 @@
-"""docs/diagrams.md: the breaker's states, from its table, and what a flow and its driver exchange, from the types in
-mesh/model.py."""
+"""docs/diagrams.md: the breaker's states, from its transition table, and the messages between a flow and its driver,
+from the types in mesh/model.py."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ HEAD = """\
 
 ## An endpoint's breaker
 
-Outlier detection keeps one for each endpoint ([balancing.md](balancing.md)). An event that has no arrow from a state
-changes nothing there. CLOSED gets calls; OPEN gets none; HALF_OPEN gets the next call, alone; PROBING waits for that
-call's outcome.
+Outlier detection keeps one for each endpoint ([balancing.md](balancing.md)). An endpoint that is CLOSED gets calls.
+OPEN means ejected: it gets none. HALF_OPEN gets a single call, the probe; PROBING waits for its outcome. In a state
+from which an event has no arrow, the event is ignored.
 """
 
 FLOW = """
 ## A call's flow and its driver
 
-`call_flow` makes every decision of a call and does no IO: it yields steps, and is sent what happened (wake-ups, each
-with the time). A driver performs the steps: one for blocking calls, one for events (futures, streams, asyncio). The
-flow ends by returning a `Verdict`.
+`call_flow` makes every decision about a call and does no IO: it yields steps, and is sent wake-ups, which say what
+happened and when. A driver performs the steps: there is one for blocking calls, and an event-driven one for futures,
+streams and asyncio. The flow ends by returning a `Verdict`.
 """
 
 RULES = """
-A wake-up may come at any time, also for an attempt that is over; the flow then looks again. So a driver may wake it
-early or twice. A flow that is closed half-way gives back what is in flight.
+A wake-up may arrive at any time, even for an attempt that has already ended; the flow then simply decides again. So a
+driver may wake it early, or more than once. Closing a flow before its verdict releases its in-flight counts.
 """
 
 
@@ -56,8 +56,8 @@ def _flow() -> list[str]:
         "    participant flow as call_flow",
         "    caller->>driver: a call",
         "    loop until the verdict",
-        *_one_of("a step", steps),
-        *_one_of("then a wake-up", wakes),
+        *_one_of("the flow yields a step", steps),
+        *_one_of("the driver sends a wake-up", wakes),
         "    end",
         f"    flow->>driver: {model.Verdict.__name__}: {_about(model.Verdict)}",
         "    driver->>caller: the response or the error",
@@ -68,12 +68,12 @@ def _flow() -> list[str]:
 def _one_of(what: str, messages: list[str]) -> list[str]:
     lines = [f"        alt {what}"]
     for message in messages:
-        lines += [f"            {message}", "        else or"]
+        lines += [f"            {message}", "        else"]
     return [*lines[:-1], "        end"]
 
 
 def _wakes() -> list[type]:
-    """The wake-ups, and those that are kinds of them."""
+    """The types of wake-ups, with their subclasses."""
     return [
         kind
         for wake in get_args(model.Wake)
@@ -83,9 +83,10 @@ def _wakes() -> list[type]:
 
 
 def _about(kind: type) -> str:
-    """What a docstring says first, on one line."""
+    """The first sentence of a docstring, on one line."""
     text = " ".join((inspect.getdoc(kind) or "").split())
     found = re.match(r"(?:(?:Step|Wake-up): )?(.+?)[.,;:](?: |$)", text)
     if found is None:
         raise ValueError(f"{kind.__name__} has no docstring")
-    return found[1].replace("``number``", "N").replace("``", "")
+    said = found[1].replace("``number``", "N").replace("``", "")
+    return said[0].lower() + said[1:]

@@ -1,7 +1,7 @@
 """The statuses that the mesh itself makes, for docs/statuses.md.
 
-``tests/packaging/test_docs_statuses.py`` holds the table to the code: each text stands in mesh/, each status that mesh/
-makes stands here, and a part of them is made by real clients, servers and registries.
+``tests/packaging/test_docs_statuses.py`` compares the table with the code: each message is in mesh/, each status that
+mesh/ creates is listed here, and many of them are produced by real clients, servers and registries.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 
 class Status(NamedTuple):
-    """``message``: what varies is in angle brackets; a bar is where the code joins two texts. ``code``: gRPC's name, or
-    an exception's."""
+    """``message``: variable parts are in angle brackets; a bar marks where the code joins two texts. ``code``: the name
+    of a gRPC status code, or of an exception."""
 
     code: str
     message: str
@@ -23,8 +23,8 @@ class Status(NamedTuple):
 STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
     "No endpoint to call": (
         (
-            "`<target>` is the channel's target; of a list of addresses the first two. Nothing was sent for these "
-            "calls. An error names three endpoints at most, those with a known cause first."
+            "`<target>` is the channel's target; a list of addresses is cut to the first two. Nothing was sent for "
+            "these calls. An error names at most three endpoints, those with a known cause first."
         ),
         (
             Status(
@@ -43,162 +43,165 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "UNAVAILABLE",
                 "<target>|: |<address>| |<state>| for |<seconds>| s",
-                "The endpoint can't be called, and gRPC core names no cause.",
-                "Look at the server.",
+                "The endpoint can't be called, and gRPC core gives no cause.",
+                "Check the server.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |<address>|: |health check of |<service>| returned |<status>",
-                "The endpoint is connected, and says that it doesn't serve: it starts, drains, or knows no health for "
-                "this service.",
-                "Look at the server: its `ready` hook may wait for something. For a server that isn't "
-                "the mesh's, name the service whose health it reports in `healthCheckConfig`.",
+                "The endpoint is connected but reports that it isn't serving: it is starting or draining, or has no "
+                "health status for this service.",
+                "Check the server: its `ready` hook may be waiting for something. For a server without the mesh, set "
+                "`healthCheckConfig` to the service whose health it reports.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |<address>|: |health check returned |<status>",
-                "The same for the health of the server as a whole.",
-                "Look at the server.",
+                "The same, for the health of the whole server.",
+                "Check the server.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |<address>|: |health check failed: |<code>|: |<text>",
-                "The endpoint ended its health checks, and asking once more failed as the text says.",
-                "Look at the server.",
+                "The endpoint ended the health watch, and another health check failed with this status.",
+                "Check the server.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |registry |<address>| knows no instance of |<service>|; known services: |<services>",
-                "The registry answered, and nobody is registered under this name.",
+                "The registry responded, and no instance of this service is registered.",
                 "Correct the name in the target, or start the service with `MESH_REGISTRY`.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |registry |<address>| knows no instance of |<service>|; it knows no services",
-                "The registry answered, and nobody is registered at all.",
+                "The registry responded, and no instance of any service is registered.",
                 "Start the services, or correct `MESH_REGISTRY`: it may be another registry.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |registry |<address>|: |<code>|: |<text>",
-                "The registry refuses connections, and no endpoint is known from before.",
+                "The registry refuses connections, and the client has no endpoints from before.",
                 "Start the registry or correct its address. With `MESH_CACHE` a client starts without it.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |registry |<address>|: |no response within |<seconds>| s",
-                "The registry says nothing, and no endpoint is known from before; the call's deadline came meanwhile.",
-                "Look at the registry and the network between.",
+                "The registry doesn't respond, the client has no endpoints from before, and the call's deadline "
+                "passed.",
+                "Check the registry and the network.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |dns: |<host>|: |<text>",
-                "The name has no addresses (at once), or the name server doesn't answer (at the call's deadline).",
-                "Correct the name, or look at the name server.",
+                "The name has no addresses (the call fails at once), or the DNS server doesn't respond (it fails at "
+                "its deadline).",
+                "Correct the name, or check the DNS server.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |dns: |<host>| is not a name: |<text>",
-                "The target's host can't be a host name.",
+                "The target's host isn't a valid host name.",
                 "Correct the target.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |no endpoints",
-                "The resolver answered with an empty list and gave no reason.",
-                "Look at what the target's resolver reads.",
+                "The resolver returned an empty list without a reason.",
+                "Check the source of the target's addresses.",
             ),
             Status(
                 "UNAVAILABLE",
                 "<target>|: |<task>| failed: |<exception>|: |<text>|; retrying in |<seconds>| s",
-                "The mesh's own task that finds endpoints or connects to them (`discovery`, `connecting`) raised. The "
-                "log has the traceback; the task is restarted.",
+                "The mesh's own task that finds endpoints or connects to them (`discovery`, `connecting`) raised an "
+                "exception. The log has the traceback; the task is restarted.",
                 "Report it, with the traceback.",
             ),
             Status(
                 "UNAVAILABLE",
                 "no connection to send it on",
-                "Endpoints were READY, and each time the connection was gone when the call was to be sent. The mesh "
-                "tried others, and paused, before it gave up.",
-                "Look at why connections break: a proxy or load balancer with short limits, servers that restart.",
+                "Endpoints were READY, but whenever the call was about to be sent, the connection was lost. The mesh "
+                "tried other endpoints, with delays, before it gave up.",
+                "Find out why connections break: a proxy or load balancer with short limits, or servers that restart.",
             ),
         ),
     ),
     "Deadlines": (
         (
-            "gRPC core's own “Deadline Exceeded” means that a server had the call and didn't answer in time. The "
-            "mesh's words say what the call waited for instead."
+            "gRPC core's own “Deadline Exceeded” means that the call was sent to a server, which didn't respond in "
+            "time. The mesh's messages say what else the call waited for."
         ),
         (
             Status(
                 "DEADLINE_EXCEEDED",
                 "<target>|: |<ready>| of |<all>| endpoints connected| after |<seconds>| s|: |<address>|: |<cause>",
-                "The call waits for ready, and no endpoint could be called by its deadline. Nothing was sent.",
-                "The causes are those above.",
+                "The call waits for ready, and no endpoint could be called before its deadline. Nothing was sent.",
+                "See the causes above.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "<target>|: |<ready>| of |<all>| endpoints connected| after |<seconds>| s|: |<address>| |<state>| for "
                 "|<seconds>| s",
-                "The call waited for an endpoint to connect, to its deadline. Nothing was sent.",
-                "Look at the endpoints that are CONNECTING: hosts that drop packets, servers that are out of threads.",
+                "The call waited until its deadline for an endpoint to connect. Nothing was sent.",
+                "Check the endpoints that are CONNECTING: hosts may drop packets, servers may be out of threads.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "<target>|: |<text>| after |<seconds>| s",
-                "The call waits for ready, and no endpoint was known by its deadline; the text is one of those above.",
+                "The call waits for ready, and no endpoint was known before its deadline; the text is one of those "
+                "above.",
                 "As above.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "<target>|: |<source>| has not answered| for |<seconds>| s",
-                "The call's deadline came before the first answer of the registry or of DNS.",
-                "Look at what doesn't answer, or give first calls more time.",
+                "The call's deadline passed before the first response from the registry or DNS.",
+                "Check the registry or the DNS server, or give the first calls more time.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "the deadline had passed before the call was sent",
-                "The call was made with a timeout of 0 or less, or in a handler whose own call has no time left.",
-                "Check `mesh.remaining()` before long work. Put what must outlive the inbound "
-                "call into `with mesh.detach():`.",
+                "The call was made with a timeout of 0 or less, or in a handler whose inbound call has no time left.",
+                "Check `mesh.remaining()` before long work. Make calls that must outlive the inbound call inside "
+                "`with mesh.detach():`.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "<target>|: not sent within |<seconds>| s; ready endpoints: |<count>",
-                "Endpoints were READY, and the time was over before the call could be sent: the process is busy, or "
+                "Endpoints were READY, but the deadline passed before the call could be sent: the process is busy, or "
                 "connections broke.",
                 "Give the process more CPU, or the call more time.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "no response within the attempt timeout of |<seconds>| s",
-                "`attemptTimeout` ended the last attempt. The call is made again where its retry policy and its "
-                "deadline allow it.",
-                "Raise `attemptTimeout`, or look at the endpoint that `explain()` names.",
+                "The last attempt exceeded `attemptTimeout`. (Such attempts are retried as far as the retry policy "
+                "and the deadline allow.)",
+                "Raise `attemptTimeout`, or check the endpoint that `explain()` names.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "no response within perAttemptRecvTimeout, |<seconds>| s",
-                "The last attempt had no response by then.",
-                "Raise `perAttemptRecvTimeout`, or look at the endpoint.",
+                "The last attempt had no response within this time.",
+                "Raise `perAttemptRecvTimeout`, or check the endpoint.",
             ),
         ),
     ),
     "Calls that the client refuses": (
-        "They are never retried, count against no endpoint, and reach none.",
+        "They reach no endpoint, count against none, and are never retried.",
         (
             Status(
                 "UNAVAILABLE",
                 "refused by the client: |<count>| calls are outstanding, and the limit for |<criticality>| calls is "
                 "|<count>| (overload.maxOutstanding in the service config)",
                 "More calls are in flight or waiting than `overload.maxOutstanding` allows for their criticality.",
-                "Look at why they pile up (a slow service, calls without deadlines), or raise the limit.",
+                "Find out why they pile up (a slow service, calls without deadlines), or raise the limit.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "refused by the client: the service refuses |<criticality>| calls, so |<share>| of them aren't sent",
                 "`overload.adaptiveThrottle` is on, and the service refused more than half of what was sent to it.",
-                "Add capacity to the service. The throttle lets calls through again by itself.",
+                "Add capacity to the service. Once it accepts calls, the throttle lets them through again.",
             ),
         ),
     ),
@@ -208,7 +211,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "CANCELLED",
                 "Locally cancelled by application!",
-                "The program cancelled the call, or the handler that made it was cancelled.",
+                "The program cancelled the call, or the inbound call that it was made for was cancelled.",
                 "Nothing to do.",
             ),
             Status(
@@ -220,61 +223,64 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "CANCELLED",
                 "Call cancelled in fork child",
-                "The process was forked while the call was in flight: it goes on in the parent alone.",
+                "The process was forked while the call was in flight: it only continues in the parent.",
                 "See [forking.md](forking.md).",
             ),
             Status(
                 "INTERNAL",
                 "Invalid metadata",
-                "A key or a value of the call's metadata can't be sent: keys are lower case, values printable ASCII "
-                "unless the key ends in `-bin`.",
+                "A key or a value of the call's metadata can't be sent: keys must be lower case, values must be "
+                "printable ASCII unless the key ends in `-bin`.",
                 "Correct the metadata.",
             ),
             Status(
                 "INTERNAL",
                 "<exception>|: |<text>",
-                "The mesh itself raised while it drove the call.",
+                "The mesh itself raised an exception while it handled the call.",
                 "Report it.",
             ),
         ),
     ),
     "Only in `explain()`": (
-        "Attempts that end so don't decide how their call ends.",
+        "Attempts that end like this don't decide the status of their call.",
         (
             Status("CANCELLED", "another attempt answered first", "A hedge lost the race.", "Nothing to do."),
             Status(
-                "CANCELLED", "the call was cancelled", "The attempt ran when its call was cancelled.", "Nothing to do."
+                "CANCELLED",
+                "the call was cancelled",
+                "The attempt was running when its call was cancelled.",
+                "Nothing to do.",
             ),
             Status(
                 "CANCELLED",
                 "interrupted",
-                "An exception such as KeyboardInterrupt ended a blocking call; that exception is what the caller gets.",
+                "An exception such as KeyboardInterrupt ended a blocking call; the caller gets that exception.",
                 "Nothing to do.",
             ),
         ),
     ),
     "Exceptions that a client raises": (
         (
-            "They are raised at once, where the channel or the call is made. Arguments of wrong types raise TypeError "
-            "and targets that can't be understood ValueError, each with a text that says what is expected."
+            "They are raised at once, where the channel is created or the call is made. Arguments of the wrong type "
+            "raise TypeError and invalid targets ValueError, with a message that says what is expected."
         ),
         (
             Status(
                 "ValueError",
                 "Cannot invoke RPC on closed channel!",
-                "A call on a channel that was closed.",
-                "Keep the channel open as long as its stubs are used.",
+                "A call was made on a closed channel.",
+                "Keep the channel open as long as its stubs are in use.",
             ),
             Status(
                 "ValueError",
                 "target |<target>|: no registry; set |<variable>|=host:port, or write mesh://host:port/|<service>",
-                "A `mesh:///` target, and `MESH_REGISTRY` isn't set.",
-                "Set it, before the channel is made.",
+                "The target is `mesh:///…`, and `MESH_REGISTRY` isn't set.",
+                "Set it before the channel is created.",
             ),
             Status(
                 "ValueError",
                 "target |<target>|: unknown scheme |<scheme>|; known: |<schemes>|, and host:port",
-                "The target begins with a scheme that neither the mesh nor gRPC has.",
+                "The target has a scheme that neither the mesh nor gRPC knows.",
                 "Correct the target.",
             ),
             Status(
@@ -286,64 +292,65 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "RuntimeError",
                 "<channel>| belongs to another event loop, |<loop>| at |<address>|. Create a channel for each loop.",
-                "An asyncio channel is used on another loop than the one of its first call.",
+                "An asyncio channel is used on a different loop than its first call.",
                 "Create a channel for each loop (for each `asyncio.run`).",
             ),
         ),
     ),
     "Refusals of a server": (
         (
-            "The handler wasn't called, but for the streams that a drain ends. Those marked * come with a pushback "
-            "(`grpc-retry-pushback-ms`): when to try again. [overload.md](overload.md) says when each begins."
+            "The handler wasn't called, except for streams that a drain ends. Those marked * have a pushback "
+            "(`grpc-retry-pushback-ms`), which says when to retry. [overload.md](overload.md) says when each occurs."
         ),
         (
             Status(
                 "UNAVAILABLE",
                 "not ready yet",
                 "The `ready` hook of the server's settings hasn't returned true. *",
-                "Wait; if it lasts, look at what the hook waits for.",
+                "Wait; if that takes too long, check what the hook waits for.",
             ),
             Status(
                 "UNAVAILABLE",
                 "shutting down",
-                "The server drains: a call that came late, or a stream that was open for longer than "
+                "The server is draining: the call arrived too late, or the stream was still open after "
                 "`MESH_STREAM_GRACE`. *",
-                "Retry; mesh clients do, on another endpoint, where the method may be retried. Resume streams.",
+                "Retry; mesh clients do so on another endpoint, if the method may be retried. Resume streams.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "overloaded: |<method>| is limited to |<count>| at a time| and the call waited for |<milliseconds>| ms",
                 "Calls of this method miss their deadlines because of load, so the server limits it. *",
-                "Add replicas, or look at what the handler waits for.",
+                "Add replicas, or check what the handler waits for.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "overloaded: calls miss their deadlines in the queue| and the call waited for |<milliseconds>| ms",
-                "All permits are taken, and calls that wait for one miss their deadlines. *",
+                "All permits are in use, and calls that wait for one miss their deadlines. *",
                 "Add replicas, or raise `MESH_MAX_CONCURRENCY` (`MESH_MAX_WORKERS` on threads) if the CPU is idle.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "overloaded: the queue is full| (MESH_QUEUE_SIZE=|<count>|)",
-                "More calls wait than `MESH_QUEUE_SIZE`. *",
-                "Look for handlers that hang; give calls deadlines.",
+                "More than `MESH_QUEUE_SIZE` calls are queued. *",
+                "Find handlers that hang; set deadlines on calls.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "too many streams are open| (MESH_MAX_STREAMS=|<count>|)",
-                "More streams are open than `MESH_MAX_STREAMS`, or than a threaded server has threads for. *",
-                "Close streams that aren't used, raise the limit, or serve with asyncio.",
+                "More than `MESH_MAX_STREAMS` streams are open, or more than a threaded server has threads for. *",
+                "Close unused streams, raise the limit, or use an asyncio server.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "overloaded: less time is left than the method takes",
-                "Calls were lost in the queue, and this one has less time left than 1.5 times its method's median.",
+                "Calls have missed their deadlines in the queue, and this one has less time left than 1.5 times its "
+                "method's median duration.",
                 "Add replicas, or give the calls more time.",
             ),
             Status(
                 "DEADLINE_EXCEEDED",
                 "the deadline passed before the handler started",
-                "The call waited in the queue to its deadline, or came too late.",
+                "The call waited in the queue until its deadline, or arrived too late.",
                 "Add replicas, or give the calls more time.",
             ),
         ),
@@ -354,14 +361,14 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "INTERNAL",
                 "internal error, id |<id>",
-                "The handler raised. The text of an exception may be secret, so the caller gets an id alone; an ERROR "
-                "of the logger `mesh.server` has the same id, and the traceback.",
-                "Search the server's log for the id. To answer with a status of your own, `context.abort`.",
+                "The handler raised an exception. Its text may be confidential, so the caller only gets an id; an "
+                "ERROR of the logger `mesh.server` has the same id and the traceback.",
+                "Search the server's log for the id. To return a status of your own, use `context.abort`.",
             ),
             Status(
                 "INVALID_ARGUMENT",
                 "the request's bytes are not a message of the method's request type",
-                "The caller's stub is made from another proto, or the request is corrupt.",
+                "The caller's stub was generated from another proto, or the request is corrupt.",
                 "Compare the protos of client and server.",
             ),
         ),
@@ -372,35 +379,35 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "NOT_FOUND",
                 "unknown service |<service>",
-                "`Check` was asked for a service that isn't served here, as `grpc.health.v1` has it.",
-                "Ask for a service's full name, or for “” (the whole server).",
+                "`Check` was called for a service that isn't served here; `grpc.health.v1` specifies this status.",
+                "Use a service's full name, or “” for the whole server.",
             ),
             Status(
                 "UNAVAILABLE",
                 "the server is shutting down",
-                "A health watch of an asyncio server or a registry ends because that drains.",
+                "A health watch ends because its asyncio server or registry is draining.",
                 "Nothing to do.",
             ),
             Status(
                 "UNIMPLEMENTED",
                 "with interceptors on the server, each of these streams holds a thread; the limit is reached",
-                "A threaded server whose interceptors rebuild handlers has as many health watches and load reports as "
-                "it has threads for. Clients then treat it as healthy (A17).",
+                "A threaded server whose interceptors rebuild handlers has no threads left for further health watches "
+                "and load reports. Clients then treat it as healthy (A17).",
                 "See [instrumentation.md](instrumentation.md).",
             ),
         ),
     ),
-    "Answers of the registry": (
+    "Errors of the registry": (
         (
-            "INVALID_ARGUMENT begins with the path of the field, and names all fields that are wrong; `BadRequest` "
-            "details come with it where grpcio-status is installed. Limits are in [limits.md](limits.md)."
+            "The message of INVALID_ARGUMENT starts with the path of the field, and names all invalid fields; with "
+            "grpcio-status it also has `BadRequest` details. Limits are in [limits.md](limits.md)."
         ),
         (
             Status(
                 "INVALID_ARGUMENT",
                 '<field>|: |must be a service\'s full name, such as "weft.user.v1.UserService"',
-                "The service's name is empty, too long, or no name.",
-                "Use the name in the proto: package and service.",
+                "The service's name is empty, too long or invalid.",
+                "Use the full name from the proto: package and service.",
             ),
             Status("INVALID_ARGUMENT", "<field>|: |must be set", "The instance has no id.", "Set `MESH_INSTANCE_ID`."),
             Status(
@@ -431,7 +438,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "INVALID_ARGUMENT",
                 "<field>|: |has a character that can't be printed",
-                "It would pass for something else in logs and on screens.",
+                "It could disguise the text in logs and terminals.",
                 "Remove it.",
             ),
             Status(
@@ -467,26 +474,26 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             Status(
                 "INVALID_ARGUMENT",
                 "service_config.|<path>|: |<text>",
-                "The service config is wrong at this path. The one before still holds.",
+                "The service config is invalid at this path. The previous one stays in effect.",
                 "Correct it; [service-config.md](service-config.md) has every key.",
             ),
             Status(
                 "INVALID_ARGUMENT",
                 "<field>|: |must not be negative",
                 "`page_size` is below 0.",
-                "Leave it out, or ask for 1 or more.",
+                "Omit it, or set it to 1 or more.",
             ),
             Status(
                 "INVALID_ARGUMENT",
                 "<field>|: |must be the next_page_token of a page of the same service",
-                "The token isn't the registry's, or belongs to another listing.",
-                "Begin again without a token.",
+                "The token isn't one of the registry's, or belongs to another list request.",
+                "Start again without a token.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
                 "the registry knows |<count>| instances, its limit",
                 "No room for another instance.",
-                "Look for what registers without end; split the mesh in two.",
+                "Find out what keeps registering instances, or split the mesh in two.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
@@ -504,7 +511,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
                 "RESOURCE_EXHAUSTED",
                 "the registry has the configs of |<count>| services, its limit",
                 "No room for another service's config.",
-                "Remove configs that aren't used: set them to an empty text.",
+                "Remove unused configs by setting them to an empty string.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
@@ -528,13 +535,13 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
                 "INTERNAL",
                 "the registry can't save the config (|<text>|); keeping the previous one",
                 "Writing into the state folder failed.",
-                "Look at the disk and the folder's permissions.",
+                "Check the disk and the folder's permissions.",
             ),
             Status(
                 "UNAVAILABLE",
                 "the registry is shutting down",
-                "The registry was told to stop; its streams end.",
-                "Nothing: clients keep their endpoints and try again.",
+                "The registry is stopping, and its streams end.",
+                "Nothing to do: clients keep their endpoints and reconnect.",
             ),
         ),
     ),
@@ -544,13 +551,13 @@ HEAD = """\
 <!-- Written by docs/generate.py from docs/statuses.py, whose texts a test holds to the code. -->
 # Statuses and messages
 
-Every status that the mesh itself makes, with its cause and remedy. What varies is in angle brackets. A status with
-other words comes from a handler, from another server, or from gRPC core, and the mesh hands it on as it is. Messages
-are for people and may change between releases: programs decide by the code.
+Every status that the mesh itself produces, with cause and remedy. Variable parts are in angle brackets. A status with
+any other message comes from a handler, from another server, or from gRPC core, and the mesh passes it on unchanged.
+Messages are for people and may change between releases: programs should use the status code.
 
-`explain()` on a call or an error says more: each attempt, its endpoint, when it began and how it ended.
+`explain()` on a call or an error has more: each attempt, its endpoint, when it started and how it ended.
 
-Some things end no call, and so have no status: a retry that the budget doesn't allow (the call fails with its last
+Some events don't end a call and have no status: a retry that the budget doesn't allow (the call fails with its last
 attempt's status), a hedge that the budget doesn't allow, and an ejected endpoint (calls go to others; when too many are
 ejected, the ejections are ignored and `explain()` says `panic`).
 """

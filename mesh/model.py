@@ -119,7 +119,7 @@ class Outcome:
 
 
 class Attempt:
-    """Step: start this attempt, and wait until something happens or ``until``.
+    """Step: start this attempt, then wait for an event, at most until ``until``.
 
     ``timeout`` None: no limit. ``previous``: the number of attempts sent before this one, for the server. The flow
     records ``started``, ``ended``, ``outcome`` and ``note`` (what was unusual about the pick) for ``explain()``.
@@ -164,7 +164,7 @@ class Attempt:
 
 
 class Wait:
-    """Step: start nothing; wait until something happens or ``until``.
+    """Step: wait for an event, at most until ``until``; start nothing.
 
     For backoff, pushback, the delay before a hedge, a call that waits for a READY endpoint, and a committed stream.
     With ``picker``, the driver also wakes up the flow when this picker is replaced.
@@ -242,7 +242,7 @@ class Ended:
 
 
 class Elapsed:
-    """Wake-up: the step's time is up, or what it waits for may have happened: decide again."""
+    """Wake-up: the step's time is up, or an event that it waits for may have happened: decide again."""
 
     __slots__ = ("now",)
 
