@@ -68,13 +68,13 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "UNAVAILABLE",
-                "<target>|: |registry |<address>| knows no instance of |<service>|; known services: |<services>",
+                "<target>|: |registry |<address>| has no instances of |<service>|; known services: |<services>",
                 "The registry responded, and no instance of this service is registered.",
                 "Correct the name in the target, or start the service with `MESH_REGISTRY`.",
             ),
             Status(
                 "UNAVAILABLE",
-                "<target>|: |registry |<address>| knows no instance of |<service>|; it knows no services",
+                "<target>|: |registry |<address>| has no instances of |<service>|; known services: none",
                 "The registry responded, and no instance of any service is registered.",
                 "Start the services, or correct `MESH_REGISTRY`: it may be another registry.",
             ),
@@ -119,7 +119,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "UNAVAILABLE",
-                "no connection to send it on",
+                "the connection was lost before the call was sent",
                 "Endpoints were READY, but whenever the call was about to be sent, the connection was lost. The mesh "
                 "tried other endpoints, with delays, before it gave up.",
                 "Find out why connections break: a proxy or load balancer with short limits, or servers that restart.",
@@ -437,7 +437,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "INVALID_ARGUMENT",
-                "<field>|: |has a character that can't be printed",
+                "<field>|: |contains an unprintable character",
                 "It could disguise the text in logs and terminals.",
                 "Remove it.",
             ),
@@ -491,13 +491,13 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
-                "the registry knows |<count>| instances, its limit",
+                "the registry already has |<count>| instances, its limit",
                 "No room for another instance.",
                 "Find out what keeps registering instances, or split the mesh in two.",
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
-                "the instances of |<service>| would exceed |<count>| bytes, the limit of a service",
+                "the instances of |<service>| would exceed |<count>| bytes, the limit for a service",
                 "No room in this service.",
                 "Shorten the labels (`MESH_METADATA`).",
             ),
@@ -509,7 +509,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
-                "the registry has the configs of |<count>| services, its limit",
+                "the registry already has configs for |<count>| services, its limit",
                 "No room for another service's config.",
                 "Remove unused configs by setting them to an empty string.",
             ),
@@ -521,7 +521,7 @@ STATUSES: dict[str, tuple[str, tuple[Status, ...]]] = {
             ),
             Status(
                 "RESOURCE_EXHAUSTED",
-                "<count>| service configs are being set, the registry's limit; try again",
+                "<count>| service configs are already being set, the registry's limit; try again",
                 "Too many `SetServiceConfig` calls at once.",
                 "Try again.",
             ),

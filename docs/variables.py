@@ -29,12 +29,13 @@ HEAD = """\
 <!-- Written by docs/generate.py from mesh/variables.py and the settings that read the variables. -->
 # Environment variables
 
-A variable that is empty counts as not set. A server or registry with a wrong value doesn't start: it exits with code 2
-and names the variable, its value and what it accepts. A variable that begins with `MESH_` and isn't listed here gets
-one warning, with the nearest known name, when a process makes its first channel or server.
+An empty variable counts as not set. With an invalid value a server or registry doesn't start: it exits with code 2, and
+the message names the variable, its value and what it accepts. A process logs one warning for each variable that starts
+with `MESH_` and isn't listed here, with the nearest known name, when it creates its first channel or server.
 
-Variables that set a server are fields of `mesh.ServerSettings`, too: what a program passes there is used as it is, and
-the environment isn't read. The mesh has no variables for retries, timeouts and balancing: those are
+Servers' variables are also fields of `mesh.ServerSettings`. If a program passes such an object, the environment isn't
+read.
+There are no variables for retries, timeouts and load balancing: those belong to
 [the service config](service-config.md). `GRPC_ENABLE_FORK_SUPPORT` and gRPC core's other variables keep their meaning
 ([forking.md](forking.md)).
 """
@@ -48,30 +49,30 @@ SECTIONS = {
 """The groups of mesh/variables.py."""
 
 OTHERS = {
-    "MESH_CACHE": Row("none: nothing is kept", "a folder; it is made", "clients"),
+    "MESH_CACHE": Row("none: nothing is cached", "a folder; created if missing", "clients"),
     "MESH_SERVICE_CONFIG": Row("none", "a file", "clients"),
     "MESH_REGISTRY_LISTEN": Row(f"`{DEFAULT_LISTEN}`", FORMS, "the registry (`--listen` wins)"),
-    "MESH_REGISTRY_STATE": Row("none: in memory only", "a folder; it is made", "the registry (`--state` wins)"),
+    "MESH_REGISTRY_STATE": Row("none: in memory only", "a folder; created if missing", "the registry (`--state` wins)"),
     "MESH_CONFIG": Row("none", "a TOML file", "its services"),
 }
-"""What is read where no settings class describes it."""
+"""Variables that no settings class describes."""
 
 NO_DEFAULT = {
-    "MESH_ADVERTISE": "the address listened on; of all interfaces the one that leads to the registry",
-    "MESH_INSTANCE_ID": "the address advertised",
-    "MESH_REGISTRY": "none: servers don't register, and `mesh:///` targets must name it",
+    "MESH_ADVERTISE": "the address listened on; for a wildcard, that of the interface that leads to the registry",
+    "MESH_INSTANCE_ID": "the advertised address",
+    "MESH_REGISTRY": "none: servers don't register, and `mesh://` targets must name the registry",
     "MESH_DATABASE_URL": "SQLite in `MESH_DATA`",
-    "MESH_NATS_URL": "none: no event comes or goes",
+    "MESH_NATS_URL": "none: no events are sent or received",
 }
 """What an empty default means, where that isn't "none"."""
 
 ACCEPTS = {
     "MESH_DATABASE_URL": "`sqlite:///path` or `postgresql://user:password@host/name`",
-    "MESH_NATS_URL": "`nats://host:port`, several separated by commas",
+    "MESH_NATS_URL": "`nats://host:port`, or several, separated by commas",
     "MESH_USER_SERVICE": "a target",
-    "MESH_DATA": "a folder; it is made",
+    "MESH_DATA": "a folder; created if missing",
 }
-"""Of the shop's settings that are any text to their class."""
+"""For settings of the shop whose class accepts any text."""
 
 
 def page() -> str:
@@ -100,7 +101,7 @@ def _servers() -> Mapping[str, Row]:
 
 
 def _accepted(name: str) -> str:
-    """What a server's variable accepts, in the words of the refusal of what it doesn't."""
+    """What a server's variable accepts, according to its error message for an invalid value."""
     try:
         ServerSettings.from_env({name: "\0"})
     except ValueError as error:
@@ -128,7 +129,7 @@ def _shop() -> Mapping[str, Row]:
 
 
 def _written(value: object) -> str:
-    """A default as one would write it in the environment."""
+    """A default as it would be written in the environment."""
     if isinstance(value, bool):
         value = int(value)
     elif isinstance(value, enum.Enum):

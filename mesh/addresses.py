@@ -63,7 +63,7 @@ def parse(text: str, *, port: int | None = None, min_port: int = 1) -> Address:
     Raises ValueError, which says what is wrong and how to write it.
     """
     if not text.isprintable():
-        raise ValueError(f"{text!r} has a character that can't be printed")
+        raise ValueError(f"{text!r} contains an unprintable character")
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or rest[:1] not in ("", ":"):

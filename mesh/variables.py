@@ -18,7 +18,7 @@ _LOG = logging.getLogger("mesh.config")
 PREFIX = "MESH_"
 
 CHANNELS = {
-    "MESH_CACHE": "the directory of the disk cache, which clients use while the registry is unavailable",
+    "MESH_CACHE": "the folder of the disk cache, which clients use while the registry is unavailable",
     "MESH_REGION": "the region that this process runs in",
     "MESH_REGISTRY": "the registry: where servers register, and where mesh:/// targets are resolved",
     "MESH_SERVICE_CONFIG": "the file with service configs",
@@ -28,7 +28,7 @@ CHANNELS = {
 """For channels. Servers use the registry and the locality, too."""
 
 SERVERS = {
-    "MESH_ADVERTISE": "the address that clients are given",
+    "MESH_ADVERTISE": "the address under which the server registers, for clients",
     "MESH_CHANNELZ": "whether the server serves channelz",
     "MESH_CONNECTION_AGE": "the maximum age of a connection, in seconds; 0 for no limit",
     "MESH_CONNECTION_AGE_GRACE": "how long calls may continue after that, in seconds",
@@ -63,13 +63,13 @@ SERVERS = {
 
 REGISTRIES = {
     "MESH_REGISTRY_LISTEN": "the address that the registry listens on",
-    "MESH_REGISTRY_STATE": "the directory in which the registry keeps service configs across restarts",
+    "MESH_REGISTRY_STATE": "the folder in which the registry keeps service configs across restarts",
 }
 """For ``python -m mesh.registry``."""
 
 SHOP = {
     "MESH_CONFIG": "a TOML file with values for variables that aren't set",
-    "MESH_DATA": "the directory of a service's data",
+    "MESH_DATA": "the folder of a service's data",
     "MESH_DATABASE_URL": "a service's database",
     "MESH_LOG_LEVEL": "the log level of a service",
     "MESH_NATS_URL": "the event broker",

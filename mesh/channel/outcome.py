@@ -17,7 +17,7 @@ LONGEST_PUSHBACK = 20
 
 # Only for an attempt that the driver did not start. One that it started counts as sent: core doesn't report whether a
 # call left the client, and a status text may be the peer's (docs/decisions/0013).
-NEVER_SENT = Outcome(Code.UNAVAILABLE, "no connection to send it on", never_sent=True)
+NEVER_SENT = Outcome(Code.UNAVAILABLE, "the connection was lost before the call was sent", never_sent=True)
 
 
 # As gRPC words them.

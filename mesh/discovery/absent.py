@@ -21,9 +21,9 @@ LISTED = 5
 
 
 async def describe(stub: pb_grpc.RegistryAsyncStub, registry: str, service: str) -> str:
-    """ "registry R knows no instance of 'X'; known services: ...", the latter if the registry lists them in
+    """ "registry R has no instances of 'X'; known services: ...", the latter if the registry lists them in
     time."""
-    text = f"registry {registry} knows no instance of {service!r}"
+    text = f"registry {registry} has no instances of {service!r}"
     services: set[str] = set()
     token = ""
     try:
@@ -38,7 +38,7 @@ async def describe(stub: pb_grpc.RegistryAsyncStub, registry: str, service: str)
         if not services:
             return text
     if not services:
-        return f"{text}; it knows no services"
+        return f"{text}; known services: none"
     similar = sorted(services, key=lambda each: (-difflib.SequenceMatcher(None, service, each).ratio(), each))
     more = len(similar) - LISTED
     return f"{text}; known services: {', '.join(similar[:LISTED])}{f' and {more} more' if more > 0 else ''}"

@@ -1,7 +1,7 @@
 """The disk cache: a client that starts while its registry is unavailable uses the instances that an earlier one saved.
 
-Off unless ``MESH_CACHE`` names a directory. It has one file per registry and service, a ``Snapshot`` of
-``registry.proto`` that is replaced atomically, so processes of one user can share the directory. The file decides where
+Off unless ``MESH_CACHE`` names a folder. It has one file per registry and service, a ``Snapshot`` of
+``registry.proto`` that is replaced atomically, so processes of one user can share the folder. The file decides where
 calls go, so one that another user owns or can write to is not used. Files that can't be used or written are logged
 once, and ignored.
 """
@@ -22,7 +22,7 @@ from mesh import files
 from weft.mesh.v1 import registry_pb2 as pb
 
 VARIABLE = "MESH_CACHE"
-"""The environment variable that names the directory. It is created when needed, for this user only."""
+"""The environment variable that names the folder. It is created if missing, for this user only."""
 
 MAX_AGE = 24 * 3600.0
 """How old a file may be: after some time, addresses are reused by other services. Seconds."""
@@ -49,7 +49,7 @@ class Cache:
 
     @classmethod
     def from_environment(cls, registry: str, service: str) -> Cache | None:
-        """The cache in the directory that ``MESH_CACHE`` names, if it names one."""
+        """The cache in the folder that ``MESH_CACHE`` names, if it is set."""
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder), registry, service) if folder else None
 

@@ -107,10 +107,12 @@ class Book:
         service = self._services.get(instance.service)
         before = service.leases.get(instance.id) if service else None
         if before is None and len(self._leases) >= MAX_INSTANCES:
-            return f"the registry knows {MAX_INSTANCES} instances, its limit"
+            return f"the registry already has {MAX_INSTANCES} instances, its limit"
         more = instance.ByteSize() - (before.size if before else 0)
         if (service.size if service else 0) + more > MAX_SERVICE_BYTES:
-            return f"the instances of {instance.service} would exceed {MAX_SERVICE_BYTES} bytes, the limit of a service"
+            return (
+                f"the instances of {instance.service} would exceed {MAX_SERVICE_BYTES} bytes, the limit for a service"
+            )
         if self._size + more > MAX_TOTAL_BYTES:
             return f"the instances of all services would exceed {MAX_TOTAL_BYTES} bytes, the registry's limit"
         return ""
@@ -227,7 +229,7 @@ class Book:
         """The limit that prevents a config from being set, with its value; empty if none does."""
         before = self.config(service)
         if config and not before and self._configs >= MAX_CONFIGS:
-            return f"the registry has the configs of {MAX_CONFIGS} services, its limit"
+            return f"the registry already has configs for {MAX_CONFIGS} services, its limit"
         if self._configs_size - len(before.encode()) + len(config.encode()) > MAX_CONFIGS_BYTES:
             return f"all service configs would exceed {MAX_CONFIGS_BYTES} bytes, the registry's limit"
         return ""

@@ -39,7 +39,7 @@ def instance(given: pb.Instance, peer: str) -> Violations:
         "instance.locality.sub_zone": given.locality.sub_zone,
     }
     violations += [
-        (path, "has a character that can't be printed") for path, text in names.items() if not text.isprintable()
+        (path, "contains an unprintable character") for path, text in names.items() if not text.isprintable()
     ]
     if given.weight > MAX_WEIGHT:
         violations.append(("instance.weight", f"must be from 1 to {MAX_WEIGHT}, or 0 for 1"))

@@ -174,7 +174,7 @@ class RegistryService(pb_grpc.RegistryServicer):
         self, request: pb.SetServiceConfigRequest, context: _Context
     ) -> pb.SetServiceConfigResponse:
         if self._configs_in_progress >= MAX_CONFIGS_IN_PROGRESS:
-            text = f"{MAX_CONFIGS_IN_PROGRESS} service configs are being set, the registry's limit; try again"
+            text = f"{MAX_CONFIGS_IN_PROGRESS} service configs are already being set, the registry's limit; try again"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._configs_in_progress += 1
         try:

@@ -29,7 +29,7 @@ TEXTS = (
     "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host",
     "connections to all backends failing; last error: UNAVAILABLE: ipv4:127.0.0.1:1: Connection refused",
     "empty address list: ",
-    "no connection to send it on",
+    "the connection was lost before the call was sent",
     "Channel closed!",
     REFUSED_STREAM,
 )

@@ -28,8 +28,8 @@ async def fails(target: str) -> str:
 async def test_the_services_that_it_knows_are_listed_those_most_alike_first() -> None:
     async with serving() as registry:
         target = f"mesh://{registry.address}/weft.user.v1.UserServce"
-        registry_says = f"registry {registry.address} knows no instance of 'weft.user.v1.UserServce'; "
-        assert await fails(target) == f"{target}: {registry_says}it knows no services"
+        registry_says = f"registry {registry.address} has no instances of 'weft.user.v1.UserServce'; "
+        assert await fails(target) == f"{target}: {registry_says}known services: none"
         await registry.register(instance("o", ORDER))
         await registry.register(instance("u", USER))
         assert await fails(target) == f"{target}: {registry_says}known services: {USER}, {ORDER}"
@@ -55,4 +55,4 @@ async def test_services_on_later_pages_are_listed_too() -> None:
 
 async def test_a_registry_that_does_not_list_them_is_named_all_the_same() -> None:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
-        assert await describe(pb_grpc.RegistryStub(channel), "R", "S") == "registry R knows no instance of 'S'"
+        assert await describe(pb_grpc.RegistryStub(channel), "R", "S") == "registry R has no instances of 'S'"

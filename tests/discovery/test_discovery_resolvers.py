@@ -203,7 +203,7 @@ def user(id: str) -> pb.Instance:
 
 async def test_instances_come_and_go_as_the_registry_learns_of_them() -> None:
     async with serving() as registry, watching(eager(registry.address)) as updates:
-        error = f"registry {registry.address} knows no instance of {USER!r}; it knows no services"
+        error = f"registry {registry.address} has no instances of {USER!r}; known services: none"
         assert await updates.next() == Update((), error, service_config="")
         lease = await registry.register(user("a"))
         await updates.until("a")

@@ -325,7 +325,7 @@ class TestRegistries:
         spawn.python("-m", "mesh.registry", "--listen", address).wait_for("serving on")
         with calling(f"mesh://{address}/{NAME}") as channel:
             fails_as(
-                "<target>: registry <address> knows no instance of <service>; it",
+                "<target>: registry <address> has no instances of <service>; known services: none",
                 lambda: channel.unary_unary("/X/Y")(b"", timeout=WITHIN),
             )
         with grpc.insecure_channel(address) as channel:

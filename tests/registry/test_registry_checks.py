@@ -76,5 +76,5 @@ def test_weights_are_from_1_to_1000(weight: int, accepted: bool) -> None:
 @pytest.mark.parametrize("text", ["a\nINFO registered", "a\x1b[31m", "a\0b", "a\u2028b"])
 def test_what_would_pass_for_something_else_in_a_log_is_refused(text: str) -> None:
     told = pb.Instance(id=text, service="weft.A", address="10.0.0.1:80", locality=pb.Locality(zone=text))
-    why = "has a character that can't be printed"
+    why = "contains an unprintable character"
     assert checks.instance(told, HERE[0]) == [("instance.id", why), ("instance.locality.zone", why)]

@@ -76,7 +76,7 @@ async def test_a_service_that_is_full_refuses_instances_and_the_others_go_on(reg
         lease = await registry.register(instance(f"{n:03}", **LABELS))
 
     said = await refused(registry.stub.Register(pb.RegisterRequest(instance=instance("126", **LABELS))))
-    assert said == f"RESOURCE_EXHAUSTED: the instances of {USER} would exceed 8388608 bytes, the limit of a service"
+    assert said == f"RESOURCE_EXHAUSTED: the instances of {USER} would exceed 8388608 bytes, the limit for a service"
     await registry.register(instance("126", ORDER, **LABELS))
     await registry.register(instance("125", **dict.fromkeys(LABELS, "y" * 1024)))  # in place of itself
     await registry.register(instance("small"))
@@ -89,7 +89,7 @@ async def test_a_service_that_is_full_refuses_instances_and_the_others_go_on(reg
 def test_a_book_has_room_for_100_000_instances_and_again_when_some_end() -> None:
     book = Book("e")
     leases = [book.register(instance(str(n)), 10, now=0) for n in range(100_000)]
-    assert book.refusal(instance("one more")) == "the registry knows 100000 instances, its limit"
+    assert book.refusal(instance("one more")) == "the registry already has 100000 instances, its limit"
     assert book.refusal(instance("2", label="more")) == ""
 
     book.deregister(leases[0])
@@ -122,7 +122,7 @@ async def test_the_number_and_the_bytes_of_service_configs_are_limited(registry:
     await configure("weft.A")
     await configure("weft.B")
     assert await refused(configure("weft.C")) == (
-        "RESOURCE_EXHAUSTED: the registry has the configs of 1000 services, its limit"
+        "RESOURCE_EXHAUSTED: the registry already has configs for 1000 services, its limit"
     )
     large = CONFIG.ljust(MEBIBYTE // 4)
     for n in range(63):

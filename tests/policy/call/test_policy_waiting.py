@@ -100,8 +100,8 @@ def test_a_final_word_from_the_resolver_fails_calls_at_once() -> None:
 
 def test_a_service_without_instances_fails_calls_at_once() -> None:
     cluster = cluster_of(0)
-    cluster.update([], "registry R knows no instance of 'S'")
-    Driven(cluster=cluster).ends(Code.UNAVAILABLE, "test: registry R knows no instance of 'S'")
+    cluster.update([], "registry R has no instances of 'S'")
+    Driven(cluster=cluster).ends(Code.UNAVAILABLE, "test: registry R has no instances of 'S'")
 
 
 @pytest.mark.parametrize("deadline", [1.0, 0.5, -3.0])

@@ -138,8 +138,8 @@ def test_an_empty_set_evicts_what_does_not_work() -> None:
     cluster = cluster_of(0)
     cluster.update(endpoints("ab"))
     set_states(cluster, FAILED)
-    assert cluster.update([], "registry R knows no instance") == ([], ["a", "b"])
-    assert (cluster.picker.queue, cluster.picker.error) == (False, "test: registry R knows no instance")
+    assert cluster.update([], "registry R has no instances") == ([], ["a", "b"])
+    assert (cluster.picker.queue, cluster.picker.error) == (False, "test: registry R has no instances")
     assert cluster.state == FAILED
 
 
