@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mesh.channel.load_reports import OutOfBand
 
 RETIRE_AFTER = 1.0
-"""Seconds that an endpoint which is gone keeps its channel at least, for calls that have just picked it."""
+"""Seconds that a removed endpoint keeps its channel, at least, for calls that have just picked it."""
 
 
 class ResolvedPool(Pool):
@@ -166,12 +166,12 @@ class ResolvedPool(Pool):
             self.cluster.resolver_error(update.error, final=update.final)
             return
         nodes = dict(self.cluster.nodes)
-        new, gone = self.cluster.update(update.endpoints, update.error)
-        self._events.on_endpoints(new, gone)
+        added, removed = self.cluster.update(update.endpoints, update.error)
+        self._events.on_endpoints(added, removed)
         now = time.monotonic()
-        for address in gone:
+        for address in removed:
             self._retired.append((now, nodes[address], self._subchannels.pop(address)))
-        for endpoint in new:
+        for endpoint in added:
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
 
