@@ -86,8 +86,12 @@ async def test_replicas_are_drained_stopped_and_started(mesh_: Mesh) -> None:
     await second.stop()
     assert await code_of(hanging) is UNAVAILABLE
     assert (first.running, second.running) == (True, False)
+
+    def ready() -> list[str]:
+        return [each.address for each in channel.stats().endpoints if each.state == "READY"]
+
     async with asyncio.timeout(10):
-        while [each.address for each in channel.stats().endpoints if each.state == "READY"] != [first.address]:
+        while ready() != [first.address]:  # noqa: ASYNC110 - what it asks has no event
             await asyncio.sleep(0.01)
     assert await stub.Unary(b"hello", timeout=10) == b"hello"
     assert mesh_.calls[-1].replica == first.name
