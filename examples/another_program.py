@@ -25,7 +25,7 @@ def main() -> int:
             while True:
                 page, call = stub.ListUsers.with_call(request, timeout=5)
                 count += len(page.users)
-                print(call.explain())  # type: ignore[attr-defined]  # on every call of a mesh channel
+                print(mesh.explain(call))  # which endpoints were tried, and how each attempt ended
                 if not page.next_page_token:
                     break
                 request.page_token = page.next_page_token

@@ -58,8 +58,8 @@ class Explanation:
 class EndpointStats:
     """What a channel knows about one endpoint.
 
-    ``state``: its connection's, as ``grpc.ChannelConnectivity`` names it. ``cause``: why it can't be reached, if
-    known. ``ejected``: why outlier detection has ejected it, and for how long; empty while it is not.
+    ``state``: its connection's, as balancing sees it and ``grpc.ChannelConnectivity`` names it. ``cause``: why it can't
+    be reached, if known. ``ejected``: why outlier detection has ejected it, and for how long; empty while it is not.
     ``in_flight``: attempts. ``latency``: the peak-sensitive moving average that balancing compares, in seconds, in
     which failures count as slow; 0.0 before the first response. ``weight``: its share of the load relative to the
     others.

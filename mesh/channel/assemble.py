@@ -128,11 +128,11 @@ class Assembly:
 
     def for_child(self) -> Assembly:
         """A copy with new connections for a forked child, which takes over the multicallables' methods."""
-        again = Assembly(*self._arguments)
+        child = Assembly(*self._arguments)
         for method in list(self._methods.values()):
-            method.policy = again._policy(method.kind, method.path)
-        again._methods = self._methods
-        return again
+            method.policy = child._policy(method.kind, method.path)
+        child._methods = self._methods
+        return child
 
     @property
     def config(self) -> ServiceConfig:

@@ -286,11 +286,10 @@ class EventDriver:
         for number in tuple(self.running):
             self.replay_overflowed(number)
 
-    def _leave_scope(self, verdict: Verdict) -> None:
+    def _leave_scope(self, scope: context.Scope, verdict: Verdict) -> None:
         """The call has ended: the inbound call that it was made for need not cancel it any more."""
-        if self._scope is not None:
-            self._scope.release(self)
-            self._assembly.note_failure(self.call, verdict, self._scope)
+        scope.release(self)
+        self._assembly.note_failure(self.call, verdict, scope)
 
     def _defers_conclusion(self, verdict: Verdict) -> bool:  # noqa: ARG002
         """Whether ``verdict`` takes effect with a later event; until then the call has not ended."""

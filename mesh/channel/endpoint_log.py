@@ -52,9 +52,9 @@ class EndpointLog:
         known = len(self._cluster.nodes)
         return f"; keeping {known} known endpoint{'' if known == 1 else 's'}" if known else ""
 
-    def on_endpoints(self, new: Iterable[Endpoint], gone: Iterable[str]) -> None:
+    def on_endpoints(self, added: Iterable[Endpoint], removed: Iterable[str]) -> None:
         """Log which endpoints were added and removed."""
-        for kind, addresses in (("added", [each.address for each in new]), ("removed", list(gone))):
+        for kind, addresses in (("added", [each.address for each in added]), ("removed", list(removed))):
             if addresses:
                 self._log(kind, addresses)
         for address in self._lost.keys() - self._cluster.nodes.keys():

@@ -166,12 +166,12 @@ class ResolvedPool(Pool):
             self.cluster.resolver_error(update.error, final=update.final)
             return
         nodes = dict(self.cluster.nodes)
-        new, gone = self.cluster.update(update.endpoints, update.error)
-        self._events.on_endpoints(new, gone)
+        added, removed = self.cluster.update(update.endpoints, update.error)
+        self._events.on_endpoints(added, removed)
         now = time.monotonic()
-        for address in gone:
+        for address in removed:
             self._retired.append((now, nodes[address], self._subchannels.pop(address)))
-        for endpoint in new:
+        for endpoint in added:
             self._subchannels[endpoint.address] = self._open_subchannel(endpoint.address)
         self._wake()
 

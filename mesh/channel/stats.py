@@ -8,15 +8,17 @@ from types import MappingProxyType
 import grpc
 
 from mesh.channel.assemble import Assembly
+from mesh.channel.pool import Pool
 from mesh.channel.subchannel import Subchannel
+from mesh.model import Connectivity
 from mesh.observe import ChannelStats, EndpointStats
-from mesh.policy.cluster.cluster import Cluster
 
 
 def channel_stats(assembly: Assembly, state: grpc.ChannelConnectivity) -> ChannelStats:
     """A snapshot of ``assembly``'s state. Safe from any thread; each part is consistent in itself."""
     cluster = assembly.cluster
-    endpoints = tuple(_endpoint(each, cluster) for each in assembly.pool.subchannels())
+    pool = assembly.pool
+    endpoints = tuple(_endpoint(pool, each) for each in pool.subchannels())
     return ChannelStats(
         target=assembly.target,
         state=state.name,
@@ -30,12 +32,15 @@ def channel_stats(assembly: Assembly, state: grpc.ChannelConnectivity) -> Channe
     )
 
 
-def _endpoint(subchannel: Subchannel, cluster: Cluster) -> EndpointStats:
-    address = subchannel.address
+def _endpoint(pool: Pool, subchannel: Subchannel) -> EndpointStats:
+    cluster, address = pool.cluster, subchannel.address
     node = cluster.nodes.get(address)  # None: it was removed meanwhile
+    # What picks go by, which is core's state as of the last tick; core alone knows the state of what it connects
+    # itself.
+    state = subchannel.state() if pool.connected_by_core else cluster.states.get(address, Connectivity.IDLE)
     return EndpointStats(
         address=address,
-        state=subchannel.state().name,
+        state=state.name,
         cause=cluster.causes.get(address, ""),
         ejected=cluster.ejections.reasons.get(address, ""),
         in_flight=node.in_flight if node else 0,

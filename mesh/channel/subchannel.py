@@ -184,11 +184,11 @@ class SyncSubchannel(Subchannel):
     @contextlib.asynccontextmanager
     async def control_channel(self) -> AsyncIterator[grpc.aio.Channel]:
         # A connection of its own: a stream of grpc.Channel would take a thread.
-        aside = AioSubchannel(self.address, self._options, self._credentials, self._compression)
+        separate = AioSubchannel(self.address, self._options, self._credentials, self._compression)
         try:
-            yield aside.core()
+            yield separate.core()
         finally:
-            await aside.close()
+            await separate.close()
 
     def channel_without_health(self) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
         return _channel_without_health(self.address, self.options, self._credentials, self._compression)

@@ -15,7 +15,7 @@ from mesh.testing.faults import Faults
 from mesh.testing.handlers import Servicers, Tap
 from mesh.testing.injection import Injections
 from mesh.testing.methods import Methods
-from mesh.testing.recording import Recorder
+from mesh.testing.recording import CallRecorder
 from mesh.testing.registry import Registry
 
 SETTINGS = ServerSettings(drain_wait=0.05, grace=5.0, stream_grace=1.0)
@@ -79,7 +79,7 @@ class BaseMesh:
         self._methods = Methods()
         self._names: Counter[str] = Counter()
         self._registry: Registry | None = None
-        self._recorder = Recorder()
+        self._recorder = CallRecorder()
         self._injections = Injections()
         self.faults = Faults(self._methods, self._injections)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 from mesh.testing.methods import Methods
-from mesh.testing.recording import RecordedCall, Recorder
+from mesh.testing.recording import CallRecorder, RecordedCall
 
 if TYPE_CHECKING:
     from mesh.testing.base import BaseReplica
@@ -21,7 +21,7 @@ class CallLog(Sequence[RecordedCall]):
     """The calls that the replicas of a test mesh received, in order of arrival. A sequence: ``len(calls)``,
     ``calls[-1].request``, ``for call in calls``. Without health checks and reflection."""
 
-    def __init__(self, methods: Methods, recorder: Recorder) -> None:
+    def __init__(self, methods: Methods, recorder: CallRecorder) -> None:
         self._methods = methods
         self._recorder = recorder
 

@@ -18,7 +18,7 @@ import grpc
 
 from mesh.testing.injection import Effect, Injection, Injections, Kind
 from mesh.testing.methods import Methods
-from mesh.testing.recording import RecordedCall, Recorder
+from mesh.testing.recording import CallRecorder, RecordedCall
 
 Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
 """Pairs of a generated ``add_XServicer_to_server`` and a servicer, as ``mesh.serve`` takes them."""
@@ -36,7 +36,7 @@ _LATENCY = 0.02
 class Tap:
     """Connects the handlers of one replica to the recorder and to the injected faults."""
 
-    def __init__(self, replica: str, methods: Methods, recorder: Recorder, injections: Injections) -> None:
+    def __init__(self, replica: str, methods: Methods, recorder: CallRecorder, injections: Injections) -> None:
         self.replica = replica
         self.methods = methods
         self.recorder = recorder

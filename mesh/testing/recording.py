@@ -46,7 +46,7 @@ class RecordedCall:
         return f"<RecordedCall {self}>"
 
 
-class Recorder:
+class CallRecorder:
     """The calls received, in order of arrival. Safe from any thread."""
 
     def __init__(self) -> None:
@@ -78,4 +78,4 @@ class Recorder:
         return stop
 
     def __repr__(self) -> str:
-        return f"<Recorder {len(self.calls)}>"
+        return f"<CallRecorder {len(self.calls)}>"

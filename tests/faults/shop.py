@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 PASSING = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 )
-"""What a caller is told while something is away; the same request may succeed later."""
+"""The code for callers while something is unavailable; the same request may succeed later."""
 
 T = TypeVar("T")
 
 
 class Shop:
-    """Starts the processes; kills and starts again what it is told to."""
+    """Starts, kills and restarts the processes."""
 
     def __init__(self, spawn: Spawn, data: Path) -> None:
         self._spawn = spawn
@@ -43,14 +43,14 @@ class Shop:
         self.nats_url = f"nats://{HOST}:{self._ports['broker']}"
 
     def start(self) -> None:
-        """Start all, and return when all serve."""
+        """Start all processes; returns once all serve."""
         for name in self._ports:
             self.start_one(name)
         for name, process in self._running.items():
             process.wait_for("Server is ready" if name == "broker" else "serving", within=90)
 
     def start_one(self, name: str) -> Process:
-        """Start a process, and don't wait for it."""
+        """Start a process, without waiting for it."""
         kind = name.partition("-")[0]
         listen = f"{HOST}:{self._ports[name]}"
         if kind == "broker":
@@ -76,7 +76,7 @@ class Shop:
         return process
 
     def kill(self, name: str) -> None:
-        """End a process by SIGKILL."""
+        """Kill a process with SIGKILL."""
         assert self._running[name].end(signal.SIGKILL) == -signal.SIGKILL
 
     def send(self, name: str, number: signal.Signals) -> None:
@@ -84,11 +84,11 @@ class Shop:
         self._running[name].send(number)
 
     def drain(self, name: str) -> int:
-        """End a process by SIGTERM; its exit code."""
+        """Stop a process with SIGTERM; returns its exit code."""
         return self._running[name].end(signal.SIGTERM, within=40)
 
     def said(self, name: str) -> str:
-        """What the process of now said."""
+        """The output of the current process."""
         return self._running[name].said
 
     def _select(self, database: str, query: str) -> list[tuple[str, ...]]:
@@ -96,19 +96,19 @@ class Shop:
             return list(connection.execute(query))
 
     def orders(self) -> list[str]:
-        """The ids of the orders that are kept."""
+        """The ids of the stored orders."""
         return [row[0] for row in self._select("order", "SELECT id FROM orders")]
 
     def waiting(self) -> int:
-        """How many events wait in the outbox."""
+        """How many events are pending in the outbox."""
         return int(self._select("order", "SELECT count(*) FROM outbox")[0][0])
 
     def notifications(self) -> Counter[tuple[str, ...]]:
-        """How often the user was told of each kind of each order."""
+        """How many notifications of each kind each order has."""
         return Counter(self._select("notification", "SELECT order_id, kind FROM notifications"))
 
     def settled(self, expected: Counter[tuple[str, ...]], within: float) -> None:
-        """Wait until no event waits and all users are told; fail when it takes longer, or one is told too much."""
+        """Wait until no event is pending and all notifications exist; fails after a while, or if there are too many."""
         eventually(lambda: self.waiting() == 0, within, "the outbox is empty")
         eventually(
             lambda: sum(self.notifications().values()) >= sum(expected.values()), within, "every user has been told"
@@ -117,7 +117,7 @@ class Shop:
 
 
 async def insist(call: Callable[[], Awaitable[T]]) -> T:
-    """Do a call until it is answered, whatever is away meanwhile; what any caller may do whose call is idempotent."""
+    """Repeat a call until it succeeds, as any caller may if the call is idempotent."""
     while True:
         try:
             return await call()
@@ -128,7 +128,7 @@ async def insist(call: Callable[[], Awaitable[T]]) -> T:
 
 
 async def buy(orders: OrderServiceAsyncStub, user_id: str) -> str:
-    """Order something, once; the id of the acknowledged order."""
+    """Create one order; returns the id of the acknowledged order."""
     request = order_pb2.CreateOrderRequest(
         request_id=str(uuid.uuid4()), user_id=user_id, items=[order_pb2.OrderItem(sku="DRUM", quantity=1)]
     )

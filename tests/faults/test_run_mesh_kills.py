@@ -1,4 +1,4 @@
-"""``make run-mesh`` whose processes are killed again and again: orders are taken all the while."""
+"""``make run-mesh`` while its processes are killed repeatedly: orders are still accepted."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ pytestmark = [
 
 KILLS, SECONDS, ORDERS = 57, 90.0, 1_800
 RESTARTED_WITHIN = 0.2
-"""Seconds from the kill of a process to the start of the next."""
+"""Seconds from killing a process to its restart."""
 
 
 class Victims:
-    """The processes of a shop: which of them are up, and when those that were killed began again."""
+    """The processes of a shop: which of them are ready, and when killed ones were restarted."""
 
     def __init__(self, shop: Mesh) -> None:
         self.delays: list[float] = []
@@ -46,7 +46,7 @@ class Victims:
         self._read = len(shop.process.said)
 
     def look(self) -> None:
-        """Note which have come back."""
+        """Record which are ready again."""
         said = self._shop.process.said
         whole = said.rfind("\n") + 1
         for name, pid in re.findall(r"^(\S+) is ready again \(pid (\d+)\)$", said[self._read : whole], re.MULTILINE):
@@ -55,7 +55,7 @@ class Victims:
         self._read = whole
 
     def kill_one(self, rng: random.Random) -> bool:
-        """Kill one of a kind whose others are all up; whether there was one."""
+        """Kill one whose service's other replicas are all ready; returns whether there was one."""
         self.look()
         kinds = {name.partition("-")[0] for name in self._killed}
         left = [name for name in sorted(self._up) if name.partition("-")[0] not in kinds]
@@ -110,7 +110,7 @@ async def test_57_kills_in_90_seconds_refuse_no_more_orders_than_were_in_flight(
                 await asyncio.sleep(max(0.0, begun + number * SECONDS / KILLS - time.monotonic()))  # the rate
                 at_risk += max(1, in_flight)
                 while not victims.kill_one(rng):  # noqa: ASYNC110 - what comes back says so in a log
-                    await asyncio.sleep(0.01)  # between two looks
+                    await asyncio.sleep(0.01)  # between two checks
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(shop_on())
@@ -119,7 +119,7 @@ async def test_57_kills_in_90_seconds_refuse_no_more_orders_than_were_in_flight(
     victims.look()
     print(f"{len(refused)} refused, {at_risk} at risk, restarts after {sorted(victims.delays)[-5:]} s at the most")
     assert len(victims.delays) >= KILLS - 5
-    # One of 57, should this machine have been busy with others.
+    # One of 57 may be late, as the machine may be busy with something else.
     assert sum(delay > RESTARTED_WITHIN for delay in victims.delays) <= 1
     assert len(refused) <= at_risk, "\n".join(refused)
     assert len(acknowledged) + len(refused) == ORDERS

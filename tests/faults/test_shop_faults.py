@@ -1,4 +1,5 @@
-"""What the shop promises while its processes are killed: no order lost or made twice, and everyone told once."""
+"""What the shop promises while its processes are killed: no order lost or duplicated, and one notification per
+event."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
 ORDERS, KILLS = 2_000, 30
 SHOPPERS = 16
-"""Orders that are made at a time."""
+"""Orders that are created concurrently."""
 
 OUTAGE = 30.0
-"""Seconds for which the broker is away."""
+"""Seconds for which the broker is down."""
 
 SETTLED_WITHIN = 60.0
-"""Seconds in which all events must have arrived once nothing is killed any more: the broker waits 10 s for a killed
+"""Seconds within which all events must arrive after the last kill: the broker waits 10 s for a killed
 consumer, a relay 3 s for a killed relay, and processes take some to start."""
 
 CREATED, CONFIRMED, CANCELLED = "ORDER_CREATED", "ORDER_CONFIRMED", "ORDER_CANCELLED"
@@ -46,7 +47,7 @@ def shop(spawn: Spawn, tmp_path: Path) -> Shop:
 
 
 class Shopper:
-    """Orders at the shop, and remembers what was acknowledged."""
+    """Creates orders, and records which were acknowledged."""
 
     def __init__(self, orders: order_pb2_grpc.OrderServiceAsyncStub, user_id: str) -> None:
         self.acknowledged: list[str] = []
@@ -55,7 +56,7 @@ class Shopper:
         self._user_id = user_id
 
     async def order(self) -> None:
-        """Make an order; confirm every third one, and cancel every sixth after that."""
+        """Create an order; confirm every third one, and then cancel every sixth."""
         order_id = await buy(self._orders, self._user_id)
         self.acknowledged.append(order_id)
         number = len(self.acknowledged)
@@ -83,7 +84,7 @@ async def shopping(shop: Shop) -> AsyncIterator[Shopper]:
 
 
 async def test_kills_lose_nothing_and_tell_nobody_twice(shop: Shop) -> None:
-    """2,000 orders, while orders, notifications and the broker are killed at random, 30 times in all."""
+    """2,000 orders, while orders, notifications and the broker are killed at random, 30 times in total."""
     rng = random.Random(20261122)
     victims = ["order-1", "order-2", "notification-1", "notification-2", "broker"]
     begun = 0
@@ -112,7 +113,7 @@ async def test_kills_lose_nothing_and_tell_nobody_twice(shop: Shop) -> None:
     assert sorted(shop.orders()) == sorted(shopper.acknowledged)
     shop.settled(shopper.expected, SETTLED_WITHIN)
 
-    # And once more from the start of the stream: everyone has been told.
+    # Once more from the start of the stream: nothing changes.
     client = await nats.connect(shop.nats_url)
     try:
         js = client.jetstream()
@@ -125,7 +126,7 @@ async def test_kills_lose_nothing_and_tell_nobody_twice(shop: Shop) -> None:
                     continue
                 if found.num_pending == 0 and found.num_ack_pending == 0:
                     break
-                await asyncio.sleep(0.05)  # between two looks
+                await asyncio.sleep(0.05)  # between two checks
         assert found.delivered is not None
         assert found.delivered.stream_seq >= sum(shopper.expected.values())
         assert (await js.stream_info("dead-letters")).state.messages == 0
@@ -155,7 +156,7 @@ async def test_orders_are_taken_while_the_broker_is_away_and_events_arrive_after
 
 
 async def test_a_drained_replica_leaves_nothing_undone(shop: Shop) -> None:
-    """SIGTERM: calls end, the relay publishes what is written, consumers finish what they began; exit code 0."""
+    """SIGTERM: calls finish, the relay publishes pending events, consumers finish theirs; exit code 0."""
     async with shopping(shop) as shopper:
         for _ in range(20):
             await shopper.order()

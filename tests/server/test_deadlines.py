@@ -368,7 +368,8 @@ class SecretError(Exception):
 
 
 def failing(kind: str, fail: Callable[[Any], None]) -> Callable[..., Any]:
-    """A handler that isn't async, and fails; a streaming one after its first response."""
+    """A handler that isn't async, and fails; a streaming one after its first response, when its client has sent
+    everything: to one that still writes, grpc.aio may report INTERNAL instead of the status."""
 
     def unary(request: Any, context: Any) -> bytes:
         fail(context)
@@ -376,6 +377,8 @@ def failing(kind: str, fail: Callable[[Any], None]) -> Callable[..., Any]:
 
     def stream(request: Any, context: Any) -> Iterator[bytes]:
         yield b"one"
+        if kind.startswith("stream"):
+            list(request)
         fail(context)
 
     return stream if kind.endswith("stream") else unary
@@ -388,6 +391,8 @@ def afailing(kind: str, fail: Callable[[Any], Any]) -> Callable[..., Any]:
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
         yield b"one"
+        if kind.startswith("stream"):
+            _ = [each async for each in request]
         await fail(context)
 
     return stream if kind.endswith("stream") else unary

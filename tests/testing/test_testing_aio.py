@@ -72,7 +72,8 @@ async def test_a_service_config_holds_from_a_channel_s_first_call_on(mesh_: Mesh
 
 async def test_replicas_are_drained_stopped_and_started(mesh_: Mesh) -> None:
     first, second = await mesh_.serve(SERVICERS, replicas=2)
-    stub = Stub(mesh_.channel(NAME))
+    channel = mesh_.channel(NAME)
+    stub = Stub(channel)
     await stub.Unary(b"hello", timeout=10)
     await first.drain()
     mesh_.calls.clear()
@@ -85,7 +86,14 @@ async def test_replicas_are_drained_stopped_and_started(mesh_: Mesh) -> None:
     await second.stop()
     assert await code_of(hanging) is UNAVAILABLE
     assert (first.running, second.running) == (True, False)
-    assert await stub.Unary(b"hello", timeout=10, wait_for_ready=True) == b"hello"
+
+    def ready() -> list[str]:
+        return [each.address for each in channel.stats().endpoints if each.state == "READY"]
+
+    async with asyncio.timeout(10):
+        while ready() != [first.address]:  # noqa: ASYNC110 - what it asks has no event
+            await asyncio.sleep(0.01)
+    assert await stub.Unary(b"hello", timeout=10) == b"hello"
     assert mesh_.calls[-1].replica == first.name
 
 

@@ -128,7 +128,8 @@ class Driver(EventDriver):
             self._end.set_result(None)
         if self.replay is not None:
             self.replay.close()
-        self._leave_scope(verdict)
+        if self._scope is not None:
+            self._leave_scope(self._scope, verdict)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:

@@ -189,7 +189,7 @@ class _ConnectivityWatch:
         while True:
             with self._lock:
                 state = self._channel.connectivity()
-                callbacks = [callback for callback, told in self._reported.items() if told is not state]
+                callbacks = [callback for callback, last in self._reported.items() if last is not state]
                 for callback in callbacks:
                     self._reported[callback] = state
                 self._delivering = bool(callbacks)

@@ -123,7 +123,8 @@ class Driver(LockedDriver):
             if self.verdict is None or self._callbacks is None:
                 return
             callbacks, self._callbacks = self._callbacks, None
-        self._leave_scope(self.verdict)
+        if self._scope is not None:
+            self._leave_scope(self._scope, self.verdict)
         for callback in callbacks:
             self.channel.callbacks.run(callback)
 
