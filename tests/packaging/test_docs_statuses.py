@@ -339,7 +339,7 @@ class TestRegistries:
                 ("<field>: must be a service's full name", {"service": "no name"}),
                 ("<field>: must be set", {"id": ""}),
                 ("<field>: must be an address that other hosts can reach, not", {"address": "0.0.0.0:1"}),
-                ("<field>: has a character", {"id": "\n"}),
+                ("<field>: contains an unprintable", {"id": "\n"}),
                 ("<field>: must be from 1", {"weight": 10**6}),
                 ("<field>: is longer", {"id": "x" * 2000}),
             ):
