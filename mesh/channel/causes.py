@@ -4,8 +4,9 @@ Core's state says only TRANSIENT_FAILURE. A call on that channel fails at once, 
 details name the cause: that text is shown, and no decision depends on it. Where core says only that the endpoint is
 unhealthy, its health is requested on a separate channel.
 
-An endpoint is reported as failing only once its cause is known, or after TIMEOUT, so that the first call that fails can
-say why. Only a few endpoints are asked at a time, as errors name no more; the others have no cause.
+An endpoint is reported as failing only once its cause is known, or after TIMEOUT, so that the error of the
+first failing call can name it. Only a few endpoints are checked at a time, because errors name no more than that; the
+others have no cause.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from mesh.channel.subchannel import Subchannel
 
 CONCURRENCY = 3
-"""Endpoints asked at a time."""
+"""Endpoints that are checked at a time."""
 
 TIMEOUT = 0.25
-"""Seconds that asking may take; calls wait for it."""
+"""The timeout of a check, in seconds; calls wait for it."""
 
 REFRESH_PERIOD = 5.0
-"""Seconds after which a cause is asked for again: one failure may follow another."""
+"""Seconds after which an endpoint is checked again: its cause may have changed."""
 
 _CHECK = "/grpc.health.v1.Health/Check"
 _UNHEALTHY = "backend unhealthy"  # core's health checking (A17)

@@ -181,6 +181,16 @@ def test_what_can_be_seen_of_a_server(page: Path) -> None:
                 found = getattr(found, attribute)
 
 
+def test_names_in_the_glossary() -> None:
+    rows = [
+        line.split("|") for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.count("|") == 7
+    ]
+    named = {part for row in rows for name in re.findall(r"`([^`]+)`", row[3]) for part in name.split(".")}
+    sources = [*(ROOT / "mesh").rglob("*.py"), *(ROOT / "protos").rglob("*.proto")]
+    assert len(named) > 50
+    assert named - {word for source in sources for word in re.findall(r"\w+", source.read_text())} == set()
+
+
 def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     linked = set(re.findall(r"^- \[[^]]+\]\(([^)]+)\)", index.read_text(), re.MULTILINE))
