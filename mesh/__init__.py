@@ -21,6 +21,7 @@ Calling
 Serving
     serve, Server                      serve until SIGTERM; or as a context manager
     ServerSettings                     their settings; from ``MESH_*`` variables without any
+    Mode                               whether overload protection is on, only counts, or off
     ServerInterceptor                  the same deadlines and errors for a ``grpc.Server`` of your own; with a
     ServerAdmission                    also its overload protection and load reports
     ServerObserver                     is notified of each call that a server handled or refused
@@ -46,6 +47,7 @@ from mesh.context import detach, remaining
 from mesh.criticality import Criticality
 from mesh.errors import RpcError, explain
 from mesh.observe import AttemptRecord, ChannelStats, EndpointStats, Explanation, ServerObserver
+from mesh.policy.server.admission import Mode
 from mesh.server.handlers.admission import ThreadServerAdmission as ServerAdmission
 from mesh.server.handlers.interceptors import ServerInterceptor
 from mesh.server.settings import ServerSettings
@@ -63,6 +65,7 @@ __all__ = [
     "Criticality",
     "EndpointStats",
     "Explanation",
+    "Mode",
     "RpcError",
     "Server",
     "ServerAdmission",
@@ -85,5 +88,8 @@ def __getattr__(name: str) -> Any:
     if name == "aio":
         return import_module("mesh.aio")
     if name == "__version__":
-        return metadata.version("weft")
+        try:
+            return metadata.version("weft")
+        except metadata.PackageNotFoundError:  # a checkout on the path that isn't installed
+            return "unknown"
     raise AttributeError(f"module 'mesh' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.codes import Code
 from mesh.model import CallSpec, Outcome, Verdict
@@ -86,8 +86,9 @@ class ChannelStats:
 
     ``state``: of the whole channel. ``error``: why there are no endpoints, if there are none. ``panic``: so many
     endpoints are ejected that ejections are ignored. ``ejections``: how often each kind occurred ("ejected: consecutive
-    failures", "returned", "would eject: ..." in a dry run). ``refusals``: calls that the client refused, by reason.
-    ``outstanding``: calls that have not ended. ``retry_budget``: retries and hedges that the budget allows now.
+    failures", "returned", "kept: ..." where too many were ejected already, "would eject: ..." in a dry run).
+    ``refusals``: calls that the client refused, by reason. ``outstanding``: calls that have not ended.
+    ``retry_budget``: retries and hedges that the budget allows now.
     """
 
     target: str
@@ -95,8 +96,8 @@ class ChannelStats:
     error: str
     endpoints: tuple[EndpointStats, ...]
     panic: bool
-    ejections: Mapping[str, int]
-    refusals: Mapping[str, int]
+    ejections: Mapping[str, int] = field(hash=False)
+    refusals: Mapping[str, int] = field(hash=False)
     outstanding: int
     retry_budget: float
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import MappingProxyType
 
 import grpc
 
@@ -18,15 +17,15 @@ def channel_stats(assembly: Assembly, state: grpc.ChannelConnectivity) -> Channe
     """A snapshot of ``assembly``'s state. Safe from any thread; each part is consistent in itself."""
     cluster = assembly.cluster
     pool = assembly.pool
-    endpoints = tuple(_endpoint(pool, each) for each in pool.subchannels())
+    endpoints = () if pool.closed else tuple(_endpoint(pool, each) for each in pool.subchannels())
     return ChannelStats(
         target=assembly.target,
         state=state.name,
         error="" if endpoints else cluster.error or cluster.picker.error,
         endpoints=endpoints,
         panic=cluster.panic,
-        ejections=MappingProxyType(dict(cluster.ejections.counts)),
-        refusals=MappingProxyType(dict(cluster.admission.counts)),
+        ejections=dict(cluster.ejections.counts),
+        refusals=dict(cluster.admission.counts),
         outstanding=len(cluster.admission.outstanding),
         retry_budget=cluster.budget.balance(time.monotonic()),
     )
@@ -41,7 +40,7 @@ def _endpoint(pool: Pool, subchannel: Subchannel) -> EndpointStats:
     return EndpointStats(
         address=address,
         state=state.name,
-        cause=cluster.causes.get(address, ""),
+        cause=cluster.causes.get(address, "") if state == Connectivity.TRANSIENT_FAILURE else "",
         ejected=cluster.ejections.reasons.get(address, ""),
         in_flight=node.in_flight if node else 0,
         latency=node.latency(time.monotonic()) if node else 0.0,

@@ -1,11 +1,11 @@
-"""Deprecated: see ``mesh.server.handlers.admission``."""
+"""Deprecated: see ``mesh.ServerAdmission`` and ``mesh.aio.ServerAdmission``."""
 
 from mesh.deprecation import moved
 
 __getattr__ = moved(
     __name__,
     {
-        "AioGate": "mesh.server.handlers.admission.AioServerAdmission",
-        "ThreadGate": "mesh.server.handlers.admission.ThreadServerAdmission",
+        "AioGate": "mesh.aio.ServerAdmission",
+        "ThreadGate": "mesh.ServerAdmission",
     },
 )

@@ -202,6 +202,11 @@ class ServerSettings:
     options: Sequence[Option] = ()
 
     def __post_init__(self) -> None:
+        for name in ("overload", "late"):
+            try:
+                object.__setattr__(self, name, Mode(getattr(self, name)))
+            except ValueError:
+                raise ValueError(f"{name}: expected on, dry-run or off, got {getattr(self, name)!r}") from None
         for name in ("interceptors", "options"):  # may be iterators, which could be read only once
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

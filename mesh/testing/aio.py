@@ -22,7 +22,7 @@ import grpc.aio
 
 import mesh.aio
 from mesh import ServerSettings
-from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
+from mesh.testing.base import BaseMesh, BaseReplica, environment
 from mesh.testing.calls import WAIT, CallLog
 from mesh.testing.handlers import Servicers, Tap
 from mesh.testing.recording import RecordedCall
@@ -79,18 +79,13 @@ class Replica(BaseReplica):
         self._server = mesh.aio.Server((), self.settings)
 
     async def start(self) -> None:
-        """Restart it after ``drain`` or ``stop``; returns when it is registered."""
-        for settings in self._attempts():
-            server = mesh.aio.Server(self._servicers, settings)
-            try:
-                await server.start()
-            except OSError as error:
-                if not is_taken(error) or settings is self.settings:
-                    raise
-            else:
-                self._server = server
-                self._started(server)
-                break
+        """Start it again after ``drain`` or ``stop``, on another port, as a replacement would. Returns when it is
+        registered; clients learn of it a moment later."""
+        self._check_ended()
+        server = mesh.aio.Server(self._servicers, self.settings)
+        await server.start()
+        self._server = server
+        self._started(server)
         await self._registered(self)
 
     async def drain(self) -> None:
@@ -164,6 +159,7 @@ class Mesh(BaseMesh):
         await asyncio.gather(*(replica.drain() for replica in self.replicas if replica.running))
 
     async def __aenter__(self) -> Mesh:
+        self._enter()
         async with AsyncExitStack() as stack:
             registry = Registry()
             await registry.start()

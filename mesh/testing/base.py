@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ _VARIABLE = "MESH_REGISTRY"
 
 class BaseReplica:
     """One server of a test mesh. ``name``: the service's short name and a number ("UserService-0"), which is also its
-    instance id; ``address``: where it listens, unchanged by a restart if the port is still free; ``services``: their
-    full names; ``settings``: how it serves."""
+    instance id; ``address``: where it listens, on another port after a restart; ``services``: their full names;
+    ``settings``: how it serves."""
 
     def __init__(self, servicers: Servicers, settings: ServerSettings | None, registry: str, tap: Tap) -> None:
         self.name = tap.replica
@@ -53,23 +52,14 @@ class BaseReplica:
 
     # -- for the sync and asyncio replicas
 
-    def _attempts(self) -> Iterator[ServerSettings]:
-        """The settings to start with: first on the previous port, if there is one, then on any free port."""
+    def _check_ended(self) -> None:
         if self._running:
             raise RuntimeError(f"{self.name} is running")
-        if self.address:
-            yield dataclasses.replace(self.settings, listen=self.address)
-        yield self.settings
 
     def _started(self, server: Any) -> None:
         self.address = server.address
         self.services = server.services
         self._running = True
-
-
-def is_taken(error: OSError) -> bool:
-    """Whether a server couldn't start because its port is in use."""
-    return error.errno == errno.EADDRINUSE
 
 
 class BaseMesh:
@@ -78,10 +68,11 @@ class BaseMesh:
     def __init__(self) -> None:
         self._methods = Methods()
         self._names: Counter[str] = Counter()
+        self._entered = False
         self._registry: Registry | None = None
         self._recorder = CallRecorder()
         self._injections = Injections()
-        self.faults = Faults(self._methods, self._injections)
+        self.faults = Faults(self._methods, self._injections, self._replica_names)
 
     @property
     def registry(self) -> str:
@@ -92,6 +83,14 @@ class BaseMesh:
         """The target of a service, for channels that the code under test creates. Inside the block ``MESH_REGISTRY`` is
         set, so ``mesh:///SERVICE`` means the same."""
         return f"mesh://{self.registry}/{service}"
+
+    def _replica_names(self) -> list[str]:
+        return [f"{short}-{number}" for short, count in self._names.items() for number in range(count)]
+
+    def _enter(self) -> None:
+        if self._entered:
+            raise RuntimeError("a mesh can be entered only once: create another one")
+        self._entered = True
 
     def _running(self) -> Registry:
         if self._registry is None:
@@ -131,15 +130,27 @@ class _ServiceNames:
         pass
 
 
+_entered: list[str] = []
+"""The registries of the meshes that run, in the order in which they were entered."""
+
+_before: str | None = None
+
+
 @contextmanager
 def environment(registry: str) -> Iterator[None]:
-    """``MESH_REGISTRY`` names the registry in the block."""
-    before = os.environ.get(_VARIABLE)
+    """``MESH_REGISTRY`` names the registry in the block. Of several meshes, which may end in any order, it names that
+    of the last one entered."""
+    global _before
+    if not _entered:
+        _before = os.environ.get(_VARIABLE)
+    _entered.append(registry)
     os.environ[_VARIABLE] = registry
     try:
         yield
     finally:
-        if before is None:
+        _entered.remove(registry)
+        value = _entered[-1] if _entered else _before
+        if value is None:
             os.environ.pop(_VARIABLE, None)
         else:
-            os.environ[_VARIABLE] = before
+            os.environ[_VARIABLE] = value

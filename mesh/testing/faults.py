@@ -4,16 +4,20 @@ called, so the client under test is the same as in production."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import grpc
 
 from mesh.testing.injection import Effect, Injection, Injections, Kind, Metadata, Where
 from mesh.testing.methods import Methods
 
-if TYPE_CHECKING:
-    from mesh.testing.base import BaseReplica
+
+class NamedReplica(Protocol):
+    """A replica, whose ``str`` is its name."""
+
+    @property
+    def running(self) -> bool: ...
 
 
 class Fault:
@@ -56,11 +60,12 @@ class Faults:
     default: all). Only the third call: ``after=2, times=1``. If several faults match a call, they apply in the order in
     which they were created, up to the first that ends the call.
 
-    Raises ValueError for a method that no replica serves.
+    Raises ValueError for a method that no replica serves, and for a replica that doesn't exist.
     """
 
-    def __init__(self, methods: Methods, injections: Injections) -> None:
+    def __init__(self, methods: Methods, injections: Injections, replicas: Callable[[], Iterable[str]]) -> None:
         self._methods = methods
+        self._replicas = replicas
         self._injections = injections
 
     def fail(
@@ -70,11 +75,13 @@ class Faults:
         *,
         trailing_metadata: Metadata = (),
         method: str | None = None,
-        replica: BaseReplica | str | None = None,
+        replica: NamedReplica | str | None = None,
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
         """Calls end with this status, and don't reach the servicer."""
+        if not isinstance(code, grpc.StatusCode):
+            raise TypeError(f"expected a grpc.StatusCode, got {code!r}")
         if code is grpc.StatusCode.OK:
             raise ValueError("a call can't fail with OK")
         effect = Effect(Kind.FAIL, code, details, tuple(trailing_metadata))
@@ -85,7 +92,7 @@ class Faults:
         seconds: float,
         *,
         method: str | None = None,
-        replica: BaseReplica | str | None = None,
+        replica: NamedReplica | str | None = None,
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
@@ -98,7 +105,7 @@ class Faults:
         self,
         *,
         method: str | None = None,
-        replica: BaseReplica | str | None = None,
+        replica: NamedReplica | str | None = None,
         after: int = 0,
         times: int | None = None,
     ) -> Fault:
@@ -117,9 +124,11 @@ class Faults:
         return f"<Faults {', '.join(map(repr, self)) or 'none'}>"
 
     def _inject(
-        self, effect: Effect, method: str | None, replica: BaseReplica | str | None, after: int, times: int | None
+        self, effect: Effect, method: str | None, replica: NamedReplica | str | None, after: int, times: int | None
     ) -> Fault:
         name = None if replica is None else str(replica)
+        if name is not None and name not in (known := [*self._replicas()]):
+            raise ValueError(f"no replica {name!r}; replicas: {', '.join(known) or 'none yet; serve first'}")
         injection = Injection(effect, Where(method, self._methods.matching(method), name, after, times))
         self._injections.add(injection)
         return Fault(injection)

@@ -30,6 +30,8 @@ class Where:
     times: int | None
 
     def __post_init__(self) -> None:
+        if not all(type(number) is int for number in (self.after, self.times or 0)):
+            raise TypeError(f"expected whole numbers, got after={self.after!r} and times={self.times!r}")
         if self.after < 0 or (self.times is not None and self.times < 1):
             raise ValueError(f"expected after >= 0 and times >= 1, got after={self.after} and times={self.times}")
 

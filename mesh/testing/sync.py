@@ -12,7 +12,7 @@ import grpc
 
 import mesh
 from mesh import ServerSettings
-from mesh.testing.base import BaseMesh, BaseReplica, environment, is_taken
+from mesh.testing.base import BaseMesh, BaseReplica, environment
 from mesh.testing.calls import Calls
 from mesh.testing.handlers import Servicers, Tap
 from mesh.testing.registry import RegistryThread
@@ -34,18 +34,13 @@ class Replica(BaseReplica):
         self._server = mesh.Server((), self.settings)
 
     def start(self) -> None:
-        """Restart it after ``drain`` or ``stop``; returns when it is registered."""
-        for settings in self._attempts():
-            server = mesh.Server(self._servicers, settings)
-            try:
-                server.start()
-            except OSError as error:
-                if not is_taken(error) or settings is self.settings:
-                    raise
-            else:
-                self._server = server
-                self._started(server)
-                break
+        """Start it again after ``drain`` or ``stop``, on another port, as a replacement would. Returns when it is
+        registered; clients learn of it a moment later."""
+        self._check_ended()
+        server = mesh.Server(self._servicers, self.settings)
+        server.start()
+        self._server = server
+        self._started(server)
         self._registered(self)
 
     def drain(self) -> None:
@@ -129,6 +124,7 @@ class Mesh(BaseMesh):
                 list(pool.map(Replica.drain, running))
 
     def __enter__(self) -> Mesh:
+        self._enter()
         with ExitStack() as stack:
             self._registry = self._thread.start()
             stack.callback(self._thread.stop)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,3 +76,34 @@ channel = {module}.insecure_channel("static:///127.0.0.1:1")
 assert threading.active_count() == 1, threading.enumerate()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=REPOSITORY, timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("mesh/channel/subchannel.py", "from mesh.channel import load_reports"),
+        ("mesh/config/settings.py", "from mesh.config import parse"),
+        ("mesh/policy/cluster/breaker.py", "from mesh.policy.cluster import cluster"),
+        ("mesh/channel/sync/driver.py", "from mesh.channel.aio import driver as aio_driver"),
+        ("mesh/server/handlers/scope.py", "from mesh.server import sync"),
+        ("mesh/policy/server/queue.py", "from mesh.policy.call import budget"),
+        ("mesh/policy/call/backoff.py", "from mesh import context"),
+        ("mesh/channel/worker.py", "from mesh.server import settings"),
+    ],
+)
+def test_the_contracts_catch(path: str, line: str, tmp_path: Path) -> None:
+    """Circles, siblings of one layer, and a clock behind an import, in a copy of the tree."""
+    for name in ("mesh", "services", "pyproject.toml"):
+        source, copy = REPOSITORY / name, tmp_path / name
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    file = tmp_path / path
+    file.write_text(f"{file.read_text()}\n\n{line}\n")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-logo", "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'generated'}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BROKEN" in done.stdout

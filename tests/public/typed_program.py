@@ -85,7 +85,7 @@ SERVICERS = [(notification_pb2_grpc.add_NotificationServiceServicer_to_server, N
 
 def own_servers() -> None:
     grpc.aio.server(interceptors=[mesh.aio.ServerInterceptor(admission=mesh.aio.ServerAdmission())])
-    with mesh.Server(SERVICERS, mesh.ServerSettings(listen="127.0.0.1:0", observer=Observer())) as server:
+    with mesh.Server(SERVICERS, mesh.ServerSettings(overload=mesh.Mode.DRY_RUN, observer=Observer())) as server:
         print(server.address, mesh.ServerInterceptor(mesh.ServerAdmission()))
 
 

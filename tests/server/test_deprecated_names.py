@@ -15,8 +15,8 @@ from mesh.server.settings import ServerSettings
 @pytest.mark.parametrize(("module", "name", "new"), [
     ("mesh.server.deadlines", "ServerInterceptor", "mesh.ServerInterceptor"),
     ("mesh.server.deadlines", "AioServerInterceptor", "mesh.aio.ServerInterceptor"),
-    ("mesh.server.gate", "ThreadGate", "mesh.server.handlers.admission.ThreadServerAdmission"),
-    ("mesh.server.gate", "AioGate", "mesh.server.handlers.admission.AioServerAdmission"),
+    ("mesh.server.gate", "ThreadGate", "mesh.ServerAdmission"),
+    ("mesh.server.gate", "AioGate", "mesh.aio.ServerAdmission"),
 ])  # fmt: skip
 def test_an_old_import_path_still_works_and_warns(module: str, name: str, new: str) -> None:
     home = importlib.import_module(module)
@@ -51,4 +51,6 @@ def test_an_interceptor_s_gate_is_its_admission(interceptor: Any, admission: Any
     gate = admission()
     with pytest.warns(DeprecationWarning, match=r"Interceptor\(gate=\.\.\.\) is deprecated") as caught:
         assert interceptor(gate=gate)._admission is gate
+    with pytest.raises(TypeError, match="not both"):
+        interceptor(admission=gate, gate=gate)
     assert caught[0].filename == __file__

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mesh.policy.server.admission import Mode
 from mesh.server.lifecycle import instances
 from mesh.server.listening import advertised_address
 from mesh.server.settings import ServerSettings
@@ -133,3 +134,10 @@ class TestAdvertised:
             3,
             "1",
         )
+
+
+def test_a_mode_may_be_given_by_name_and_nothing_else() -> None:
+    settings = ServerSettings(overload="dry-run", late="off")  # type: ignore[arg-type]
+    assert (settings.overload, settings.late) == (Mode.DRY_RUN, Mode.OFF)
+    with pytest.raises(ValueError, match="overload: expected on, dry-run or off, got 'bogus'"):
+        ServerSettings(overload="bogus")  # type: ignore[arg-type]

@@ -97,14 +97,6 @@ async def test_replicas_are_drained_stopped_and_started(mesh_: Mesh) -> None:
     assert mesh_.calls[-1].replica == first.name
 
 
-async def test_one_whose_port_was_taken_meanwhile_starts_at_another(mesh_: Mesh) -> None:
-    [replica] = await mesh_.serve(SERVICERS)
-    await replica.drain()
-    async with mesh.aio.Server((), mesh.ServerSettings(listen=replica.address)) as server:
-        await replica.start()
-        assert replica.address != server.address
-
-
 @pytest.mark.parametrize("echo", [AioEcho(), Echo()], ids=["async", "threads"])
 class TestHandlersOfBothKinds:
     async def test_faults(self, mesh_: Mesh, echo: Any) -> None:

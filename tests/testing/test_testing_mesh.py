@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,6 +114,29 @@ def test_a_service_config_holds_from_a_channel_s_first_call_on(mesh_: Mesh) -> N
         mesh_.configure(NAME, '{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": "many"}}]}')
 
 
+def ready(channel: mesh.Channel) -> list[mesh.EndpointStats]:
+    return [each for each in channel.stats().endpoints if each.state == "READY"]
+
+
+def test_meshes_may_end_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_REGISTRY", "before:1")
+    first, second = Mesh(), Mesh()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first)
+        second.__enter__()
+        registry = second.registry
+        assert os.environ["MESH_REGISTRY"] == registry
+        stack.close()
+        assert os.environ["MESH_REGISTRY"] == registry
+        second.__exit__(None, None, None)
+    assert os.environ["MESH_REGISTRY"] == "before:1"
+
+
+def test_a_mesh_is_entered_once() -> None:
+    with Mesh() as mesh_, pytest.raises(RuntimeError, match="only once: create another"):
+        mesh_.__enter__()
+
+
 class TestReplicas:
     def test_a_drain_finishes_calls_and_sends_new_ones_elsewhere(self, mesh_: Mesh) -> None:
         first, second = mesh_.serve(SERVICERS, replicas=2)
@@ -125,7 +149,7 @@ class TestReplicas:
             stub.Unary(b"hello", timeout=10)
         assert {call.replica for call in mesh_.calls} == {second.name}
 
-    def test_one_that_is_stopped_fails_its_calls_and_starts_again_where_it_was(self, mesh_: Mesh) -> None:
+    def test_one_that_is_stopped_fails_its_calls_and_starts_again(self, mesh_: Mesh) -> None:
         [replica] = mesh_.serve(SERVICERS)
         channel = mesh_.channel(NAME)
         hanging = Stub(channel).Unary.future(b"hang", timeout=10)
@@ -135,17 +159,21 @@ class TestReplicas:
         address = replica.address
         replica.start()
         assert replica.running
-        assert replica.address == address
-        assert Stub(channel).Unary(b"hello", timeout=10, wait_for_ready=True) == b"hello"
+        assert replica.address != address
+        eventually(lambda: [each.address for each in ready(channel)] == [replica.address])
+        assert Stub(channel).Unary(b"hello", timeout=10) == b"hello"
 
-    def test_one_whose_port_was_taken_meanwhile_starts_at_another(self, mesh_: Mesh) -> None:
-        [replica] = mesh_.serve(SERVICERS)
-        replica.drain()
-        server = mesh.Server((), mesh.ServerSettings(listen=replica.address))
-        with server:
+    @pytest.mark.parametrize("replicas", [2, 3])
+    def test_a_rolling_restart_fails_no_call(self, mesh_: Mesh, replicas: int) -> None:
+        stub = Stub(mesh_.channel(NAME))
+        for replica in mesh_.serve(SERVICERS, replicas=replicas):
+            for _ in range(4):
+                stub.Unary(b"hello", timeout=10)
+            replica.drain()
+            for _ in range(4):
+                stub.Unary(b"hello", timeout=10)
             replica.start()
-            assert replica.address != server.address
-            assert Stub(mesh_.channel(NAME)).Unary(b"hello", timeout=10) == b"hello"
+            stub.Unary(b"hello", timeout=10)
 
     def test_one_that_runs_can_t_be_started(self, mesh_: Mesh) -> None:
         [replica] = mesh_.serve(SERVICERS)
@@ -317,3 +345,20 @@ class TestCalls:
         stub.Unary(b"hello", timeout=10)
         with pytest.raises(TimeoutError, match=r"(?s)1 of 2 calls of Unary arrived within 0.01 s.*Unary at Echo-0: OK"):
             mesh_.calls.wait(2, "Unary", timeout=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "why"),
+    [
+        ({"code": 13}, TypeError, r"expected a grpc.StatusCode, got 13"),
+        ({"code": "INTERNAL"}, TypeError, r"expected a grpc.StatusCode, got 'INTERNAL'"),
+        ({"code": UNAVAILABLE, "replica": "typo"}, ValueError, r"no replica 'typo'; replicas: Echo-0"),
+        ({"code": UNAVAILABLE, "times": 1.5}, TypeError, r"expected whole numbers, got after=0 and times=1.5"),
+        ({"code": UNAVAILABLE, "times": True}, TypeError, r"expected whole numbers"),
+    ],
+)
+def test_a_fault_that_could_never_be_meant_is_an_error(mesh_: Mesh, fault: Any, error: Any, why: str) -> None:
+    mesh_.serve(SERVICERS)
+    with pytest.raises(error, match=why):
+        mesh_.faults.fail(**fault)
+    assert not [*mesh_.faults]

@@ -78,6 +78,10 @@ class ServerAdmission:
         deprecation.warn(f"{type(self).__name__}.admission", f"{type(self).__name__}.policy")
         return self.policy
 
+    def drain(self) -> None:
+        """Refuse new calls with UNAVAILABLE; for a server of your own that shuts down."""
+        self.policy.close(Reason.DRAINING)
+
     def refusal(
         self, reason: Reason, method: Method, waited: float, *, handler_started: bool = False
     ) -> tuple[grpc.StatusCode, str, tuple[Metadatum, ...]]:

@@ -26,6 +26,8 @@ class ServerInterceptor(grpc.ServerInterceptor):
         self, admission: ThreadServerAdmission | None = None, *, gate: ThreadServerAdmission | None = None
     ) -> None:
         if gate is not None:
+            if admission is not None:
+                raise TypeError("expected admission or gate, its old name, not both")
             deprecation.warn("ServerInterceptor(gate=...)", "ServerInterceptor(admission=...)")
             admission = gate
         self._admission = admission
@@ -56,6 +58,8 @@ class AioServerInterceptor(grpc.aio.ServerInterceptor):
         gate: AioServerAdmission | None = None,
     ) -> None:
         if gate is not None:
+            if admission is not None:
+                raise TypeError("expected admission or gate, its old name, not both")
             deprecation.warn("AioServerInterceptor(gate=...)", "AioServerInterceptor(admission=...)")
             admission = gate
         self._admission = admission
