@@ -79,9 +79,9 @@ class State:
 
     def _set_aside(self, data: bytes) -> Path:
         names = (self._path.with_name(f"{FILE}.corrupt-{number}") for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        files.replace(aside, data)
-        return aside
+        quarantined = next(name for name in names if not name.exists())
+        files.replace(quarantined, data)
+        return quarantined
 
     def save(self, configs: Mapping[str, str]) -> None:
         """Replace the saved configs. They are on disk when this returns. Raises OSError."""

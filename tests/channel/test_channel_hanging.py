@@ -118,7 +118,8 @@ def calls(world: str, target: str, options: Any, count: int, timeout: float) -> 
 @pytest.mark.parametrize("world", ["sync", "aio"])
 def test_three_calls_that_run_to_their_deadline_are_enough_to_leave_it(world: str, target: str) -> None:
     codes = [code for code, _ in calls(world, target, config(), 60, TIMEOUT)]
-    assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) == 3
+    # The background thread ejects it right after the third; one more call may have been picked by then.
+    assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) in (3, 4)
     assert set(codes[-40:]) == {grpc.StatusCode.OK}
 
 
@@ -129,7 +130,7 @@ def test_with_an_attempt_timeout_and_retries_no_call_fails(world: str, target: s
     ended = calls(world, target, options, 60, 10.0)
     assert {code for code, _ in ended} == {grpc.StatusCode.OK}
     waited = [took for _, took in ended if took >= TIMEOUT]
-    assert len(waited) == 3
+    assert len(waited) in (3, 4)
     assert max(waited) < 10 * TIMEOUT
 
 

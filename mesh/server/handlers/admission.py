@@ -188,8 +188,8 @@ class ThreadServerAdmission(ServerAdmission):
             self.dispatch()
             while not woken.is_set():
                 sweeps = sweeps or self._sweeper.acquire(blocking=False)
-                woken.wait(self.SWEEP_PERIOD if sweeps else self.WAITER_PERIOD)
-                self.dispatch()
+                if not woken.wait(self.SWEEP_PERIOD if sweeps else self.WAITER_PERIOD):
+                    self.dispatch()
         finally:
             scope.release(ticket)
             if sweeps:
