@@ -68,6 +68,7 @@ class MulticallableFactory:
 class BaseChannel(MulticallableFactory):
     """A channel to a service."""
 
+    _name = "mesh.Channel"
     assembly: Assembly
     closed = False
     _stop: weakref.finalize[Any, Any] | None = None
@@ -84,8 +85,7 @@ class BaseChannel(MulticallableFactory):
         return channel_stats(self.assembly, self.connectivity())
 
     def __repr__(self) -> str:
-        name = "mesh.aio.Channel" if isinstance(self, grpc.aio.Channel) else "mesh.Channel"
-        return f"<{name} {self.assembly.target} {self.connectivity().name}>"
+        return f"<{self._name} {self.assembly.target} {self.connectivity().name}>"
 
 
 class BaseMulticallable:

@@ -315,3 +315,37 @@ def test_a_fork_holds_nothing_up_and_the_background_thread_goes_on(server: Serve
         forking._after_in_parent()
         assert unary.future(b"ok", timeout=5).result() == b"ok"
         eventually(lambda: any(thread.name == "mesh-background" for thread in threading.enumerate()))
+
+
+ASKS = """
+import asyncio, os, sys
+import mesh.aio
+
+async def used():
+    channel = mesh.aio.insecure_channel(sys.argv[1])
+    await channel.unary_unary(sys.argv[2])(b"ok", timeout=8)
+    return channel
+
+loop = asyncio.new_event_loop()
+channel = loop.run_until_complete(used())
+child = os.fork()
+if child == 0:
+    stats = channel.stats()
+    others = {each.state for each in stats.endpoints} - {"IDLE"}
+    print(channel, channel.get_state().name, stats.state, others, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert channel.get_state().name == "READY"
+loop.run_until_complete(channel.close())
+"""
+
+
+@pytest.mark.parametrize("form", ["{}", "static:///{}"])
+def test_a_used_asyncio_channel_is_idle_in_a_child_that_asks(server: Server, form: str) -> None:
+    target = form.format(server.address)
+    command = [sys.executable, "-W", "error", "-c", ASKS, target, UNARY]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment("0"), capture_output=True, text=True, timeout=40, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"<mesh.aio.Channel {target} IDLE> IDLE IDLE set()\n"

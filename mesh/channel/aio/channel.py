@@ -37,6 +37,7 @@ class Channel(BaseChannel, grpc.aio.Channel):
     """A ``grpc.aio.Channel`` whose calls go through the mesh. Uses no core, thread or loop before its first call."""
 
     blocking = False
+    _name = "mesh.aio.Channel"
 
     def __init__(
         self,
@@ -61,7 +62,6 @@ class Channel(BaseChannel, grpc.aio.Channel):
         self.intercepted: weakref.WeakSet[Any] = weakref.WeakSet()  # grpc's call objects around interceptors
         self.loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
-        self._stop: weakref.finalize[Any, Any] | None = None
         self._inherited: object = None  # in a forked child, what belongs to the parent
 
     def forked(self) -> object:
@@ -72,7 +72,9 @@ class Channel(BaseChannel, grpc.aio.Channel):
         for driver in self.calls:
             driver.forked()
         self.calls, self.intercepted = set(), weakref.WeakSet()
-        self._inherited, self._running = left, None
+        self._inherited, self._running, self._stop = left, None, None
+        if not self.closed:
+            self.assembly = self.assembly.for_child()  # asked for its state, it says IDLE and calls nothing in core
         return left
 
     def start(self) -> None:
