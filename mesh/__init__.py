@@ -39,7 +39,7 @@ https://grpc.io/docs/guides/ explains the terms; docs/ in the repository documen
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mesh.channel.sync.channel import Channel, insecure_channel, secure_channel
@@ -88,6 +88,8 @@ def __getattr__(name: str) -> Any:
     if name == "aio":
         return import_module("mesh.aio")
     if name == "__version__":
+        from importlib import metadata  # only this needs it, and it takes a while to import
+
         try:
             return metadata.version("weft")
         except metadata.PackageNotFoundError:  # a checkout on the path that isn't installed
