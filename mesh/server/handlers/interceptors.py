@@ -25,11 +25,7 @@ class ServerInterceptor(grpc.ServerInterceptor):
     def __init__(
         self, admission: ThreadServerAdmission | None = None, *, gate: ThreadServerAdmission | None = None
     ) -> None:
-        if gate is not None:
-            if admission is not None:
-                raise TypeError("expected admission or gate, its old name, not both")
-            deprecation.warn("ServerInterceptor(gate=...)", "ServerInterceptor(admission=...)")
-            admission = gate
+        admission = deprecation.renamed("ServerInterceptor", "gate", gate, "admission", admission)
         self._admission = admission
         self._admitted = HandlerCache(lambda handler, method: wrap_sync(handler, method, admission))
         self._exempt = HandlerCache(wrap_sync)
@@ -57,11 +53,7 @@ class AioServerInterceptor(grpc.aio.ServerInterceptor):
         *,
         gate: AioServerAdmission | None = None,
     ) -> None:
-        if gate is not None:
-            if admission is not None:
-                raise TypeError("expected admission or gate, its old name, not both")
-            deprecation.warn("AioServerInterceptor(gate=...)", "AioServerInterceptor(admission=...)")
-            admission = gate
+        admission = deprecation.renamed("AioServerInterceptor", "gate", gate, "admission", admission)
         self._admission = admission
         self._admitted = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool, admission))
         self._exempt = HandlerCache(lambda handler, method: wrap_aio(handler, method, pool))
