@@ -99,70 +99,49 @@ class Multicallable(BaseMulticallable):
         return call
 
 
-class UnaryUnary(Multicallable, grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
+class _OneRequest(Multicallable):
+    def __call__(
+        self,
+        request: Any,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+class _StreamedRequests(Multicallable):
+    def __call__(
+        self,
+        request_iterator: Requests = None,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        begin = self._intercepted if self._interceptors else self.call
+        return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+class UnaryUnary(_OneRequest, grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
     """Unary request, unary response."""
 
-    def __call__(
-        self,
-        request: Any,
-        *,
-        timeout: float | None = None,
-        metadata: Metadata = None,
-        credentials: grpc.CallCredentials | None = None,
-        wait_for_ready: bool | None = None,
-        compression: grpc.Compression | None = None,
-    ) -> Any:
-        begin = self._intercepted if self._interceptors else self.call
-        return begin(request, timeout, metadata, credentials, wait_for_ready, compression)
 
-
-class UnaryStream(Multicallable, grpc.aio.UnaryStreamMultiCallable):  # type: ignore[type-arg]
+class UnaryStream(_OneRequest, grpc.aio.UnaryStreamMultiCallable):  # type: ignore[type-arg]
     """Unary request, streamed responses."""
 
-    def __call__(
-        self,
-        request: Any,
-        *,
-        timeout: float | None = None,
-        metadata: Metadata = None,
-        credentials: grpc.CallCredentials | None = None,
-        wait_for_ready: bool | None = None,
-        compression: grpc.Compression | None = None,
-    ) -> Any:
-        begin = self._intercepted if self._interceptors else self.call
-        return begin(request, timeout, metadata, credentials, wait_for_ready, compression)
 
-
-class StreamUnary(Multicallable, grpc.aio.StreamUnaryMultiCallable):  # type: ignore[type-arg]
+class StreamUnary(_StreamedRequests, grpc.aio.StreamUnaryMultiCallable):  # type: ignore[type-arg]
     """Streamed requests, unary response."""
 
-    def __call__(
-        self,
-        request_iterator: Requests = None,
-        timeout: float | None = None,
-        metadata: Metadata = None,
-        credentials: grpc.CallCredentials | None = None,
-        wait_for_ready: bool | None = None,
-        compression: grpc.Compression | None = None,
-    ) -> Any:
-        begin = self._intercepted if self._interceptors else self.call
-        return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
-
-class StreamStream(Multicallable, grpc.aio.StreamStreamMultiCallable):  # type: ignore[type-arg]
+class StreamStream(_StreamedRequests, grpc.aio.StreamStreamMultiCallable):  # type: ignore[type-arg]
     """Streamed requests, streamed responses."""
-
-    def __call__(
-        self,
-        request_iterator: Requests = None,
-        timeout: float | None = None,
-        metadata: Metadata = None,
-        credentials: grpc.CallCredentials | None = None,
-        wait_for_ready: bool | None = None,
-        compression: grpc.Compression | None = None,
-    ) -> Any:
-        begin = self._intercepted if self._interceptors else self.call
-        return begin(request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 MULTICALLABLES: dict[str, type[Multicallable]] = {
