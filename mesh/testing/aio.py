@@ -22,9 +22,10 @@ import grpc.aio
 
 import mesh.aio
 from mesh import ServerSettings
+from mesh.server.handlers.registrar import Servicers
 from mesh.testing.base import BaseMesh, BaseReplica, environment
 from mesh.testing.calls import WAIT, CallLog
-from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.handlers import Tap
 from mesh.testing.recording import RecordedCall
 from mesh.testing.registry import Registry
 

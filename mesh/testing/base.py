@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from mesh import ServerSettings
+from mesh.server.handlers.registrar import Servicers
 from mesh.testing.faults import Faults
-from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.handlers import Tap
 from mesh.testing.injection import Injections
 from mesh.testing.methods import Methods
 from mesh.testing.recording import CallRecorder

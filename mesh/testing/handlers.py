@@ -16,18 +16,12 @@ from typing import Any
 
 import grpc
 
+from mesh.server.handlers.registrar import HandlerCache, Servicers
+from mesh.server.handlers.scope import NO_DEADLINE, Behavior, Handler
+from mesh.server.handlers.wrap import rebuilt
 from mesh.testing.injection import Effect, Injection, Injections, Kind
 from mesh.testing.methods import Methods
 from mesh.testing.recording import CallRecorder, RecordedCall
-
-Servicers = Sequence[tuple[Callable[[Any, Any], object], object]]
-"""Pairs of a generated ``add_XServicer_to_server`` and a servicer, as ``mesh.serve`` takes them."""
-
-Handler = Any  # an RpcMethodHandler
-Behavior = Callable[..., Any]
-
-# Without a deadline grpc returns about 9.2e18 s, or None.
-_NO_DEADLINE = 3e9
 
 _LATENCY = 0.02
 """How much earlier a deadline may pass at the client than at the server. Seconds."""
@@ -41,7 +35,7 @@ class Tap:
         self.methods = methods
         self.recorder = recorder
         self.injections = injections
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+        self.wrapped = HandlerCache(self._wrap)  # the same one each time, as servers cache what they build from it
 
     def around(self, servicers: Servicers) -> Servicers:
         """The same servicers, with their handlers wrapped."""
@@ -50,20 +44,16 @@ class Tap:
     def _add(self, add_to_server: Callable[[Any, Any], object], servicer: Any, server: Any) -> None:
         add_to_server(servicer, _Registrar(server, self))
 
-    def wrapped(self, method: str, handler: Handler) -> Handler:
-        """The wrapped handler of a method: the same one each time, because servers cache what they build from it."""
-        known = self._wrapped.get(method)
-        if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, _rebuilt(handler, functools.partial(self._wrap, method, handler)))
-        return known[1]
+    def _wrap(self, handler: Handler, method: str) -> Handler:
+        def wrap(behavior: Behavior) -> Behavior:
+            if getattr(behavior, "experimental_non_blocking", False):
+                return behavior
+            wrap = _aio if inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior) else _sync
+            wrapped = wrap(behavior, functools.partial(_Call, self, method), handler)
+            wrapped.__dict__.update(behavior.__dict__)  # its experimental_thread_pool
+            return wrapped
 
-    def _wrap(self, method: str, handler: Handler, behavior: Behavior) -> Behavior:
-        if getattr(behavior, "experimental_non_blocking", False):
-            return behavior
-        wrap = _aio if inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior) else _sync
-        wrapped = wrap(behavior, functools.partial(_Call, self, method), handler)
-        wrapped.__dict__.update(behavior.__dict__)  # its experimental_thread_pool
-        return wrapped
+        return rebuilt(handler, wrap)
 
 
 class _Registrar:
@@ -99,18 +89,6 @@ class _Handlers(grpc.ServiceRpcHandler):
         return handler and self._tap.wrapped(handler_call_details.method, handler)
 
 
-def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
-    """``handler`` with its behavior wrapped: the same kind, the same serializers."""
-    serializers = handler.request_deserializer, handler.response_serializer
-    if handler.request_streaming:
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(wrap(handler.stream_stream), *serializers)
-        return grpc.stream_unary_rpc_method_handler(wrap(handler.stream_unary), *serializers)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(wrap(handler.unary_stream), *serializers)
-    return grpc.unary_unary_rpc_method_handler(wrap(handler.unary_unary), *serializers)
-
-
 class _Call:
     """A call that a replica received: keeps its record up to date. ``context``: any of grpc's context types."""
 
@@ -122,7 +100,7 @@ class _Call:
             method,
             tap.replica,
             tuple((key, value) for key, value in context.invocation_metadata() or ()),
-            None if left is None or left > _NO_DEADLINE else left,
+            None if left is None or left > NO_DEADLINE else left,
         )
         self.injections: Sequence[Injection] = ()
 

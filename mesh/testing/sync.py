@@ -12,9 +12,10 @@ import grpc
 
 import mesh
 from mesh import ServerSettings
+from mesh.server.handlers.registrar import Servicers
 from mesh.testing.base import BaseMesh, BaseReplica, environment
 from mesh.testing.calls import Calls
-from mesh.testing.handlers import Servicers, Tap
+from mesh.testing.handlers import Tap
 from mesh.testing.registry import RegistryThread
 
 

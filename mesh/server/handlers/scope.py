@@ -30,7 +30,7 @@ _DO_NOT_RETRY: Metadatum = (PUSHBACK, "-1")
 _ATTEMPT_KEYS = (PREVIOUS_ATTEMPTS, HEDGED_ATTEMPTS)
 
 # grpc reports about 9.2e18 s, or None, for "no deadline" (docs/correctness.md, P1).
-_NO_DEADLINE = 3e9
+NO_DEADLINE = 3e9
 
 
 def scope_from_metadata(metadata: Iterable[Metadatum]) -> Scope:
@@ -57,7 +57,7 @@ def start_scope(context: Any) -> Scope:
         mesh_context.enter(scope)
     scope.handler_started = True
     left = context.time_remaining()
-    if left is not None and left <= _NO_DEADLINE:
+    if left is not None and left <= NO_DEADLINE:
         scope.deadline = time.monotonic() + left
     return scope
 

@@ -174,7 +174,11 @@ def _aio_responses(behavior: Behavior, admission: ServerAdmission | None) -> Beh
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def _rebuilt(handler: Handler, wrap: Callable[[Behavior], Behavior], parse: Callable[..., Any]) -> Handler:
+def rebuilt(
+    handler: Handler,
+    wrap: Callable[[Behavior], Behavior],
+    parse: Callable[..., Any] = lambda deserializer: deserializer,
+) -> Handler:
     """``handler`` with its behavior and its parser wrapped: the same kind, the same serializer."""
     serializers = (handler.request_deserializer and parse(handler.request_deserializer), handler.response_serializer)
     if handler.request_streaming:
@@ -213,7 +217,7 @@ def wrap_sync(handler: Handler, method: str = "", admission: ThreadServerAdmissi
             wrapped.experimental_thread_pool = pool  # type: ignore[attr-defined]
         return wrapped
 
-    return _rebuilt(handler, wrap, parse_or_sentinel)
+    return rebuilt(handler, wrap, parse_or_sentinel)
 
 
 def wrap_aio(
@@ -244,7 +248,7 @@ def wrap_aio(
         return (_aio_responses if generates else _aio_response)(wrapped, admission)
 
     # A stream's messages are parsed when its handler reads them, so the parser may raise.
-    return _rebuilt(handler, wrap, parse_or_raise if handler.request_streaming else parse_or_sentinel)
+    return rebuilt(handler, wrap, parse_or_raise if handler.request_streaming else parse_or_sentinel)
 
 
 def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
@@ -259,4 +263,4 @@ def observe(handler: Handler, method: str, observer: ServerObserver) -> Handler:
         wrapped.__dict__.update(behavior.__dict__)  # its experimental_thread_pool
         return wrapped
 
-    return _rebuilt(handler, observed, lambda parse: parse)
+    return rebuilt(handler, observed, lambda parse: parse)
