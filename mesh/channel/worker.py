@@ -28,6 +28,7 @@ class Worker:
         self._work: deque[Callable[[], object]] = deque()
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def run(self, work: Callable[[], object]) -> None:
         """Run ``work`` soon. Exceptions are logged."""
@@ -42,6 +43,12 @@ class Worker:
             except RuntimeError:  # the interpreter is shutting down
                 self._thread = None
 
+    def close(self) -> None:
+        """End the thread as soon as it has no work, without waiting for more."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
     def for_child(self) -> Worker:
         """A new worker for a forked child, where the lock may be held by a thread that doesn't exist."""
         return Worker(self._name)
@@ -49,7 +56,8 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._condition:
-                if not self._condition.wait_for(lambda: self._work, IDLE):
+                self._condition.wait_for(lambda: self._work or self._closed, IDLE)
+                if not self._work:
                     self._thread = None
                     return
                 work = self._work.popleft()

@@ -118,6 +118,8 @@ class Channel(BaseChannel, grpc.Channel):
         if self._stop is not None:
             self._stop.detach()  # it keeps the pool alive
         self.assembly.pool.close()
+        self.flow_worker.close()
+        self.callbacks.close()
 
     def __enter__(self) -> Channel:
         return self
