@@ -193,7 +193,7 @@ def application() -> Callable[..., list[bytes]]:
     program.use()
 
     def answer(environ: object, start_response: Any) -> list[bytes]:
-        start_response("200 OK", [("Content-Type", "application/json")])
+        start_response("200 OK", [("Content-Type", "application/json"), ("X-Worker", str(os.getpid()))])
         return [_saw(program).encode()]
 
     return answer

@@ -129,21 +129,29 @@ def test_a_channel_in_a_worker_of_gunicorn(
         environment={"GRPC_ENABLE_FORK_SUPPORT": support, "FORKS": f"static:///{server.address} {world} {age}"},
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/"
-    for _ in range(4):  # by either worker
-        answer = gunicorn.wait_until(lambda: _get(url), what="it answered") or b""
-        expect(json.loads(answer), world, support)
+    workers: set[str] = set()
+
+    def both_answered() -> bool:
+        answered = _get(url)
+        if answered is not None:
+            worker, answer = answered
+            expect(json.loads(answer), world, support)
+            workers.add(worker)
+        return len(workers) == 2
+
+    # One that hasn't answered may be starting still: gunicorn's workers are deaf to SIGTERM then.
+    gunicorn.wait_until(both_answered, what="both workers answered")
     gunicorn.end()
     assert "Worker exiting" in gunicorn.said
     if (world, support) != ("aio", "1"):  # as above
         assert "was sent SIG" not in gunicorn.said.replace("SIGTERM", "")
 
 
-def _get(url: str) -> bytes | None:
-    """The answer; None when nobody gave one."""
+def _get(url: str) -> tuple[str, bytes] | None:
+    """The worker and its answer; None when nobody gave one."""
     try:
         with urllib.request.urlopen(url, timeout=15) as response:
-            body: bytes = response.read()
-            return body
+            return response.headers["X-Worker"], response.read()
     except OSError:
         return None
 
